@@ -1,0 +1,284 @@
+"""The one interface every graph and every sequence of graphs has."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedfog.topology import analysis
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+Matrix = npt.NDArray[np.float64]
+
+SUM_TOLERANCE = 1e-6
+"""How far a row or column sum may be from 1: wide enough for weights that were once float32."""
+
+LARGEST_DENSE = 16384
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one rank does in one round: ``x+ = self_weight * x + sum_j recv[j] * x_j``.
+
+    ``recv[j] = W[rank, j]`` and ``send[k] = W[k, rank]``, both in ascending rank order. The weights in ``send`` are
+    information: it is the receiver that applies them, never the sender as well.
+    """
+
+    self_weight: float
+    recv: dict[int, float]
+    send: dict[int, float]
+
+
+class Topology(ABC):
+    """A sequence of mixing matrices W(0), W(1), ...; a static graph is a sequence of period 1.
+
+    ``W[i, j]`` is the weight that rank i gives to what it receives from rank j, so a round is ``X+ = W X``.
+
+    Attributes:
+        size: number of ranks.
+        definition: the call that makes this topology again, as text.
+        name: the function that made it.
+    """
+
+    def __init__(self, definition: str, size: int, period: int | None) -> None:
+        self.definition = definition
+        self.size = size
+        self._period = period
+
+    @property
+    def name(self) -> str:
+        """Name of the function that makes this topology, for instance ``"ring"``."""
+        return self.definition.partition("(")[0]
+
+    @property
+    def period(self) -> int | None:
+        """Number of rounds after which the sequence repeats; None when it never does."""
+        return self._period
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every round uses the same matrix."""
+        return self.period == 1
+
+    def round(self, rank: int, step: int = 0) -> Round:
+        """Weights and neighbours of ``rank`` in round ``step``, in O(degree).
+
+        Raises:
+            ValueError: if ``rank`` is not in ``0..size-1`` or ``step`` is negative.
+        """
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not in {self!r}: its ranks are 0..{self.size - 1}")
+        return self._round(rank, self._checked_step(step))
+
+    def matrix(self, step: int = 0) -> Matrix:
+        """The mixing matrix of round ``step`` as a dense float64 array of shape [size, size].
+
+        Raises:
+            ValueError: if ``step`` is negative, or ``size`` is too large for a dense matrix.
+        """
+        step = self._checked_step(step)
+        if self.size > LARGEST_DENSE:
+            raise ValueError(
+                f"a dense matrix of {self.size} ranks takes {8 * self.size**2 / 2**30:.0f} GiB; "
+                "use round(rank, step), which needs no matrix"
+            )
+        return self._matrix(step)
+
+    @abstractmethod
+    def _round(self, rank: int, step: int) -> Round: ...
+
+    def _matrix(self, step: int) -> Matrix:
+        weights = np.zeros((self.size, self.size))
+        for rank in range(self.size):
+            one = self._round(rank, step)
+            weights[rank, rank] = one.self_weight
+            weights[rank, list(one.recv)] = list(one.recv.values())
+        return weights
+
+    def _fourier(self, step: int) -> npt.NDArray[np.complex128] | None:
+        """Eigenvalues in the Fourier basis, if the matrix of this round is circulant."""
+        return None
+
+    @property
+    def _exact_after(self) -> int | None:
+        """Rounds from step 0 to the exact average, where the construction guarantees it at any size."""
+        return None
+
+    def is_row_stochastic(self) -> bool:
+        """Whether every row of every round sums to 1. False where an endless sequence promises nothing."""
+        return self._holds_every_round(lambda one: abs(one.self_weight + sum(one.recv.values()) - 1) <= SUM_TOLERANCE)
+
+    def is_column_stochastic(self) -> bool:
+        """Whether every column of every round sums to 1. False where an endless sequence promises nothing."""
+        return self._holds_every_round(lambda one: abs(one.self_weight + sum(one.send.values()) - 1) <= SUM_TOLERANCE)
+
+    def is_doubly_stochastic(self) -> bool:
+        """Whether rows and columns of every round sum to 1, so that averaging keeps the mean.
+
+        Over the whole period; an endless sequence answers what it promises, and False if it promises nothing.
+        """
+        return self.is_row_stochastic() and self.is_column_stochastic()
+
+    def is_symmetric(self) -> bool:
+        """Whether the matrix of every round is symmetric (same answer rules as `is_doubly_stochastic`)."""
+        return self._holds_every_round(
+            lambda one: (
+                one.recv.keys() == one.send.keys()
+                and all(abs(weight - one.send[peer]) <= SUM_TOLERANCE for peer, weight in one.recv.items())
+            )
+        )
+
+    @property
+    def max_degree(self) -> int:
+        """The most messages that any rank sends, or receives, in any one round.
+
+        Raises:
+            ValueError: for an endless sequence that promises no bound.
+        """
+        return max(
+            max(len(one.recv), len(one.send))
+            for step in range(self.finite_period("max_degree"))
+            for one in (self._round(rank, step) for rank in range(self.size))
+        )
+
+    def finite_period(self, wanted_for: str) -> int:
+        """The period, where it is needed for ``wanted_for``.
+
+        Raises:
+            ValueError: if the sequence is endless.
+        """
+        if self.period is None:
+            raise ValueError(
+                f"{self!r} never repeats, so {wanted_for} has no value; consensus_factor(steps) looks at a stretch"
+            )
+        return self.period
+
+    def _holds_every_round(self, condition: Callable[[Round], bool]) -> bool:
+        return self.period is not None and all(
+            condition(self._round(rank, step)) for step in range(self.period) for rank in range(self.size)
+        )
+
+    def spectral_gap(self) -> float:
+        """How much of the disagreement a round removes in the long run; 1 is an exact average.
+
+        Static graphs: 1 - |second largest eigenvalue of W|. Sequences: ``1 - rho ** (1 / period)`` with rho the
+        second largest |eigenvalue| of the product of one period, the mean rate per round. Random sequences:
+        ``1 - sqrt(||E[W'W] - J||)``, the rate of the expected squared distance. One rank: 1.
+
+        Raises:
+            ValueError: if the sequence is endless and has no closed form (use `consensus_factor`).
+            ImportError: if scipy is missing and ``size`` needs its sparse eigenvalue solver.
+        """
+        if self._exact_after is not None:
+            return 1.0
+        return analysis.spectral_gap(self)
+
+    def smallest_eigenvalue(self) -> float:
+        """Smallest eigenvalue of a static symmetric graph (exact diffusion needs it above -1/3).
+
+        Raises:
+            ValueError: if the topology is not static or not symmetric.
+        """
+        if not (self.is_static and self.is_symmetric()):
+            raise ValueError(f"{self!r} is not static and symmetric, so it has no real smallest eigenvalue")
+        return analysis.smallest_eigenvalue(self)
+
+    def consensus_factor(self, steps: int, start: int = 0) -> float:
+        """``||W(start+steps-1) ... W(start) - J||_2``: the most that disagreement can shrink by, or grow, in ``steps``.
+
+        Raises:
+            ValueError: if ``steps`` is less than 1 or ``start`` is negative.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return analysis.consensus_factor(self, self._checked_step(start), steps)
+
+    def rounds_to_exact(self, limit: int | None = None) -> int | None:
+        """The least number of rounds from step 0 that average exactly, or None if ``limit`` rounds do not.
+
+        ``limit`` is two periods by default, and 64 for an endless sequence.
+        """
+        if limit is None:
+            limit = 64 if self.period is None else 2 * self.period
+        known = self._exact_after
+        if known is not None:
+            return known if known <= limit else None
+        return analysis.rounds_to_exact(self, limit)
+
+    def lazy(self) -> Topology:
+        """The same edges with weights ``(I + W) / 2``: eigenvalues of a symmetric graph move into [0, 1]."""
+        from fusedfog.topology.combined import Lazy
+
+        return Lazy(self)
+
+    def then(self, other: Topology) -> Topology:
+        """Alternate: even steps use this topology's rounds, odd steps those of ``other``; see `sequence`.
+
+        Raises:
+            ValueError: if the sizes differ.
+        """
+        from fusedfog.topology.combined import sequence
+
+        return sequence([self, other])
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw each round (at most 8) as a circle of ranks, into a file whose suffix names the format.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+        """
+        from fusedfog.topology.plot import draw
+
+        draw(self, path)
+
+    def fingerprint(self) -> str:
+        """A digest that is equal in every process for equal topologies, and costs no matrix."""
+        return hashlib.sha256(self._identity()).hexdigest()
+
+    def _identity(self) -> bytes:
+        return self.definition.encode()
+
+    def _checked_step(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        return step
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Topology):
+            return NotImplemented
+        return self is other or self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    def __repr__(self) -> str:
+        return self.definition
+
+
+def whole(value: SupportsIndex, what: str, least: int = 1) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: if it is not a whole number of at least ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{what} must be at least {least}, got {number}")
+    return number
+
+
+def ascending(weights: dict[int, float]) -> dict[int, float]:
+    """The same weights in ascending rank order, the order in which every rank must sum."""
+    return dict(sorted(weights.items()))
