@@ -1,0 +1,223 @@
+"""The GPU pass: one kernel that loads, mixes, calls a rule and stores, and its launcher.
+
+Every access to a flat tensor is as wide as its layout allows: 128 bits a thread, or 64 where four 2-byte elements meet
+four 4-byte ones. Three things make it so. Parameters start at multiples of 64 elements. The last block of a parameter
+is masked at the next multiple of 64 instead of at its length: lanes between the two are padding, which is stored back
+bit for bit as loaded. And a full block reads its gradient, which has no padding, without a mask.
+
+Scalars arrive as floats, which never become part of the compile key; the rule, the number of neighbours, states and
+messages, and the dtypes do. No autotuning: passes work in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from . import rules
+from .region import ALIGNMENT, BLOCK, Gradients, Region
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Off: contraction into fused multiply-adds differs between compiler versions and with it the bits of a run. The pass is
+# bound by memory traffic, not by arithmetic.
+FP_FUSION = False
+
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+
+@triton.jit
+def load_gradient(address, offset, lanes, n, present, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """A gradient block, from the table's address; zeros behind its end and where there is none."""
+    # The offset is added to the pointer, not to the integer: only so does the compiler see that both are aligned.
+    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + offset
+    if present & (n == BLOCK):  # noqa: SIM108 (a branch, not a select of two loads)
+        g = tl.load(pointer + lanes)
+    else:
+        g = tl.load(pointer + lanes, mask=(lanes < n) & present, other=0.0)
+    return g.to(tl.float32)
+
+
+@triton.jit
+def mix_one(base, inbox, weights, row_sum, FIRST: tl.constexpr, at, inside):
+    """`row_sum*base + sum_k weights[k]*(inbox[FIRST + k] - base)` without the neighbours of weight zero."""
+    mixed = row_sum * base
+    for k in tl.static_range(len(weights)):
+        received = tl.load(inbox[FIRST + k] + at, mask=inside).to(tl.float32)
+        mixed += tl.where(weights[k] != 0.0, weights[k] * (received - base), 0.0)
+    return mixed
+
+
+@triton.jit
+def store(pointer, at, value, lanes, n, inside, BLOCK: tl.constexpr):
+    """Stores the first n values and leaves the padding behind them bit for bit as it is."""
+    # Padding may hold anything, NaNs too. It is read again here, by last blocks only (elsewhere the mask switches the
+    # load off), because keeping every block's old values to the end costs registers: AdamW at 8 a thread 96, not 72.
+    old = tl.load(pointer + at, mask=inside & (n != BLOCK))
+    tl.store(pointer + at, tl.where(lanes < n, value.to(old.dtype), old), mask=inside)
+
+
+@triton.jit
+def fused_pass(
+    param,
+    states,
+    sent,
+    inbox,
+    messages,
+    blocks,
+    steps,
+    addresses,
+    grad_scale,
+    found_inf,
+    row_sum,
+    weights,
+    hyper,
+    RULE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on."""
+    row = blocks + tl.program_id(0).to(tl.int64) * 4
+    index, offset, n = tl.load(row), tl.multiple_of(tl.load(row + 1), 16), tl.load(row + 2).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    at = tl.multiple_of(tl.load(row + 3), _ALIGNMENT) + lanes
+    inside = lanes < (n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+    x = tl.load(param + at, mask=inside).to(tl.float32)
+    if len(sent) == 0:
+        mixed = (mix_one(x, inbox, weights, row_sum, 0, at, inside),)
+    else:
+        # Device code has no `(*mixed, ...)`.
+        mixed = ()
+        for m in tl.static_range(len(sent)):
+            base = tl.load(sent[m] + at, mask=inside).to(tl.float32)
+            mixed = mixed + (mix_one(base, inbox, weights, row_sum, m * len(weights), at, inside),)  # noqa: RUF005
+    old_states = ()
+    for s in tl.static_range(len(states)):
+        old_states = old_states + (tl.load(states[s] + at, mask=inside),)  # noqa: RUF005
+
+    update = True
+    g = tl.zeros([BLOCK], tl.float32)
+    if addresses is not None:
+        address = tl.load(addresses + index)
+        update = address != 0
+        if found_inf is not None:
+            update = update & (tl.load(found_inf) == 0.0)
+        g = load_gradient(address, offset, lanes, n, update, GRAD_DTYPE, BLOCK)
+        if grad_scale is not None:
+            g *= tl.load(grad_scale)
+    step = 1.0
+    if steps is not None:
+        step = tl.load(steps + index) + 1.0
+
+    x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
+    store(param, at, tl.where(update, x_new, mixed[0]), lanes, n, inside, BLOCK)
+    for s in tl.static_range(len(states)):
+        store(states[s], at, new_states[s], lanes, n, inside & update, BLOCK)
+    tl.static_assert(len(messages) == 0 or len(messages) == len(made), "one buffer per message of the rule, or none")
+    for m in tl.static_range(len(messages)):
+        unmade = mixed[m] if m < len(mixed) else mixed[0]
+        store(messages[m], at, tl.where(update, made[m], unmade), lanes, n, inside, BLOCK)
+
+
+@triton.jit(do_not_specialize=["count"])
+def advance(steps, addresses, found_inf, count, BLOCK: tl.constexpr):
+    """`steps += 1` where there is a gradient, unless found_inf."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    increment = 1.0
+    if found_inf is not None:
+        increment = tl.where(tl.load(found_inf) == 0.0, 1.0, 0.0)
+    increment = tl.where(tl.load(addresses + at, mask=inside, other=0) != 0, increment, 0.0)
+    tl.store(steps + at, tl.load(steps + at, mask=inside) + increment, mask=inside)
+
+
+def num_warps(param: torch.dtype, grad: torch.dtype, others: Sequence[torch.dtype], states: int) -> int:
+    """Warps per block of 1,024 elements: 4, eight elements a thread, where that is safe; else 8, four a thread.
+
+    Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
+    through shared memory. It also needs registers, which a block keeps for every tensor loaded and above all for
+    Adam's square root and division: measured with ptxas for sm_80, sm_90 and sm_100, it takes at most 60 with one state
+    at most and at most 8 bytes an element in tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126).
+
+    Args:
+        param: dtype of the parameters.
+        grad: dtype of the gradients.
+        others: dtypes of every state, sent message, inbox tensor and message.
+        states: how many of them are states.
+    """
+    widths = {dtype.itemsize for dtype in (param, grad, *others)}
+    return 4 if len(widths) == 1 and states <= 1 and sum(dtype.itemsize for dtype in others) <= 8 else 8
+
+
+def launch(
+    rule: str,
+    param: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    hyper: Sequence[float],
+    region: Region,
+    grads: Gradients | None,
+    steps: torch.Tensor | None,
+    sent: Sequence[torch.Tensor],
+    inbox: Sequence[Sequence[torch.Tensor]],
+    weights: Sequence[float],
+    row_sum: float,
+    messages: Sequence[torch.Tensor],
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
+
+    Raises:
+        ValueError: for parameters or gradients that are not fp32, bf16 or fp16, or a missing block or address table.
+    """
+    grad_dtype = param.dtype if grads is None else grads.dtype
+    if param.dtype not in DTYPES or grad_dtype not in DTYPES:
+        raise ValueError(f"the GPU pass takes fp32, bf16 and fp16, not {param.dtype} with {grad_dtype} gradients")
+    if region.blocks is None or (grads is not None and grads.addresses is None):
+        raise ValueError("the GPU pass needs the region's block table and the gradients' address table")
+    received = tuple(tensor for message in inbox for tensor in message)
+    others = [tensor.dtype for tensor in (*states, *sent, *received, *messages)]
+    with _on(param):
+        fused_pass[(region.blocks.shape[0],)](
+            param,
+            tuple(states),
+            tuple(sent),
+            received,
+            tuple(messages),
+            region.blocks,
+            steps,
+            None if grads is None else grads.addresses,
+            grad_scale,
+            found_inf,
+            # float(): an int would be part of the compile key.
+            float(row_sum),
+            tuple(map(float, weights)),
+            tuple(map(float, hyper)),
+            RULE=getattr(rules, rule),
+            GRAD_DTYPE=DTYPES[grad_dtype],
+            BLOCK=BLOCK,
+            num_warps=num_warps(param.dtype, grad_dtype, others, len(states)),
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def launch_advance(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tensor | None = None) -> None:
+    """`fusedfog.kernels.advance_steps` on the GPU: one launch, on the current stream of steps' device.
+
+    Raises:
+        ValueError: if the gradients have no address table.
+    """
+    if grads.addresses is None:
+        raise ValueError("the GPU path needs the gradients' address table")
+    grid = (triton.cdiv(len(steps), BLOCK),)
+    with _on(steps):
+        advance[grid](steps, grads.addresses, found_inf, len(steps), BLOCK=BLOCK, num_warps=8)
+
+
+def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one, where launches go; the interpreter's tensors are on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
