@@ -1,0 +1,21 @@
+"""What can go wrong between ranks, one exception for each way out."""
+
+
+class MismatchError(ValueError):
+    """Ranks were built with different models, hyper-parameters, topologies or algorithms; names the rank and the field."""
+
+
+class PeerTimeout(TimeoutError, RuntimeError):
+    """A peer did not arrive, or its message did not, within the process group's timeout; names the peer."""
+
+
+class ExchangeError(RuntimeError):
+    """A message was lost because its peer exited or the connection broke; names the peer, the step and the bucket."""
+
+
+class StorageReplacedError(RuntimeError):
+    """A parameter no longer lives in the optimizer's flat buffer (`p.data = ...`, `.to(...)`); names the parameter."""
+
+
+class TornMessageWarning(UserWarning):
+    """A parameter was edited in place while its value was being sent; wrap such edits in `with opt.paused():`."""

@@ -1,0 +1,140 @@
+"""Where each parameter lives: flat offsets, buckets and kernel blocks, as pure data.
+
+Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer. Inside it every parameter starts at
+a multiple of `ALIGN` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
+unit of exchange; a bucket is cut into *blocks* of at most `BLOCK` elements that never cross a parameter, the unit of work
+of one kernel program. The same inputs give the same layout on every rank; nothing here is traced at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+ALIGN = 64
+"""Elements. A start that is not 16-byte aligned turns each 128-bit access of the kernel into four scalar ones."""
+
+BLOCK = 1024
+"""Elements per kernel program."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What the layout needs to know of a parameter.
+
+    `depth` orders parameters by when the forward pass meets them (0 first); backward finishes them in the reverse order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+    mix: bool
+    depth: float
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place: elements `[start, start + numel)` of its segment, in the memory order given by `stride`."""
+
+    index: int
+    start: int
+    spec: ParamSpec
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.spec.numel
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters `[first, last)` of a segment, in its elements `[start, stop)`; the unit of exchange."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    depth: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One flat buffer: the parameters of one param group and dtype that are all mixed, or all not."""
+
+    group: int
+    dtype: torch.dtype
+    mix: bool
+    slots: tuple[Slot, ...]
+    buckets: tuple[Bucket, ...]
+    numel: int
+
+
+def align(n: int) -> int:
+    """`n` rounded up to a multiple of `ALIGN`."""
+    return -(-n // ALIGN) * ALIGN
+
+
+def plan(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment, ...]:
+    """Lay parameters out in segments and buckets.
+
+    Args:
+        specs: one per parameter, in registration order; `Slot.index` counts in this order.
+        bucket_bytes: a bucket is closed once it holds this much; a larger parameter is a bucket of its own.
+
+    Raises:
+        ValueError: if `bucket_bytes` is not positive.
+    """
+    if bucket_bytes <= 0:
+        raise ValueError(f"bucket size must be positive, got {bucket_bytes} bytes; 25 MB is a good bucket_mb")
+    families: dict[tuple[int, torch.dtype, bool], list[tuple[int, ParamSpec]]] = {}
+    for index, spec in enumerate(specs):
+        families.setdefault((spec.group, spec.dtype, spec.mix), []).append((index, spec))
+    return tuple(_segment(members, bucket_bytes) for members in families.values())
+
+
+def _segment(members: list[tuple[int, ParamSpec]], bucket_bytes: int) -> Segment:
+    slots: list[Slot] = []
+    buckets: list[Bucket] = []
+    itemsize = members[0][1].dtype.itemsize
+    first = start = at = 0
+    for position, (index, spec) in enumerate(members):
+        slots.append(Slot(index, at, spec))
+        at = align(at + spec.numel)
+        last = position + 1
+        if (at - start) * itemsize >= bucket_bytes or last == len(members):
+            depth = min(slot.spec.depth for slot in slots[first:])
+            buckets.append(Bucket(first, last, start, at, depth))
+            first, start = last, at
+    spec = members[0][1]
+    return Segment(spec.group, spec.dtype, spec.mix, tuple(slots), tuple(buckets), at)
+
+
+def backward_order(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Every (segment, bucket) in the order in which backward completes them.
+
+    A bucket is complete when its shallowest parameter has its gradient, so buckets come by descending depth of that
+    parameter. All ranks pass over and exchange buckets in this one order: NCCL matches messages by order alone.
+    """
+    keyed = [(-bucket.depth, s, b) for s, segment in enumerate(segments) for b, bucket in enumerate(segment.buckets)]
+    return [(s, b) for _, s, b in sorted(keyed)]
+
+
+def block_table(segment: Segment, bucket: Bucket) -> np.ndarray:
+    """Blocks of a bucket: int64 `[B, 4]` of (parameter in segment, offset in parameter, valid length, flat start)."""
+    rows = [
+        (p, offset, min(BLOCK, slot.spec.numel - offset), slot.start + offset)
+        for p, slot in enumerate(segment.slots[bucket.first : bucket.last], start=bucket.first)
+        for offset in range(0, slot.spec.numel, BLOCK)
+    ]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
