@@ -1,0 +1,122 @@
+"""Global averages over all ranks of a link: parameters, gradients, consensus distance. Collective, bucket by bucket."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedfog.exchange import Link
+from fusedfog.flat import FlatSegment
+from fusedfog.kernels import Gradients
+from fusedfog.layout import Bucket
+
+_CHUNK = 1 << 22
+"""Elements averaged at a time, so that the temporaries stay small beside the model."""
+
+
+def _chunks(flat: Tensor) -> Sequence[Tensor]:
+    return flat.split(_CHUNK) if flat.numel() else ()
+
+
+def _accumulator(chunk: Tensor) -> Tensor:
+    # Sums of bf16 over many ranks would lose the digits that the average is taken for.
+    return chunk.to(torch.float64 if chunk.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def average_in_place(flats: Sequence[Tensor], link: Link | None) -> None:
+    """Replace each floating-point tensor by its mean over the ranks (fp32 sums for 16-bit tensors)."""
+    if link is None:
+        return
+    for flat in flats:
+        for chunk in _chunks(flat):
+            total = _accumulator(chunk)
+            dist.all_reduce(total, group=link.group)
+            chunk.copy_(total.div_(link.world.size))
+
+
+def broadcast(flats: Sequence[Tensor], link: Link | None, src: int = 0) -> None:
+    """Replace each tensor by group rank `src`'s."""
+    if link is None:
+        return
+    for flat in flats:
+        if flat.numel():
+            dist.broadcast(flat, group=link.group, group_src=src)
+
+
+def consensus_distance(segments: Sequence[FlatSegment], link: Link | None) -> float:
+    """sqrt( (1/n) sum_i ||x_i - mean||^2 ) over all mixed parameters, measured now."""
+    if link is None or not segments:
+        return 0.0
+    square = torch.zeros(1, dtype=torch.float64, device=segments[0].param.device)
+    for segment in segments:
+        for chunk in _chunks(segment.param) if segment.layout.mix else ():
+            mean = _accumulator(chunk)
+            dist.all_reduce(mean, group=link.group)
+            square += mean.div_(link.world.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
+    dist.all_reduce(square, group=link.group)
+    return math.sqrt(square.item() / link.world.size)
+
+
+class GradientAverage:
+    """The mean gradient of one bucket over all ranks: packed into one buffer, all-reduced, read from there.
+
+    Behind the gradients the buffer carries one flag a parameter (does any rank have a gradient?) and one for non-finite
+    gradients found by a GradScaler on any rank, so that all ranks update, or skip, the same parameters. A rank without a
+    gradient contributes zero, as under DistributedDataParallel.
+    """
+
+    def __init__(self, segment: FlatSegment, bucket: Bucket, link: Link) -> None:
+        self.segment, self.bucket, self.link = segment, bucket, link
+        self.slots = segment.layout.slots[bucket.first : bucket.last]
+        self.length = bucket.stop - bucket.start
+        self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1)
+        self._work: dist.Work | None = None
+        self._homes = torch.tensor(
+            [self.buffer.data_ptr() + (slot.start - bucket.start) * self.buffer.element_size() for slot in self.slots],
+            device=self.buffer.device,
+        )
+
+    def start(self, grads: Gradients, found_inf: Tensor | None) -> None:
+        """Pack this rank's gradients and start the all-reduce; the gradients may be freed afterwards."""
+        share = 1.0 / self.link.world.size
+        flags = torch.zeros(len(self.slots) + 1)
+        for i, slot in enumerate(self.slots):
+            grad = grads.tensors[self.bucket.first + i]
+            place = self.buffer[slot.start - self.bucket.start : slot.stop - self.bucket.start]
+            if grad is None:
+                place.zero_()
+            else:
+                torch.mul(grad, share, out=place)
+                flags[i] = share
+        self.buffer[self.length :].copy_(flags, non_blocking=True)
+        if found_inf is not None:
+            self.buffer[-1] = found_inf.reshape(()) * share
+        self._work = dist.all_reduce(self.buffer, group=self.link.group, async_op=True)
+
+    def finish(self) -> tuple[Gradients, Tensor]:
+        """Wait for the mean; returns it with the flag (0-d, fp32) that is positive if any rank found a non-finite one."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+        first, last = self.bucket.first, self.bucket.last
+        flags = self.buffer[self.length : -1]
+        tensors: list[Tensor | None] = [None] * len(self.segment.params)
+        table = None
+        if self.buffer.is_cuda:
+            # Which parameters have a gradient is only known on the device: no host sync to find out.
+            table = torch.zeros(len(tensors), dtype=torch.int64, device=self.buffer.device)
+            table[first:last] = torch.where(flags > 0, self._homes, 0)
+        else:
+            for i, slot in enumerate(self.slots):
+                if flags[i] > 0:
+                    tensors[first + i] = self.buffer[slot.start - self.bucket.start : slot.stop - self.bucket.start]
+                    self.segment.touched[first + i] = True
+        return Gradients(tensors, table, self.buffer.dtype), self.buffer[-1].float()
+
+    def tensors(self) -> Tensor:
+        """The reduced gradients of the bucket, padding (zero) included."""
+        return self.buffer[: self.length]

@@ -1,0 +1,289 @@
+"""How an optimizer comes to be: check, lay out, agree with the other ranks, and only then change or send anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedfog.agreement import agree
+from fusedfog.algorithms import Algorithm, resolve_topology
+from fusedfog.averaging import broadcast
+from fusedfog.exchange import Link, link_for, next_agreement
+from fusedfog.flat import FlatSegment, dense_stride
+from fusedfog.layout import ParamSpec, plan
+from fusedfog.scheduler import Scheduler
+from fusedfog.topology import Topology
+from fusedfog.world import World, find_world
+
+Groups = list[dict[str, Any]]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WARM_ROUNDS = 64
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword arguments that every optimizer takes; `DecentralizedOptimizer` explains them."""
+
+    topology: Topology | str | None
+    algorithm: str
+    group: dist.ProcessGroup | None
+    communicate_every: int
+    fused_backward: bool
+    bucket_mb: float
+    max_grad_norm: float | None
+    sync_init: bool
+    model: torch.nn.Module | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked `Keywords` of one optimizer, and the clock that a copy of it resumes from."""
+
+    topology: Topology | str | None = None
+    algorithm: str = "awc"
+    group: dist.ProcessGroup | None = None
+    communicate_every: int = 1
+    fused_backward: bool = False
+    bucket_mb: float = 25
+    max_grad_norm: float | None = None
+    sync_init: bool = True
+    model: torch.nn.Module | None = None
+    clock: tuple[int, int] = (0, 0)
+
+    @staticmethod
+    def of(keywords: Keywords) -> Options:
+        """Check what can be checked without looking at parameters or ranks; ValueError says which keyword is wrong."""
+        options = Options(**keywords)
+        if not (isinstance(options.communicate_every, int) and options.communicate_every >= 1):
+            raise ValueError(
+                f"communicate_every must be a whole number of at least 1, got {options.communicate_every!r}"
+            )
+        if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
+            raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
+        clip = options.max_grad_norm
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
+        return options
+
+    def portable(self, clock: tuple[int, int]) -> Options:
+        """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0."""
+        if self.group is not None:
+            raise TypeError(
+                "an optimizer with a process group of its own cannot be pickled or copied; use state_dict()"
+            )
+        return dataclasses.replace(self, clock=clock, sync_init=False)
+
+
+def check_finite(group: Mapping[str, Any], non_negative: Iterable[str], finite: Iterable[str] = ()) -> None:
+    """Raise ValueError unless the named hyper-parameters are finite numbers, and the first ones not negative."""
+    bounded = list(non_negative)
+    for name in [*bounded, *finite]:
+        value = float(group[name])
+        if not math.isfinite(value) or (name in bounded and value < 0):
+            raise ValueError(
+                f"{name} must be finite{' and not negative' if name in bounded else ''}, got {group[name]}"
+            )
+
+
+def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch.nn.Module | None) -> list[ParamSpec]:
+    """The layout's view of the parameters of `groups`, checked.
+
+    Raises:
+        ValueError: a dtype, memory layout or device that cannot be trained here, or parameters that share memory.
+    """
+    known = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())} if model is not None else {}
+    specs: list[ParamSpec] = []
+    seen: list[Tensor] = []
+    for offset, group in enumerate(groups):
+        names = group.get("param_names") or [f"{len(specs) + i}" for i in range(len(group["params"]))]
+        for i, (param, given) in enumerate(zip(group["params"], names, strict=True)):
+            depth, name = known.get(id(param), (i / len(group["params"]), given))
+            _check_parameter(param, name)
+            specs.append(
+                ParamSpec(
+                    name=name,
+                    shape=tuple(param.shape),
+                    stride=dense_stride(param),
+                    dtype=param.dtype,
+                    group=first_group + offset,
+                    mix=bool(group["mix"]),
+                    depth=depth,
+                )
+            )
+            seen.append(param)
+    devices = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"all parameters of an optimizer must be on one device, but there is {places}; move the model first"
+        )
+    _check_disjoint(seen, specs)
+    return specs
+
+
+def _check_parameter(param: Tensor, name: str) -> None:
+    if param.layout != torch.strided:
+        raise ValueError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
+    if param.dtype not in _DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(
+            f"parameter {name} is {param.dtype}; supported are {kinds}. Give others a torch.optim optimizer"
+        )
+    if param.device.type == "meta":
+        raise ValueError(
+            f"parameter {name} is on the meta device; materialise the model first (model.to_empty, then init)"
+        )
+    if param.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"parameter {name} is on {param.device}; supported devices are cpu and cuda")
+
+
+def _check_disjoint(params: Sequence[Tensor], specs: Sequence[ParamSpec]) -> None:
+    def extent(tensor: Tensor) -> int:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return int(tensor.data_ptr() + (reach + 1) * tensor.element_size())
+
+    spans = sorted((p.data_ptr(), extent(p), spec.name) for p, spec in zip(params, specs, strict=True) if p.numel())
+    for (_, stop, one), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"parameters {one} and {other} share memory but are different Parameter objects, so flat storage would part "
+                f"them; tie them by assigning the same object (model.b.weight = model.a.weight)"
+            )
+
+
+def pair_parameters(groups: Groups, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
+    """Each parameter with its key in a state_dict's "state", in order; as many as both have."""
+    params = [param for group in groups for param in group["params"]]
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    return list(zip(params, keys, strict=False))
+
+
+def check_states(groups: Groups, state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the parameter, if a saved state does not have its parameter's shape."""
+    for number, (param, key) in enumerate(pair_parameters(groups, state_dict)):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
+                raise ValueError(
+                    f"{name} of parameter {number} has shape {tuple(value.shape)}, not {tuple(param.shape)}: "
+                    f"this checkpoint is of another model, or its parameters were in another order"
+                )
+
+
+def _fields(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Options) -> dict[str, str]:
+    """What ranks must agree on, in a reader's words."""
+    fields = {"optimizer": kind, "number of parameters": str(len(specs))}
+    for i, spec in enumerate(specs):
+        dtype = str(spec.dtype).removeprefix("torch.")
+        fields[f"parameter {i} ({spec.name})"] = f"shape {spec.shape} {dtype} in group {spec.group}"
+    for g, group in enumerate(groups):
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                plain = value.item() if isinstance(value, Tensor) else value
+                fields[f"{name} of group {g}"] = repr(plain)
+    for name in ("algorithm", "communicate_every", "fused_backward", "bucket_mb", "max_grad_norm", "sync_init"):
+        fields[name] = repr(getattr(options, name))
+    return fields
+
+
+def _name_topology(topology: Topology | None) -> str:
+    return "none" if topology is None else f"{topology.name} ({topology.fingerprint()[:12]})"
+
+
+def _timeout(world: World, device: torch.device) -> Any:
+    assert world.group is not None
+    return world.group._get_backend(device).options._timeout
+
+
+def build(kind: str, groups: Groups, algorithm: Algorithm, options: Options) -> Scheduler:
+    """Check everything, agree with the other ranks, then adopt the parameters and start from rank 0's values."""
+    alone = algorithm.exchanges == "nothing"
+    world = World(0, 1, None) if alone else find_world(options.group)
+    topology = resolve_topology(algorithm, options.topology, world.size)
+    specs = describe(groups, 0, options.model)
+    device = groups[0]["params"][0].device
+    layouts = plan(specs, int(options.bucket_mb * 2**20))
+    link, channel = None, 0
+    if world.size > 1:
+        fields = _fields(kind, groups, specs, options) | {"topology": _name_topology(topology)}
+        agree(world, next_agreement(world), fields, _timeout(world, device), kind)
+        link = link_for(world, device)
+        channel = link.open_channel()
+        _warm_up(link, topology, device)
+    params = [param for group in groups for param in group["params"]]
+    segments = [FlatSegment(layout, [params[slot.index] for slot in layout.slots]) for layout in layouts]
+    if options.sync_init:
+        broadcast([segment.param for segment in segments], link)
+        broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
+    return Scheduler(
+        groups,
+        segments,
+        algorithm,
+        topology,
+        link,
+        channel,
+        communicate_every=options.communicate_every,
+        fused_backward=options.fused_backward,
+        max_grad_norm=options.max_grad_norm,
+    )
+
+
+def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> None:
+    """Take the last of `groups` into a running scheduler; all ranks together."""
+    group = groups[-1]
+    specs = describe([group], len(groups) - 1, options.model)
+    device = engine.segments[0].param.device
+    if specs and group["params"][0].device != device:
+        raise ValueError(
+            f"the new group is on {group['params'][0].device} but the optimizer's parameters are on {device}"
+        )
+    if engine.link is not None:
+        fields = _fields(kind, groups[-1:], specs, options)
+        agree(
+            engine.link.world, next_agreement(engine.link.world), fields, engine.link.timeout, f"{kind}.add_param_group"
+        )
+    layouts = plan(specs, int(options.bucket_mb * 2**20))
+    segments = [FlatSegment(layout, [group["params"][slot.index] for slot in layout.slots]) for layout in layouts]
+    if options.sync_init:
+        broadcast([segment.param for segment in segments], engine.link)
+    engine.discard()
+    engine.segments.extend(segments)
+    engine.lay_lanes()
+
+
+def measuring_link(engine: Scheduler, options: Options) -> Link | None:
+    """The link over which averages are taken; `local` optimizers have none of their own and meet here first."""
+    if engine.link is not None or (options.group is None and not dist.is_initialized()):
+        return engine.link
+    world = find_world(options.group)
+    return link_for(world, engine.segments[0].param.device) if world.size > 1 else None
+
+
+def change_topology(kind: str, engine: Scheduler, topology: Topology | str | None) -> None:
+    """Give a running scheduler another topology; all ranks together."""
+    size = engine.link.world.size if engine.link is not None else 1
+    chosen = resolve_topology(engine.algorithm, topology, size)
+    if engine.link is not None:
+        world = engine.link.world
+        fields = {"topology": _name_topology(chosen)}
+        agree(world, next_agreement(world), fields, engine.link.timeout, f"{kind}.set_topology")
+    engine.discard()
+    engine.topology = chosen
+    if engine.link is not None:
+        _warm_up(engine.link, chosen, engine.segments[0].param.device)
+
+
+def _warm_up(link: Link, topology: Topology | None, device: torch.device) -> None:
+    if topology is None:
+        return
+    rounds = (
+        topology.round(link.world.rank, step) for step in range(min(topology.period or _WARM_ROUNDS, _WARM_ROUNDS))
+    )
+    link.warm_up([(list(turn.send), list(turn.recv)) for turn in rounds], device)

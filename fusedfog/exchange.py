@@ -1,0 +1,269 @@
+"""Messages in flight: point-to-point exchange of buckets over torch.distributed, NCCL and gloo behind one interface.
+
+A `Link` is the one dedicated process group of a set of ranks; optimizers and plain-tensor operations share it, each with
+a channel number of its own. `Link.start` posts all receives and sends of one bucket and returns a `Message`;
+`Message.wait` makes the data usable: on gloo it blocks the host, on NCCL only the current stream.
+
+Rules that keep this free of deadlock:
+ - Every rank starts the same buckets in the same order, from one thread. NCCL matches by order (one group call a bucket,
+   no tags); gloo matches by tag.
+ - Receives are posted before sends: a gloo send completes only when its receive is posted.
+ - A work is waited for exactly once (a second wait on a gloo work never returns) and is never dropped while pending (a
+   dropped gloo work breaks its connection for everyone): what its owner abandons, the link keeps until it has completed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedfog.errors import ExchangeError, PeerTimeout
+from fusedfog.world import World
+
+log = logging.getLogger("fusedfog")
+
+Parcel = tuple[int, Tensor]
+"""A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
+
+
+class Message:
+    """One bucket's sends and receives in flight, or how they failed."""
+
+    def __init__(self, link: Link, label: str) -> None:
+        self.link = link
+        self.label = label
+        self.pending: list[tuple[dist.Work, str]] = []
+        self.keep_alive: list[Tensor] = []
+        self.failure: Exception | None = None
+
+    def done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self.failure is not None or all(work.is_completed() for work, _ in self.pending)
+
+    def wait(self) -> None:
+        """Wait until all receives have arrived and all sends have left.
+
+        Raises:
+            PeerTimeout: a peer's part did not come within the group's timeout.
+            ExchangeError: the connection to a peer broke, now or when the message was started.
+        """
+        deadline = time.monotonic() + self.link.timeout.total_seconds()
+        while self.pending and self.failure is None:
+            work, peers = self.pending[0]
+            try:
+                if self.link.on_gpu:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError as error:
+                self.fail(error, peers)
+            self.pending.pop(0)
+        if self.failure is not None:
+            self.link.keep(self)
+            raise self.failure
+        self.keep_alive.clear()
+
+    def fail(self, error: Exception, peers: str) -> None:
+        """Note why this message will never be complete; the wait that needs it raises."""
+        where = f"rank {self.link.world.rank}: {self.label}: {peers}"
+        if "imed out" in str(error):
+            limit = f"{self.link.timeout.total_seconds():g} s"
+            self.failure = PeerTimeout(
+                f"{where}: nothing within the process group's timeout of {limit}. That rank is stuck, far behind or gone; "
+                f"raise init_process_group(timeout=...) if it is only slow"
+            )
+        else:
+            self.failure = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
+        self.failure.__cause__ = error
+
+
+class Link:
+    """The dedicated process group of one set of ranks.
+
+    Attributes:
+        world: this rank's place among them.
+        group: the dedicated group, created with the parent's timeout.
+        timeout: how long a wait may last.
+    """
+
+    def __init__(self, world: World, device: torch.device) -> None:
+        assert world.group is not None
+        self.world = world
+        self.on_gpu = device.type == "cuda"
+        self.timeout: timedelta = world.group._get_backend(device).options._timeout
+        whole = world.size == dist.get_world_size()
+        if not whole:
+            _level_group_counts(world, self.timeout)
+        self.group: dist.ProcessGroup = dist.new_group(
+            list(world.ranks), timeout=self.timeout, use_local_synchronization=not whole, group_desc="fusedfog"
+        )
+        self._channels = 0
+        self._abandoned: list[Message] = []
+        self._watchdog = Watchdog(self) if self.on_gpu else None
+        # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
+    def open_channel(self) -> int:
+        """A number that keeps one user's tags apart from the others'; ranks open channels in the same order."""
+        self._channels += 1
+        return self._channels - 1
+
+    def tag(self, channel: int, number: int) -> int:
+        """The tag of a channel's message `number`; channels share none, and numbers repeat only after 2^20 messages."""
+        return (channel % (1 << 11)) << 20 | number % (1 << 20)
+
+    def warm_up(self, rounds: Sequence[tuple[list[int], list[int]]], device: torch.device) -> None:
+        """Open NCCL's connections for rounds of (ranks to send to, ranks to receive from); gloo needs none of this."""
+        if not self.on_gpu:
+            return
+        token = torch.zeros(1, device=device)
+        for sends, recvs in rounds:
+            sink = [(peer, torch.empty_like(token)) for peer in recvs]
+            self.start([(peer, token) for peer in sends], sink, tag=0, label="warm-up").wait()
+
+    def start(self, sends: Sequence[Parcel], recvs: Sequence[Parcel], *, tag: int, label: str) -> Message:
+        """Post one bucket's receives and sends; failures surface in `Message.wait`.
+
+        Args:
+            sends, recvs: (peer, contiguous tensor) each; the tensors must stay untouched until `wait` has returned.
+            tag: tells messages between the same two ranks apart (gloo).
+            label: what this is, for errors: "step 12, bucket 3".
+        """
+        self._retire()
+        message = Message(self, label)
+        message.keep_alive = [tensor for _, tensor in (*sends, *recvs)]
+        if self.on_gpu:
+            self._start_grouped(message, sends, recvs)
+        else:
+            self._start_tagged(message, sends, recvs, tag)
+        return message
+
+    def _start_tagged(self, message: Message, sends: Sequence[Parcel], recvs: Sequence[Parcel], tag: int) -> None:
+        for post, parcels, verb in ((dist.irecv, recvs, "receiving from"), (dist.isend, sends, "sending to")):
+            for peer, tensor in parcels:
+                try:
+                    key = {"group_src": peer} if post is dist.irecv else {"group_dst": peer}
+                    work = post(tensor, group=self.group, tag=tag, **key)  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    # The peer may have finished and exited; only a step that needs this message may complain.
+                    message.fail(error, f"{verb} rank {peer}")
+                    return
+                assert work is not None
+                message.pending.append((work, f"{verb} rank {peer}"))
+
+    def _start_grouped(self, message: Message, sends: Sequence[Parcel], recvs: Sequence[Parcel]) -> None:
+        ops = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in recvs]
+        ops += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends]
+        if not ops:
+            return
+        peers = f"receiving from ranks {[p for p, _ in recvs]}, sending to ranks {[p for p, _ in sends]}"
+        try:
+            message.pending = [(work, peers) for work in dist.batch_isend_irecv(ops)]
+        except RuntimeError as error:
+            message.fail(error, peers)
+        assert self._watchdog is not None
+        self._watchdog.watch(message)
+
+    def keep(self, message: Message) -> None:
+        """Keep an abandoned message's works alive until they have completed."""
+        if message.pending:
+            self._abandoned.append(message)
+
+    def _retire(self) -> None:
+        waiting = []
+        for message in self._abandoned:
+            message.pending = [entry for entry in message.pending if not entry[0].is_completed()]
+            if message.pending:
+                waiting.append(message)
+        self._abandoned = waiting
+
+
+class Watchdog:
+    """Logs NCCL messages that are overdue, naming peers, step and bucket, before torch's own watchdog aborts.
+
+    `Work.wait` on NCCL only blocks a stream, so nothing else could tell which message hangs. The thread polls completion
+    events and touches no communicator; it ends with its link.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._watched: list[tuple[float, str, list[dist.Work]]] = []
+        self._lock = threading.Lock()
+        # Half the group's timeout: torch aborts the process at the whole of it.
+        self._patience = link.timeout.total_seconds() / 2
+        self._rank = link.world.rank
+        threading.Thread(target=self._run, args=(weakref.ref(link),), daemon=True, name="fusedfog-watchdog").start()
+
+    def watch(self, message: Message) -> None:
+        """Follow a message until it completes."""
+        works = [work for work, _ in message.pending]
+        if works:
+            with self._lock:
+                what = f"{message.label}: {message.pending[0][1]}"
+                self._watched.append((time.monotonic() + self._patience, what, works))
+
+    def _run(self, link: weakref.ref[Link]) -> None:
+        while link() is not None:
+            time.sleep(min(1.0, self._patience / 4))
+            now = time.monotonic()
+            with self._lock:
+                pending = [entry for entry in self._watched if not all(work.is_completed() for work in entry[2])]
+                overdue = [entry for entry in pending if entry[0] < now]
+                self._watched = [entry for entry in pending if entry[0] >= now]
+            for _, what, _ in overdue:
+                log.error("rank %d: %s: still waiting after %.0f s", self._rank, what, self._patience)
+
+
+class _Links:
+    """The links and agreement counters of the current world; a new world (destroy, init again) starts afresh."""
+
+    default: dist.ProcessGroup | None = None
+    links: dict[tuple[tuple[int, ...], str], Link]
+    agreements: dict[tuple[int, ...], int]
+
+
+def _current() -> _Links:
+    default = dist.distributed_c10d._get_default_group()
+    if _Links.default is not default:
+        _Links.default, _Links.links, _Links.agreements = default, {}, {}
+    return _Links()
+
+
+def link_for(world: World, device: torch.device) -> Link:
+    """The link of this world's ranks for tensors on `device`; made at its first use, by all of them together."""
+    links = _current().links
+    key = (world.ranks, device.type)
+    if key not in links:
+        links[key] = Link(world, device)
+    return links[key]
+
+
+def _level_group_counts(world: World, timeout: timedelta) -> None:
+    """Give every member of a subgroup the same number of process groups before they create one among themselves.
+
+    torch names a locally synchronized group after its ranks and the number of groups the process already has, so members
+    with different numbers would wait for each other under different names until the timeout.
+    """
+    store, prefix = dist.distributed_c10d._get_default_store(), next_agreement(world)
+    own = len(dist.distributed_c10d._world.pg_names)
+    store.set(f"{prefix}/{world.rank}", str(own))
+    keys = [f"{prefix}/{rank}" for rank in range(world.size)]
+    store.wait(keys, timeout)
+    for _ in range(max(int(store.get(key)) for key in keys) - own):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+def next_agreement(world: World) -> str:
+    """A store key prefix for the next thing these ranks agree on, the same on each of them."""
+    counters = _current().agreements
+    number = counters.get(world.ranks, 0)
+    counters[world.ranks] = number + 1
+    members = "-".join(map(str, world.ranks)) if world.size <= 16 else f"{hash(world.ranks):x}"
+    return f"fusedfog/{members}/{number}"

@@ -1,0 +1,387 @@
+"""The optimizers a user sees: `torch.optim` faces on the scheduler.
+
+    opt = fusedfog.AdamW(model.parameters(), lr=1e-3, topology="one_peer_exponential")
+
+Each optimizer is a `torch.optim.Optimizer` with torch's arguments, defaults, param groups, hooks and checkpoint format.
+The parameters become views of flat buffers; `step()` makes the local update and the averaging with neighbours in one
+pass, and the messages travel under the next forward and backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, Unpack
+
+import torch
+from torch import Tensor
+
+from fusedfog import construction
+from fusedfog.algorithms import algorithm_for
+from fusedfog.averaging import average_in_place, consensus_distance
+from fusedfog.construction import Keywords, Options
+from fusedfog.scheduler import Scheduler
+from fusedfog.topology import Topology
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class DecentralizedOptimizer(torch.optim.Optimizer):
+    """What `SGD`, `Adam` and `AdamW` share; not built by itself.
+
+    Keyword arguments of every optimizer, beside torch's own:
+        topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
+            default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise.
+        algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
+            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (mean gradient, the baseline) or "local".
+        group: process group; None is the default one. Ranks in topologies are group ranks.
+        communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
+        fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
+        bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
+        max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication.
+        sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
+        model: the module being trained: names parameters in errors, orders buckets, has its buffers broadcast.
+
+    A param group may set `mix=False`: updated, never communicated.
+
+    Raises (at construction, before anything is sent or changed):
+        ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
+            hyper-parameters; a topology of the wrong size or outside the algorithm's theory.
+        RuntimeError: no process group although WORLD_SIZE is larger than one.
+        MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
+        PeerTimeout: another rank never came to build its optimizer.
+    """
+
+    _family: str
+    # torch.amp.GradScaler then hands over its scale and flag instead of skipping step(), and the exchange with it.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
+        self._scheduler: Scheduler | None = None
+        self._options = options
+        super().__init__(params, {**defaults, "mix": True})
+        self._build()
+
+    def _build(self) -> Scheduler:
+        algorithm = algorithm_for(self._options.algorithm, self._family)
+        for group in self.param_groups:
+            self._check_group(group)
+        self._scheduler = construction.build(type(self).__name__, self.param_groups, algorithm, self._options)
+        return self._scheduler
+
+    @property
+    def _engine(self) -> Scheduler:
+        """The scheduler; a copied or unpickled optimizer builds its own at first use, together with the other ranks."""
+        if self._scheduler is None:
+            saved, clock = dict(self.state), self._options.clock
+            engine = self._build()
+            self._adopt_states(saved)
+            engine.clock.steps, engine.clock.exchanges = clock
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for hyper-parameters that torch's namesake would refuse, or that are not finite."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which hyper-parameters it takes")
+
+    # -- torch.optim -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update and mix all parameters; collective in effect: every rank steps equally often.
+
+        Args:
+            closure: reevaluates the model and returns the loss, once, before the update.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            PeerTimeout, ExchangeError: a neighbour's message did not come.
+            StorageReplacedError: a parameter was moved or given a new storage.
+        """
+        engine = self._engine
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A GradScaler sets these two for the duration of a step.
+        engine.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._show_states()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
+        super().add_param_group(param_group)
+        if self._scheduler is None:
+            return
+        try:
+            self._check_group(self.param_groups[-1])
+            construction.extend(type(self).__name__, self._scheduler, self.param_groups, self._options)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
+
+        Messages are not saved: they are a pure function of the parameters and are sent again on resume.
+        """
+        self._engine.drain(keep_failures=True)
+        saved = super().state_dict()
+        for state in saved["state"].values():
+            if "step" in state:
+                state["step"] = state["step"].cpu()
+        clock = self._engine.clock
+        saved["fusedfog"] = {
+            "steps": clock.steps,
+            "exchanges": clock.exchanges,
+            "algorithm": self._options.algorithm,
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
+
+        Raises:
+            ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm.
+        """
+        engine = self._engine
+        extra = state_dict.get("fusedfog", {"steps": 0, "exchanges": 0, "algorithm": self._options.algorithm})
+        if extra["algorithm"] != self._options.algorithm:
+            raise ValueError(
+                f"this checkpoint was saved by algorithm {extra['algorithm']!r} but the optimizer runs "
+                f"{self._options.algorithm!r}; build it with algorithm={extra['algorithm']!r}"
+            )
+        construction.check_states(self.param_groups, state_dict)
+        # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
+        originals: dict[Any, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: originals.update(given["state"]))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        engine.discard()
+        pairs = construction.pair_parameters(self.param_groups, state_dict)
+        self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
+        engine.clock.steps, engine.clock.exchanges = extra["steps"], extra["exchanges"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        clock = (
+            (self._scheduler.clock.steps, self._scheduler.clock.exchanges) if self._scheduler else self._options.clock
+        )
+        return {**super().__getstate__(), "_options": self._options.portable(clock), "_scheduler": None}
+
+    def _show_states(self) -> None:
+        """Let `self.state[p]` show, as torch.optim does, the states of every parameter that has had a gradient."""
+        engine = self._engine
+        for segment in engine.segments:
+            names = engine.algorithm.state_names(self.param_groups[segment.layout.group])
+            for position, param in segment.unshown(names):
+                views = {name: segment.state_view(name, position) for name in names}
+                if "exp_avg" in views:
+                    views = {"step": segment.steps[position], **views}
+                if views:
+                    self.state[param] = views
+
+    def _adopt_states(self, saved: dict[Any, Any]) -> None:
+        """Copy states in torch's format into the flat ones; parameters without a saved state start anew."""
+        engine = self._engine
+        self.state.clear()
+        for segment in engine.segments:
+            names = engine.algorithm.state_names(self.param_groups[segment.layout.group])
+            segment.load_states(names, [saved.get(param) or {} for param in segment.params])
+        self._show_states()
+
+    # -- decentralized -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Inside, parameters are the average over all ranks; afterwards they are exactly what they were. Collective.
+
+        Args:
+            model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
+        """
+        engine = self._engine
+        model = model if model is not None else self._options.model
+        buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
+        flats = [segment.param for segment in engine.segments if segment.layout.mix]
+        engine.drain(keep_failures=True)
+        drift = engine.note_versions()
+        before = [tensor.clone() for tensor in (*flats, *buffers)]
+        try:
+            with torch.no_grad(), engine.hold("averaged()"):
+                average_in_place([*flats, *buffers], construction.measuring_link(engine, self._options))
+                engine.bump_versions()
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip((*flats, *buffers), before, strict=True):
+                    tensor.copy_(value)
+            engine.bump_versions()
+            engine.note_versions(keeping=drift)
+
+    def consensus_distance(self) -> float:
+        """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
+        return consensus_distance(self._engine.segments, construction.measuring_link(self._engine, self._options))
+
+    def stats(self) -> dict[str, float]:
+        """Running totals of this rank since construction. Local, no synchronization.
+
+        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); blocked_s, the
+        seconds the host waited for messages; torn_messages, buckets edited by the user while they were being sent.
+        """
+        engine = self._engine
+        return {
+            "steps": engine.clock.steps,
+            "exchanges": engine.clock.exchanges,
+            **vars(engine.figures),
+        }
+
+    def drain(self) -> None:
+        """Wait for all messages in flight; what arrived is kept for the next step. Local.
+
+        Raises:
+            PeerTimeout, ExchangeError: a message did not come or could not be delivered.
+        """
+        self._engine.drain()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is in flight and parameters may be edited freely. Collective; discards messages.
+
+        The next step starts its own exchange, with the edited values, and waits for it.
+        """
+        engine = self._engine
+        engine.discard()
+        with engine.hold("paused()"):
+            yield
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
+        engine = self._engine
+        previous, engine.accumulating = engine.accumulating, True
+        try:
+            yield
+        finally:
+            engine.accumulating = previous
+
+    def set_topology(self, topology: Topology | str | None) -> None:
+        """Use another topology from the next step on. Collective, discards messages in flight.
+
+        Raises:
+            ValueError: as at construction.
+            MismatchError: ranks were given different topologies; the old one stays.
+        """
+        engine = self._engine
+        construction.change_topology(type(self).__name__, engine, topology)
+        self._options = dataclasses.replace(self._options, topology=topology)
+
+
+class SGD(DecentralizedOptimizer):
+    """`torch.optim.SGD` that averages parameters with neighbours; see `DecentralizedOptimizer` for the other keywords.
+
+    The inner step is torch's: d = g + weight_decay x; buf = momentum buf + (1 - dampening) d (buf = d the first time);
+    x -= lr buf, or lr (d + momentum buf) with nesterov. Decay acts on the rank's own unmixed parameters.
+    Lian et al. 2017 (D-PSGD, "awc"); adapt-then-combine diffusion ("atc").
+    """
+
+    _family = "SGD"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        **decentralized: Unpack[Keywords],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, Options.of(decentralized))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        construction.check_finite(group, ("lr", "momentum", "weight_decay"), ("dampening",))
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+class Adam(DecentralizedOptimizer):
+    """`torch.optim.Adam` that averages parameters with neighbours; see `DecentralizedOptimizer` for the other keywords.
+
+    The inner step is torch's, with `weight_decay` added to the gradient of the rank's own unmixed parameters.
+    Note that D-Adam's limit differs from the minimiser by O(1) on heterogeneous data, however small lr is.
+    """
+
+    _family = "Adam"
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        **decentralized: Unpack[Keywords],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": self._decoupled,
+        }
+        super().__init__(params, defaults, Options.of(decentralized))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        construction.check_finite(group, ("lr", "eps", "weight_decay"))
+        for beta in group["betas"]:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW` that averages parameters with neighbours: `Adam` with decoupled decay, x *= 1 - lr weight_decay.
+
+    Decay acts on the rank's own unmixed parameters. The other keywords are `DecentralizedOptimizer`'s.
+    """
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        **decentralized: Unpack[Keywords],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **decentralized)

@@ -1,0 +1,77 @@
+"""Who is here: the process group an optimizer or operation works in, and how to join one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process' place in a process group; `group` is None when it is alone and none exists."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks of the members, in group order."""
+        return tuple(dist.get_process_group_ranks(self.group)) if self.group is not None else (0,)
+
+
+def find_world(group: dist.ProcessGroup | None = None) -> World:
+    """The given process group, or the default one, or a world of one process.
+
+    Raises:
+        RuntimeError: no process group exists although `WORLD_SIZE` says that there are other ranks.
+        ValueError: this rank is not a member of `group`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if group is None and size == 1:
+            return World(0, 1, None)
+        raise RuntimeError(
+            f"torch.distributed is not initialized but WORLD_SIZE is {size}: every rank would train alone. "
+            f"Call fusedfog.init() (or torch.distributed.init_process_group) before building the optimizer"
+        )
+    group = group if group is not None else dist.distributed_c10d._get_default_group()
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"global rank {dist.get_rank()} is not a member of the process group it was given")
+    return World(rank, dist.get_world_size(group), group)
+
+
+def init(backend: str | None = None, timeout: timedelta | float | None = None) -> torch.device:
+    """Join the torchrun world if no process group exists yet, and pick this rank's device.
+
+    Args:
+        backend: as in `torch.distributed.init_process_group`; None takes NCCL on GPUs and gloo otherwise.
+        timeout: how long an operation waits for its peers, as a timedelta or in seconds; None is torch's default.
+
+    Returns:
+        `cuda:LOCAL_RANK` (made the current device) where a GPU is there for every local rank and gloo was not asked for,
+        else `cpu`. Outside torchrun nothing is initialized: a world of one rank needs no process group.
+
+    Raises:
+        ValueError: `timeout` is not positive.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = backend != "gloo" and torch.cuda.is_available()
+    on_gpu = on_gpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if isinstance(timeout, (int, float)):
+        timeout = timedelta(seconds=timeout)
+    if timeout is not None and timeout <= timedelta(0):
+        raise ValueError(f"timeout must be positive, got {timeout}")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # Control traffic and CPU tensors need gloo even where gradients and parameters are on GPUs.
+        chosen = backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group(chosen, timeout=timeout, device_id=device if on_gpu else None)
+    return device
