@@ -10,7 +10,7 @@
         bad = ranks.outcomes(4, may_fail)           # never raises: bad[2].error_type, .message, .seconds
 
 Every call is a brand-new world (store, process group, environment, seeds), so a poisoned group ends with its test. A
-worker that dies or hangs is replaced before the call returns.
+worker that dies, hangs or ends with an error is replaced before the call returns.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ class Pool:
             for rank in [r for r, w in busy.items() if w.conn in ready]:
                 worker = busy.pop(rank)
                 try:
-                    done[rank] = _outcome(pickle.loads(worker.conn.recv_bytes()))
+                    reply = pickle.loads(worker.conn.recv_bytes())
+                    done[rank] = _outcome(reply)
+                    if reply["spent"]:
+                        self._replace(worker, grace=0.0)
                 except (EOFError, OSError):
                     status = self._replace(worker, _GRACE)
                     done[rank] = Outcome(None, "Died", _epitaph(status), "", time.monotonic() - start)

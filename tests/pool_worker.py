@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 # torch._dynamo is what the first torch.optim.Optimizer imports (2 s): pay once, before the forks.
-_PRELOAD = ("numpy", "torch", "torch.distributed", "torch.optim", "torch._dynamo", "pytest", "fusedfog")
+_PRELOAD = ("numpy", "torch", "torch.distributed", "torch.optim", "torch._dynamo", "pytest", "hypothesis", "fusedfog")
 _LENGTH = struct.Struct("!I")
 
 
@@ -147,6 +147,22 @@ def _open_world(task: dict[str, Any]) -> None:
     store = dist.FileStore(task["store"], task["world_size"])
     store.set_timeout(limit)
     dist.init_process_group("gloo", store=store, rank=task["rank"], world_size=task["world_size"], timeout=limit)
+    # Nobody may leave before everybody is in: a rank that fails at once would break the others' connecting instead of
+    # what the test is about.
+    if store.add("pool/opened", 1) == task["world_size"]:
+        store.set("pool/all", "in")
+    store.wait(["pool/all"], limit)
+
+
+def _is_spent(reply: dict[str, Any]) -> bool:
+    """Whether this process should not serve another task.
+
+    After an error anything may be left behind; and torch counts groups per process to name them in the store, a count
+    that a failed `init_process_group` leaves raised, so that this rank would never meet the others again.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    return "error" in reply or getattr(c10d._world, "group_count", 0) != 0
 
 
 def _task(task: dict[str, Any]) -> bytes:
@@ -178,6 +194,7 @@ def _task(task: dict[str, Any]) -> bytes:
             dist.destroy_process_group()
     except BaseException as error:
         reply.setdefault("error", (type(error).__name__, f"while closing the world: {error}", traceback.format_exc()))
+    reply["spent"] = _is_spent(reply)
     return pickle.dumps(reply)
 
 

@@ -7,6 +7,7 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -60,8 +61,11 @@ def wait_for_nobody() -> None:
 
 
 def poison_group() -> str:
-    """Leave the world with a receive in flight that nothing will ever answer."""
-    dist.irecv(torch.zeros(3), src=(dist.get_rank() + 1) % dist.get_world_size())
+    """Rank 0 leaves the world with a receive in flight that nothing will ever answer."""
+    if dist.get_rank() == 0:
+        dist.irecv(torch.zeros(3), src=1)
+    else:
+        time.sleep(0.5)  # the receive needs a peer that is still there
     return "left"
 
 
@@ -72,6 +76,16 @@ def bare() -> tuple:
 def own_init() -> float:
     dist.init_process_group("gloo")
     return total()
+
+
+def fail_to_open() -> str:
+    if os.environ["RANK"] == "1":
+        return "stayed away"
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    except RuntimeError:
+        return "timeout"
+    return "opened alone"
 
 
 def big_result(count: int) -> dict:
@@ -202,14 +216,25 @@ def test_hang_is_killed_named_and_healed(ranks: Pool) -> None:
 
 
 def test_process_group_timeout_is_the_one_asked_for(ranks: Pool) -> None:
-    outcome = ranks.outcomes(2, wait_for_nobody, pg_timeout=1)[0]
-    assert outcome.error_type == "RuntimeError" and "1000ms" in outcome.message
-    assert 0.9 < outcome.seconds < 3.5
+    outcome = ranks.outcomes(2, wait_for_nobody, pg_timeout=2)[0]
+    assert outcome.error_type == "RuntimeError" and "2000ms" in outcome.message
+    assert 1.9 < outcome.seconds < 3.9
 
 
 def test_a_poisoned_group_does_not_leak_into_the_next_call(ranks: Pool) -> None:
     assert ranks.run(2, poison_group) == ["left"] * 2
     assert ranks.run(2, total) == [3.0] * 2
+
+
+def test_a_world_that_could_not_open_does_not_spoil_the_next(ranks: Pool) -> None:
+    assert ranks.run(2, fail_to_open, init=False) == ["timeout", "stayed away"]
+    assert ranks.run(2, total) == [3.0] * 2
+
+
+def test_a_rank_that_fails_at_once_does_not_break_the_others_entry(ranks: Pool) -> None:
+    for _ in range(20):
+        outcomes = ranks.outcomes(4, odd_ranks_raise, "in", code=0)
+        assert [o.error_type or o.value for o in outcomes] == ["in", "LookupError"] * 2
 
 
 def test_worlds_start_clean(ranks: Pool) -> None:
