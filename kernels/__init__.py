@@ -1,12 +1,13 @@
 """One pass over flat buffers: mix the neighbours' messages, apply an update rule, write back.
 
 CUDA tensors take the Triton kernel of `fused_pass`, CPU tensors the plain torch of `reference`. A new rule is one
-function in `rules.py` and its twin in `reference.py`.
+function in `rules.py` and its twin in `reference.py`. What a method does before and after its exchange are two rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -36,57 +37,91 @@ def run_pass(
     messages: Sequence[torch.Tensor] = (),
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
+    missing: Literal["skip", "zero"] = "skip",
+    extra: torch.Tensor | None = None,
 ) -> None:
     """Mix, update and write back the parameters of a region, in place.
 
         mixed_m = row_sum*sent_m + sum_k weights[k]*(inbox[m][k] - sent_m)
-        param, states, messages = RULE(param, mixed, gradient*grad_scale, states, steps[p] + 1, hyper)
+        param, states, messages = RULE(param, mixed, gradient*grad_scale, states, steps[p] + 1, (*hyper, extra))
 
-    Arithmetic is fp32 (fp64 for fp64 parameters, CPU only) whatever the storage. A parameter whose gradient is missing,
-    and every parameter if `found_inf` is not zero, is mixed but not updated: it becomes mixed[0], its states stay, and
-    message m is mixed[m]. A neighbour of weight 0 is skipped, NaNs and all. Padding is left as it is.
+    Arithmetic is fp32 (fp64 for fp64 parameters, CPU only) whatever the storage. A neighbour of weight 0 is skipped,
+    NaNs and all. Padding is left as it is.
+
+    A gradient is missing where there is none, and everywhere if `found_inf` is not zero; its values are not read. The
+    parameter is then mixed but not updated: it becomes mixed[0], its states stay, and message m is mixed[m]. Methods
+    that correct the network's mean, as tracking does, need `missing="zero"`, which applies the rule with g = 0.
 
     Args:
         rule: one of `RULES`.
         param: flat parameters [N], fp32, bf16 or fp16, or fp64 on the CPU.
         states: flat states [N] of the rule, fp32 (fp64 with fp64 parameters).
-        hyper: the rule's floats, in the order that `hyper.sgd_hyper` and `hyper.adam_hyper` document; () for mix.
+        hyper: the rule's floats, in the order that its function in `reference` documents.
         region: the parameters to go over.
         grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
         steps: fp32 [P], per parameter of the segment, how many updates were made before this one; None counts as 0.
-        sent: M flat tensors [N], what the neighbours got from us; () means (param,).
-        inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours.
+        sent: M flat tensors [N], what the neighbours got from us, of any dtype that `param` may have; () means (param,).
+            They may be `param` and states themselves.
+        inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours. A rule that leaves
+            the parameters alone, as some that come before an exchange do, takes none.
         weights: K floats.
         row_sum: sum of the mixing matrix's row; 1 is exact.
         messages: flat tensors [N] that the rule's messages are written to, in their own dtype; () writes none.
         grad_scale: fp32 scalar tensor on the device that multiplies gradients; None means 1.
-        found_inf: fp32 scalar tensor on the device; not zero means no update.
+        found_inf: fp32 scalar tensor on the device; not zero means that all gradients are missing.
+        missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
+        extra: fp32 scalar tensor on the device (fp64 with fp64 parameters), a number that the host need not know, which
+            is appended to `hyper`.
 
     Raises:
-        ValueError: for an unknown rule, lengths of sent, inbox and weights or of states and messages that disagree with
-            each other or with the rule, and on CUDA for fp64 or a missing table.
+        ValueError: for an unknown rule or `missing`, lengths of sent, inbox and weights or of states and messages that
+            disagree with each other or with the rule, and on CUDA for fp64 or a missing table.
     """
-    _check(rule, sent, inbox, weights)
+    _check(rule, sent, inbox, weights, missing)
     if param.is_cuda:
         from .fused_pass import launch as run
     else:
         run = reference.run_pass
     run(
-        rule, param, states, hyper, region, grads, steps, sent, inbox, weights, row_sum, messages, grad_scale, found_inf
+        rule,
+        param,
+        states,
+        hyper,
+        region,
+        grads,
+        steps,
+        sent,
+        inbox,
+        weights,
+        row_sum,
+        messages,
+        grad_scale,
+        found_inf,
+        missing,
+        extra,
     )
 
 
-def advance_steps(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tensor | None = None) -> None:
-    """`steps[p] += 1` for every parameter that has a gradient, unless `found_inf` is not zero.
+def advance_steps(
+    steps: torch.Tensor,
+    grads: Gradients,
+    found_inf: torch.Tensor | None = None,
+    missing: Literal["skip", "zero"] = "skip",
+) -> None:
+    """`steps[p] += 1` for every parameter that a pass with these arguments has updated.
 
     Args:
         steps: fp32 [P], changed in place.
         grads: the gradients of the P parameters of the segment.
         found_inf: fp32 scalar tensor on the device, or None.
+        missing: "skip" advances parameters that have a gradient, and none if `found_inf` is not zero; "zero" all.
 
     Raises:
         ValueError: if `grads` has no address table on CUDA.
     """
+    if missing == "zero":
+        steps += 1.0
+        return
     if steps.is_cuda:
         from .fused_pass import launch_advance as advance
     else:
@@ -95,10 +130,16 @@ def advance_steps(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tensor
 
 
 def _check(
-    rule: str, sent: Sequence[torch.Tensor], inbox: Sequence[Sequence[torch.Tensor]], weights: Sequence[float]
+    rule: str,
+    sent: Sequence[torch.Tensor],
+    inbox: Sequence[Sequence[torch.Tensor]],
+    weights: Sequence[float],
+    missing: str,
 ) -> None:
     if rule not in reference.RULES:
         raise ValueError(f"unknown update rule {rule!r}; there are {', '.join(RULES)}")
+    if missing not in ("skip", "zero"):
+        raise ValueError(f'missing is "skip" or "zero", not {missing!r}')
     if inbox and len(inbox) != max(len(sent), 1):
         raise ValueError(f"{len(inbox)} inboxes for {max(len(sent), 1)} messages sent")
     if any(len(received) != len(weights) for received in inbox or ((),)):

@@ -73,10 +73,12 @@ def fused_pass(
     addresses,
     grad_scale,
     found_inf,
+    extra,
     row_sum,
     weights,
     hyper,
     RULE: tl.constexpr,
+    ZERO_MISSING: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -103,20 +105,27 @@ def fused_pass(
     g = tl.zeros([BLOCK], tl.float32)
     if addresses is not None:
         address = tl.load(addresses + index)
-        update = address != 0
+        present = address != 0
         if found_inf is not None:
-            update = update & (tl.load(found_inf) == 0.0)
-        g = load_gradient(address, offset, lanes, n, update, GRAD_DTYPE, BLOCK)
+            present = present & (tl.load(found_inf) == 0.0)
+        g = load_gradient(address, offset, lanes, n, present, GRAD_DTYPE, BLOCK)
         if grad_scale is not None:
-            g *= tl.load(grad_scale)
+            # The scale of gradients that overflowed may be NaN.
+            g *= tl.where(present, tl.load(grad_scale), 0.0)
+        if not ZERO_MISSING:
+            update = present
     step = 1.0
     if steps is not None:
         step = tl.load(steps + index) + 1.0
+    if extra is not None:
+        hyper = hyper + (tl.load(extra).to(tl.float32),)  # noqa: RUF005
 
     x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
-    store(param, at, tl.where(update, x_new, mixed[0]), lanes, n, inside, BLOCK)
+    if x_new is not None:
+        store(param, at, tl.where(update, x_new, mixed[0]), lanes, n, inside, BLOCK)
     for s in tl.static_range(len(states)):
-        store(states[s], at, new_states[s], lanes, n, inside & update, BLOCK)
+        if new_states[s] is not None:
+            store(states[s], at, new_states[s], lanes, n, inside & update, BLOCK)
     tl.static_assert(len(messages) == 0 or len(messages) == len(made), "one buffer per message of the rule, or none")
     for m in tl.static_range(len(messages)):
         unmade = mixed[m] if m < len(mixed) else mixed[0]
@@ -168,6 +177,8 @@ def launch(
     messages: Sequence[torch.Tensor],
     grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    missing: str,
+    extra: torch.Tensor | None,
 ) -> None:
     """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
 
@@ -193,11 +204,13 @@ def launch(
             None if grads is None else grads.addresses,
             grad_scale,
             found_inf,
+            extra,
             # float(): an int would be part of the compile key.
             float(row_sum),
             tuple(map(float, weights)),
             tuple(map(float, hyper)),
             RULE=getattr(rules, rule),
+            ZERO_MISSING=missing == "zero",
             GRAD_DTYPE=DTYPES[grad_dtype],
             BLOCK=BLOCK,
             num_warps=num_warps(param.dtype, grad_dtype, others, len(states)),

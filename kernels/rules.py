@@ -2,7 +2,8 @@
 
 A rule is `RULE(x, mixed, g, states, step, hyper) -> (x_new, states_new, messages)` on fp32 blocks in registers;
 `mixed`, `states` and `messages` are tuples of blocks, `step` and the floats of `hyper` run-time scalars. Division and
-square root of blocks are the correctly rounded ones, as torch's are.
+square root of blocks are the correctly rounded ones, as torch's are. What stays as it was is returned as None, which
+saves writing it; states beyond those that the pass was given are dropped.
 """
 
 import triton
@@ -40,17 +41,163 @@ def sgd(x, mixed, g, states, step, hyper):
 
 
 @triton.jit
-def adam(x, mixed, g, states, step, hyper):
-    """torch.optim.Adam and AdamW; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    lr, beta1, undecayed1, beta2, undecayed2, log1, log2, eps, coupled, decoupled, sign = hyper
-    d = sign * g + coupled * x
-    m = states[0]
-    m = tl.where(undecayed1 < 0.5, m + undecayed1 * (d - m), d - beta1 * (d - m))
-    v = beta2 * states[1] + undecayed2 * d * d
+def moments(m, v, d, hyper):
+    """Adam's moments after d; `hyper` is adam's, here and below."""
+    m = tl.where(hyper[2] < 0.5, m + hyper[2] * (d - m), d - hyper[1] * (d - m))
+    return m, hyper[3] * v + hyper[4] * d * d
+
+
+@triton.jit
+def stride(x, start, m, v, step, hyper):
+    """Adam's step from `start` with these moments and decoupled decay at x."""
+    lr, _, _, _, _, log1, log2, eps, _, decoupled, _ = hyper
+    rescale = 1.0 / tl.sqrt_rn(one_minus_power(log2, step))
+    size = lr / one_minus_power(log1, step)
+    return start - tl.div_rn(size * m, tl.sqrt_rn(v) * rescale + eps) - lr * decoupled * x
+
+
+@triton.jit
+def adapt(x, start, d, states, step, hyper):
+    """Adam's step from `start` along d, amsgrad's if there is a third state: x_new and the states after it."""
+    m, v = moments(states[0], states[1], d, hyper)
     top = v
     if len(states) == 3:
         top = tl.maximum(states[2], v)
-    rescale = 1.0 / tl.sqrt_rn(one_minus_power(log2, step))
-    size = lr / one_minus_power(log1, step)
-    x_new = mixed[0] - tl.div_rn(size * m, tl.sqrt_rn(top) * rescale + eps) - lr * decoupled * x
-    return x_new, (m, v, top), (x_new,)
+    return stride(x, start, m, top, step, hyper), (m, v, top)
+
+
+@triton.jit
+def adam(x, mixed, g, states, step, hyper):
+    """torch.optim.Adam and AdamW; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
+    x_new, states = adapt(x, mixed[0], hyper[10] * g + hyper[8] * x, states, step, hyper)
+    return x_new, states, (x_new,)
+
+
+@triton.jit
+def accum_adam(x, mixed, g, states, step, hyper):
+    """AccumAdam and AccumAdamW; states (exp_avg, exp_avg_sq, accumulator)."""
+    m, v, total = states
+    period = hyper[11]
+    d = hyper[10] * g + hyper[8] * x
+    # Correctly rounded, the quotient is an integer only for multiples of the period.
+    k = tl.ceil(tl.div_rn(step, period))
+    x_new, _ = adapt(x, mixed[0], d, (m, v), k, hyper[:11])
+    total += d * (1.0 / period)
+    m_new, v_new = moments(m, v, total, hyper[:11])
+    commit = k * period == step
+    return x_new, (tl.where(commit, m_new, m), tl.where(commit, v_new, v), tl.where(commit, 0.0, total)), (x_new,)
+
+
+@triton.jit
+def descend(x, mixed, g, states, step, hyper):
+    """Before `decentlam` and `dag`; no states."""
+    lr, decay, sign = hyper
+    return None, (), (x - lr * (sign * g + decay * x),)
+
+
+@triton.jit
+def decentlam(x, mixed, g, states, step, hyper):
+    """DecentLaM after `descend`; states (u,)."""
+    carry, active = hyper
+    x_new = tl.where(active != 0.0, mixed[0] - carry * states[0], mixed[0])
+    return x_new, (tl.where(active != 0.0, x - x_new, states[0]),), ()
+
+
+@triton.jit
+def quasi_global_before(x, mixed, g, states, step, hyper):
+    """Before `quasi_global`; states (mh,)."""
+    lr, momentum, decay, sign, nesterov = hyper
+    d = sign * g + decay * x
+    m = d + momentum * states[0]
+    return None, (None,), (x - lr * tl.where(nesterov != 0.0, d + momentum * m, m),)
+
+
+@triton.jit
+def quasi_global(x, mixed, g, states, step, hyper):
+    """Quasi-global momentum after `quasi_global_before`; states (mh,)."""
+    lr, mu, undecayed = hyper
+    moving = lr != 0.0
+    mh = mu * states[0] + undecayed / tl.where(moving, lr, 1.0) * (x - mixed[0])
+    return mixed[0], (tl.where(moving, mh, states[0]),), ()
+
+
+@triton.jit
+def exact_diffusion_before(x, mixed, g, states, step, hyper):
+    """SGD's step less y; states (y[, momentum_buffer])."""
+    x_new, kept, _ = sgd(x, mixed, g, states[1:], step, hyper)
+    x_new = x_new - states[0]
+    return x_new, (None,) + kept, (x_new,)  # noqa: RUF005
+
+
+@triton.jit
+def exact_diffusion(x, mixed, g, states, step, hyper):
+    """Exact diffusion after `exact_diffusion_before`; states (y,)."""
+    return mixed[0], (states[0] - (mixed[0] - x),), ()
+
+
+@triton.jit
+def extra(x, mixed, g, states, step, hyper):
+    """EXTRA; states (y[, momentum_buffer])."""
+    x_new, kept, _ = sgd(x, mixed, g, states[1:], step, hyper)
+    x_new = x_new - states[0]
+    return x_new, (states[0] + 0.5 * (x - mixed[0]),) + kept, (x_new,)  # noqa: RUF005
+
+
+@triton.jit
+def tracking(x, mixed, g, states, step, hyper):
+    """Gradient and momentum tracking, of two messages; states (y, u)."""
+    lr, momentum, decay, sign = hyper
+    u = sign * g + decay * x + momentum * states[1]
+    y = mixed[1] + (u - states[1])
+    x_new = mixed[0] - lr * y
+    return x_new, (y, u), (x_new, y)
+
+
+@triton.jit
+def adam_tracking(x, mixed, g, states, step, hyper):
+    """GT-Adam, of two messages; states (y, g_prev, exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
+    d = hyper[10] * g + hyper[8] * x
+    y = mixed[1] + (d - states[1])
+    x_new, kept = adapt(x, mixed[0], y, states[2:], step, hyper)
+    return x_new, (y, d) + kept, (x_new, y)  # noqa: RUF005
+
+
+@triton.jit
+def dag(x, mixed, g, states, step, hyper):
+    """Communicate, then adapt, after `descend`; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
+    moving = hyper[0] != 0.0
+    d = (x - mixed[0]) * (1.0 / tl.where(moving, hyper[0], 1.0))
+    x_new, kept = adapt(x, x, d, states, tl.maximum(step - 1.0, 1.0), hyper)
+    new_states = ()
+    for s in tl.static_range(len(states)):
+        new_states = new_states + (tl.where(moving, kept[s], states[s]),)  # noqa: RUF005
+    return tl.where(moving, x_new, mixed[0]), new_states, ()
+
+
+@triton.jit
+def quasi_global_adam_before(x, mixed, g, states, step, hyper):
+    """Before `quasi_global_adam`; states (mh, vh, delta)."""
+    mh, vh, delta = states
+    inverse_norm = hyper[11]
+    mh_new, vh_new = moments(mh, vh, delta * inverse_norm, hyper[:11])
+    mh = tl.where(inverse_norm != 0.0, mh_new, mh)
+    vh = tl.where(inverse_norm != 0.0, vh_new, vh)
+    d = hyper[10] * g + hyper[8] * x
+    m, v = hyper[1] * mh + d, hyper[3] * vh + hyper[4] * d * d
+    return None, (mh, vh, None), (stride(x, x, m, v, step, hyper[:11]),)
+
+
+@triton.jit
+def quasi_global_adam(x, mixed, g, states, step, hyper):
+    """The model's move, after `quasi_global_adam_before`; states (delta,)."""
+    return mixed[0], (tl.where(hyper[0] != 0.0, x - mixed[0], 0.0),), ()
+
+
+@triton.jit
+def outer(x, mixed, g, states, step, hyper):
+    """DiLoCo's and NoLoCo's outer step; states (phi, m)."""
+    lr, momentum, nesterov = hyper
+    pull = lr * (mixed[0] - states[0])
+    m = momentum * states[1] + pull
+    phi = states[0] + tl.where(nesterov != 0.0, pull + momentum * m, m)
+    return phi, (phi, m), ()

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from fusedfog.kernels import Gradients, Region, adam_hyper, reference, sgd_hyper
+from kernel_rules import ROWS
 
 from fusedfog import kernels
 
@@ -58,11 +59,11 @@ class Segment:
 
     def step(self, rule: str, hyper: tuple[float, ...], gradients, **options) -> None:
         grads = Gradients(gradients, None, self.param.dtype)
-        found_inf = options.get("found_inf")
+        counts = {key: options[key] for key in ("found_inf", "missing") if key in options}
         kernels.run_pass(
             rule, self.param, self.states, hyper, region=self.region, grads=grads, steps=self.steps, **options
         )
-        kernels.advance_steps(self.steps, grads, found_inf)
+        kernels.advance_steps(self.steps, grads, **counts)
         for tensor in (self.param, *self.states):
             assert tensor[~self.valid].isnan().all()
 
@@ -237,21 +238,81 @@ def test_a_region_leaves_the_rest_of_its_segment_alone():
     assert [view.unique().tolist() for view in segment.views()] == [[1], [0], [1]]
 
 
-@pytest.mark.parametrize("rule", kernels.RULES)
-def test_rules_work_on_stacked_ranks(rule):
-    states = {"mix": 0, "sgd": 1, "adam": 3}[rule]
-    group = torch.optim.AdamW([torch.zeros(1)]).defaults
-    hyper = {"mix": (), "sgd": sgd_hyper({"lr": 0.1, **SGD[-1]}), "adam": adam_hyper(group)}[rule]
-    random = torch.Generator().manual_seed(0)
-    x, mixed, g, *kept = (torch.rand(4, 9, generator=random) for _ in range(3 + states))
-    given = [tensor.clone() for tensor in (x, mixed, g, *kept)]
-    stacked = reference.RULES[rule](x, (mixed,), g, tuple(kept), 3.0, hyper)
-    assert all(torch.equal(tensor, before) for tensor, before in zip((x, mixed, g, *kept), given, strict=True))
+def test_every_rule_has_a_row():
+    assert {row.rule for row in ROWS.values()} == set(kernels.RULES)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rules_work_on_stacked_ranks_and_change_no_argument(name):
+    row, random = ROWS[name], torch.Generator().manual_seed(0)
+    hyper = row.hyper if row.extra is None else (*row.hyper, row.extra)
+    x, a, b, g, *kept = (torch.rand(4, 9, generator=random) for _ in range(4 + row.states))
+    given = [tensor.clone() for tensor in (x, a, b, g, *kept)]
+    rule, mixed = reference.RULES[row.rule], (a, b)[: max(len(row.sent), 1)]
+    x_new, states, messages = rule(x, mixed, g, tuple(kept), 3.0, hyper)
+    assert all(torch.equal(tensor, before) for tensor, before in zip((x, a, b, g, *kept), given, strict=True))
+    assert len(states) == row.states and len(messages) == row.messages
+    assert torch.equal(x_new, x) == ("x" not in row.writes)
+    for s, (state, before) in enumerate(zip(states, kept, strict=True)):
+        assert str(s) in row.writes or torch.equal(state, before)
     for rank in range(4):
-        alone = reference.RULES[rule](x[rank], (mixed[rank],), g[rank], tuple(s[rank] for s in kept), 3.0, hyper)
-        torch.testing.assert_close(alone[0], stacked[0][rank])
-        for one, all_ranks in zip(alone[1] + alone[2], stacked[1] + stacked[2], strict=True):
+        here = (tuple(m[rank] for m in mixed), g[rank], tuple(s[rank] for s in kept), 3.0, hyper)
+        alone = rule(x[rank], *here)
+        torch.testing.assert_close(alone[0], x_new[rank])
+        for one, all_ranks in zip(alone[1] + alone[2], states + messages, strict=True):
             torch.testing.assert_close(one, all_ranks[rank])
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["exact-diffusion-before-momentum", "tracking", "adamw-tracking-amsgrad"])
+def test_a_missing_gradient_may_count_as_zero(name, found_inf):
+    row, results = ROWS[name], []
+    missing, zeros = [torch.ones(70), None], [torch.zeros(70) if found_inf else torch.ones(70), torch.zeros(10)]
+    if found_inf:
+        missing[0].fill_(math.inf)
+    flag, scale = torch.tensor(found_inf), torch.tensor(math.nan if found_inf else 0.5)
+    for grads, options in (
+        (missing, {"found_inf": flag, "missing": "zero", "grad_scale": scale}),
+        (zeros, {"grad_scale": torch.tensor(0.5)}),
+    ):
+        segment = Segment([torch.linspace(-1, 1, 70), torch.ones(10)], row.states)
+        sent = tuple(segment.param if part == "x" else segment.states[int(part)] for part in row.sent)
+        inbox = tuple((segment.like(k),) for k in range(max(len(sent), 1)))
+        for _ in range(3):
+            segment.step(row.rule, row.hyper, grads, sent=sent, inbox=inbox, weights=(0.5,), **options)
+        assert segment.steps.tolist() == [3, 3]
+        results.append((segment.param, *segment.states))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_extra_number_comes_from_a_tensor(monkeypatch, dtype):
+    monkeypatch.setitem(reference.RULES, "scale", lambda x, mixed, g, states, step, hyper: (x * hyper[1], states, ()))
+    segment = Segment([torch.ones(70)], dtype=dtype)
+    value = torch.tensor([1 / 3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    kernels.run_pass("scale", segment.param, (), (0.0,), region=segment.region, extra=value)
+    assert torch.equal(segment.param[:70], value.expand(70).to(dtype))
+
+
+def test_messages_may_be_of_several_dtypes():
+    param, y = torch.linspace(-1, 1, 64).bfloat16(), torch.linspace(0, 1, 64)
+    segment, u, before = Segment([param], 0, torch.bfloat16), torch.zeros(64), y.clone()
+    received, messages = (param * 2, y + 2**-20), (torch.empty(64, dtype=torch.bfloat16), torch.empty(64))
+    kernels.run_pass(
+        "tracking",
+        segment.param,
+        (y, u),
+        (0.5, 0.0, 0.0, 1.0),
+        region=segment.region,
+        sent=(segment.param, y),
+        inbox=tuple((tensor,) for tensor in received),
+        weights=(0.5,),
+        messages=messages,
+    )
+    assert torch.equal(y, before + 0.5 * (received[1] - before)) and not torch.equal(y, before)
+    assert torch.equal(segment.param, (1.5 * param.float() - 0.5 * y).bfloat16())
+    assert torch.equal(messages[0], segment.param) and torch.equal(messages[1], y)
 
 
 def test_hyper_tuples_form_differences_in_double():
@@ -268,6 +329,8 @@ def test_bad_input_is_named():
     run, region = kernels.run_pass, segment.region
     with pytest.raises(ValueError, match="unknown update rule 'lion'; there are mix, sgd, adam"):
         run("lion", segment.param, (), (), region=region)
+    with pytest.raises(ValueError, match='missing is "skip" or "zero", not \'ignore\''):
+        run("mix", segment.param, (), (), region=region, missing="ignore")
     with pytest.raises(ValueError, match="2 inboxes for 1 messages sent"):
         run("mix", segment.param, (), (), region=region, inbox=((other,), (other,)), weights=(0.5,))
     with pytest.raises(ValueError, match=r"1 weights for inboxes of \[2\] neighbours"):
