@@ -1,36 +1,131 @@
 """The table of algorithms: what each one sends, its rule before and after the exchange, which mixing matrix it needs.
 
-An algorithm is at most two passes around one exchange. With W the mixing matrix and u the inner optimizer's step:
+An algorithm is at most two passes around one exchange. With W the mixing matrix, a the learning rate, g the gradient (with
+coupled decay), b the momentum and inner(x) the inner optimizer's step:
 
-    awc   X+ = W X + (inner(X) - X)      adapt while combining: the message is known before forward, one pass
-    atc   X+ = W inner(X)                adapt then combine: one pass before the exchange, one after
-    allreduce                            data-parallel training with the mean gradient, the baseline
-    local                                no communication
+    awc                X+ = W X + (inner(X) - X)                       known before forward: one pass
+    atc                X+ = W inner(X)
+    decentlam          X+ = W (X - a g) - b (a / a_prev) U ; U = X - X+          (Yuan et al. 2021, heavy-ball form)
+    quasi_global       momentum from the move of the model, (X - X+) / a         (Lin et al. 2021)
+    exact_diffusion    phi = inner(X) - Y ; X+ = Wb phi ; Y+ = Y + phi - X+ ; Wb = (I + W)/2   (Yuan et al. 2018; D2)
+    extra              X+ = W X + (inner(X) - X) - Y ; Y+ = Y + (X - W X)/2      (Shi et al. 2015, dual-difference form)
+    gradient_tracking  U = b U_prev + g ; Y+ = W Y + U - U_prev ; X+ = W X - a Y+ with b = 0   (DIGing, Nedic et al. 2017)
+    momentum_tracking  the same with momentum                                    (Takezawa et al. 2023)
+    push_sum           ATC on z = x / w with column-stochastic weights           (SGP, Assran et al. 2019)
+    dag                Adam on (X - W (X - a g)) / a   (our reconstruction of Ying et al.'s communicate-then-adapt)
+    allreduce          data-parallel training with the mean gradient, the baseline
+    local              no communication; with outer=, DiLoCo or NoLoCo
+
+A missing gradient leaves a parameter un-updated (awc, atc, push_sum) or counts as zero (methods whose correction must go
+on: extra, exact_diffusion and the tracking ones).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from fusedfog.kernels import adam_hyper, sgd_hyper
-from fusedfog.topology import Topology, base_graph, named, one_peer_exponential
+from fusedfog.topology import Topology, base_graph, named, one_peer_exponential, symmetric_exponential
 
-Group = Mapping[str, Any]
+Group: TypeAlias = Mapping[str, Any]
+Hyper: TypeAlias = Callable[[Group, float], tuple[float, ...]]
+"""(param group, the group's last learning rate that was not zero) -> a rule's numbers."""
 
 
-def _nothing(group: Group) -> tuple[()]:
+def _no_numbers(group: Group, previous_lr: float) -> tuple[float, ...]:
+    return ()
+
+
+def _no_states(group: Group) -> tuple[str, ...]:
     return ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over the flat buffers: a rule of `kernels`, its numbers and its states for a param group."""
+    """One pass over the flat buffers.
+
+    Attributes:
+        rule: a rule of `kernels`.
+        hyper, states: its numbers and the names of its states for a param group.
+        missing: whether a parameter without a gradient is only mixed ("skip") or has a zero gradient ("zero").
+    """
 
     rule: str
-    hyper: Callable[[Group], tuple[float, ...]] = _nothing
-    states: Callable[[Group], tuple[str, ...]] = _nothing
+    hyper: Hyper = _no_numbers
+    states: Callable[[Group], tuple[str, ...]] = _no_states
+    missing: Literal["skip", "zero"] = "skip"
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table.
+
+    Attributes:
+        before: the pass that makes the message from the gradient; None if the messages are known before forward.
+        after: the pass that consumes the inbox.
+        exchanges: what travels: parameters to and from neighbours, gradients to everyone, or nothing.
+        messages: the flat tensors that travel and that neighbours' values are compared with: "param", a state, or
+            "message", a buffer that `before` writes while it leaves the parameters alone.
+        settles: `after` has work in steps without an exchange too (it mixes with W = I).
+        graph: the topologies the theory covers: any doubly stochastic sequence, a static symmetric matrix, or any graph,
+            of which only the edges are used.
+        lazy: W is replaced by (I + W)/2.
+        normalized: a state whose inverse global norm the `before` pass takes as an extra number.
+        waits_at_zero_lr: a step with lr = 0 does not count for bias correction.
+        refuses: option -> why, for options outside the theory.
+    """
+
+    name: str
+    before: Stage | None
+    after: Stage
+    exchanges: Literal["parameters", "gradients", "nothing"] = "parameters"
+    messages: tuple[str, ...] = ("param",)
+    settles: bool = False
+    graph: Literal["doubly_stochastic", "symmetric", "any"] = "doubly_stochastic"
+    lazy: bool = False
+    normalized: str | None = None
+    waits_at_zero_lr: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """All states that this algorithm keeps for the parameters of a group."""
+        stages = (self.before, self.after) if self.before is not None else (self.after,)
+        return tuple(dict.fromkeys(name for stage in stages for name in stage.states(group)))
+
+    @property
+    def plain(self) -> bool:
+        """Whether states are just torch.optim's, kept only for parameters that have had a gradient."""
+        return self.name in ("awc", "atc", "allreduce", "local", "push_sum") and self.after.rule != "outer"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """An outer optimizer over local steps: every `every` steps, ranks exchange parameters and move their anchor phi.
+
+        delta = W theta - phi ; m = momentum m + lr delta ; phi += m ; theta = phi              (nesterov=False)
+        m = momentum m + delta ; phi += lr (delta + momentum m) ; theta = phi                   (nesterov=True)
+
+    `topology="fully_connected", nesterov=True` is DiLoCo (Douillard et al. 2023, lr 0.7, momentum 0.9);
+    `topology=random_matching(n, seed)` with the default is NoLoCo (Kolehmainen et al. 2025, published code).
+
+    Raises:
+        ValueError: `every` below 1, or numbers that are negative or not finite.
+    """
+
+    every: int = 50
+    lr: float = 0.7
+    momentum: float = 0.5
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 <= self.momentum < 1 or not 0 < self.lr < float("inf"):
+            raise ValueError(f"outer: every must be at least 1, lr positive and momentum in [0, 1), got {self}")
+
+
+def _plain(hyper: Callable[[Group], tuple[float, ...]]) -> Hyper:
+    return lambda group, previous_lr: hyper(group)
 
 
 def _sgd_states(group: Group) -> tuple[str, ...]:
@@ -41,63 +136,209 @@ def _adam_states(group: Group) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _coupled(group: Group) -> float:
+    return 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
+
+
 INNER: dict[str, Stage] = {
-    "SGD": Stage("sgd", sgd_hyper, _sgd_states),
-    "Adam": Stage("adam", adam_hyper, _adam_states),
+    "SGD": Stage("sgd", _plain(sgd_hyper), _sgd_states),
+    "Adam": Stage("adam", _plain(adam_hyper), _adam_states),
+    "AccumAdam": Stage(
+        "accum_adam",
+        lambda group, previous_lr: (*adam_hyper(group), float(group["accum_steps"])),
+        lambda group: ("exp_avg", "exp_avg_sq", "accumulator"),
+    ),
 }
-"""torch.optim's own steps, by family; Adam and AdamW are one rule with two kinds of decay."""
+"""The inner steps by family: torch.optim's own, and AccumAdam's; Adam and AdamW are one rule with two kinds of decay."""
 
 MIX = Stage("mix")
+_DESCEND = Stage("descend", lambda group, previous_lr: (float(group["lr"]), _coupled(group), _sign(group)))
+
+_HAS_OWN_MOMENTUM = "its momentum is a part of the method"
+_STATIC = "it needs the same mixing matrix in every step; use quasi_global or gradient_tracking"
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One row of the table.
-
-    Attributes:
-        before: the pass that makes the message from the gradient; None if the message is known before forward.
-        after: the pass that consumes the inbox.
-        exchanges: what travels: the parameters to and from neighbours, the gradients to everyone, or nothing.
-    """
-
-    name: str
-    before: Stage | None
-    after: Stage
-    exchanges: Literal["parameters", "gradients", "nothing"]
-
-    def state_names(self, group: Group) -> tuple[str, ...]:
-        """All states that this algorithm keeps for the parameters of a group."""
-        stages = (self.before, self.after) if self.before is not None else (self.after,)
-        return tuple(name for stage in stages for name in stage.states(group))
+def _common(inner: Stage) -> dict[str, Algorithm]:
+    return {
+        "awc": Algorithm("awc", None, inner),
+        "atc": Algorithm("atc", inner, MIX),
+        "push_sum": Algorithm(
+            "push_sum",
+            inner,
+            MIX,
+            settles=True,
+            graph="any",
+            refuses={"global_average_every": "a full average would need the ranks' push-sum scalars; use atc"},
+        ),
+        "allreduce": Algorithm("allreduce", None, inner, exchanges="gradients"),
+        "local": Algorithm("local", None, inner, exchanges="nothing"),
+    }
 
 
-ALGORITHMS = ("awc", "atc", "allreduce", "local")
+def _decentlam_numbers(group: Group, previous_lr: float) -> tuple[float, ...]:
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    return (momentum * lr / previous_lr, 1.0) if lr else (0.0, 0.0)
 
 
-def algorithm_for(name: str, family: str) -> Algorithm:
-    """The row of algorithm `name` for the inner optimizer `family` ("SGD", "Adam").
+def _sgd_family() -> dict[str, Algorithm]:
+    tracking = Stage(
+        "tracking",
+        lambda group, previous_lr: (float(group["lr"]), float(group["momentum"]), _coupled(group), _sign(group)),
+        lambda group: ("tracker", "tracked"),
+        missing="zero",
+    )
+    no_nesterov = {"nesterov": _HAS_OWN_MOMENTUM, "dampening": _HAS_OWN_MOMENTUM}
+    fixed = {"communicate_every": f"it diverges (verified): {_STATIC}", "global_average_every": _STATIC}
+    rows = [
+        Algorithm(
+            "decentlam",
+            _DESCEND,
+            Stage("decentlam", _decentlam_numbers, lambda group: ("last_move",)),
+            messages=("message",),
+            settles=True,
+            graph="symmetric",
+            refuses=no_nesterov | fixed,
+        ),
+        Algorithm(
+            "quasi_global",
+            Stage(
+                "quasi_global_before",
+                lambda group, previous_lr: (
+                    float(group["lr"]),
+                    float(group["momentum"]),
+                    _coupled(group),
+                    _sign(group),
+                    float(group["nesterov"]),
+                ),
+                lambda group: ("momentum_buffer",),
+            ),
+            Stage(
+                "quasi_global",
+                lambda group, previous_lr: (
+                    float(group["lr"]),
+                    float(group["momentum"]),
+                    1.0 - float(group["momentum"]),
+                ),
+                lambda group: ("momentum_buffer",),
+            ),
+            messages=("message",),
+            settles=True,
+            refuses={"dampening": _HAS_OWN_MOMENTUM},
+        ),
+        Algorithm(
+            "exact_diffusion",
+            Stage("exact_diffusion_before", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero"),
+            Stage("exact_diffusion", states=lambda group: ("dual",)),
+            settles=True,
+            graph="symmetric",
+            lazy=True,
+            refuses=fixed,
+        ),
+        Algorithm(
+            "extra",
+            None,
+            Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero"),
+            graph="symmetric",
+            refuses=fixed,
+        ),
+        Algorithm(
+            "gradient_tracking",
+            None,
+            tracking,
+            messages=("param", "tracker"),
+            refuses={"momentum": "use algorithm='momentum_tracking'"} | no_nesterov,
+        ),
+        Algorithm("momentum_tracking", None, tracking, messages=("param", "tracker"), refuses=no_nesterov),
+    ]
+    return _common(INNER["SGD"]) | {row.name: row for row in rows}
+
+
+def _adam_family() -> dict[str, Algorithm]:
+    rows = [
+        Algorithm(
+            "dag",
+            _DESCEND,
+            Stage("dag", _plain(adam_hyper), _adam_states),
+            messages=("message",),
+            settles=True,
+            waits_at_zero_lr=True,
+        ),
+        Algorithm(
+            "quasi_global",
+            Stage("quasi_global_adam_before", _plain(adam_hyper), lambda group: ("exp_avg", "exp_avg_sq", "last_move")),
+            Stage(
+                "quasi_global_adam", lambda group, previous_lr: (float(group["lr"] != 0),), lambda group: ("last_move",)
+            ),
+            messages=("message",),
+            settles=True,
+            normalized="last_move",
+            waits_at_zero_lr=True,
+            refuses={"amsgrad": "its second moment is not the gradient's"},
+        ),
+        Algorithm(
+            "gradient_tracking",
+            None,
+            Stage(
+                "adam_tracking",
+                _plain(adam_hyper),
+                lambda group: ("tracker", "tracked", *_adam_states(group)),
+                missing="zero",
+            ),
+            messages=("param", "tracker"),
+        ),
+    ]
+    return _common(INNER["Adam"]) | {row.name: row for row in rows}
+
+
+TABLE: dict[str, dict[str, Algorithm]] = {
+    "SGD": _sgd_family(),
+    "Adam": _adam_family(),
+    "AccumAdam": {name: row for name, row in _common(INNER["AccumAdam"]).items() if name != "push_sum"},
+}
+"""family -> algorithm name -> row."""
+
+
+def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorithm:
+    """The row of algorithm `name` for the inner optimizer `family` ("SGD", "Adam", "AccumAdam").
 
     Raises:
-        ValueError: there is no such algorithm; lists those there are.
+        ValueError: there is no such algorithm (lists those there are), or `outer` is given to another than "local".
     """
-    inner = INNER[family]
-    match name:
-        case "awc":
-            return Algorithm(name, None, inner, "parameters")
-        case "atc":
-            return Algorithm(name, inner, MIX, "parameters")
-        case "allreduce":
-            return Algorithm(name, None, inner, "gradients")
-        case "local":
-            return Algorithm(name, None, inner, "nothing")
-    raise ValueError(f"unknown algorithm {name!r} for {family}; there are {', '.join(ALGORITHMS)}")
+    rows = TABLE[family]
+    if name not in rows:
+        raise ValueError(f"unknown algorithm {name!r} for {family}; there are {', '.join(rows)}")
+    if outer is None:
+        return rows[name]
+    if name != "local":
+        raise ValueError(f"outer= runs over local steps and cannot be combined with {name!r}; use algorithm='local'")
+    numbers = (outer.lr, outer.momentum, float(outer.nesterov))
+    stage = Stage("outer", lambda group, previous_lr: numbers, lambda group: ("outer_param", "outer_momentum"))
+    return Algorithm("local", INNER[family], stage)
+
+
+def check_options(algorithm: Algorithm, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of `options` that is switched on although the algorithm refuses it.
+
+    Args:
+        options: keywords and hyper-parameters by name; 0, 1 for communicate_every, False and None mean off.
+    """
+    for name, reason in algorithm.refuses.items():
+        value = options.get(name)
+        off = 1 if name == "communicate_every" else None
+        if value and value != off:
+            raise ValueError(f"algorithm {algorithm.name!r} does not work with {name}={value!r}: {reason}")
 
 
 def resolve_topology(algorithm: Algorithm, topology: Topology | str | None, size: int) -> Topology | None:
     """The topology an algorithm will use among `size` ranks: the given one, checked, or its default.
 
     The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
-    every log2(size) steps), and the Base-2 graph otherwise (exact for any size).
+    every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
+    methods that need one static symmetric matrix.
 
     Raises:
         ValueError: the topology is of another size, unknown, or outside the algorithm's theory; says what to use instead.
@@ -106,7 +347,7 @@ def resolve_topology(algorithm: Algorithm, topology: Topology | str | None, size
     if algorithm.exchanges != "parameters":
         return None
     if topology is None:
-        return one_peer_exponential(size) if size & (size - 1) == 0 else base_graph(size)
+        topology = _default(algorithm, size)
     if isinstance(topology, str):
         topology = named(topology, size)
     if not isinstance(topology, Topology):
@@ -116,10 +357,27 @@ def resolve_topology(algorithm: Algorithm, topology: Topology | str | None, size
             f"topology {topology.name} is for {topology.size} ranks but the group has {size}; "
             f"build it with n={size}, or pass its name to have it sized to the group"
         )
+    _check_graph(algorithm, topology)
+    return topology.lazy() if algorithm.lazy else topology
+
+
+def _default(algorithm: Algorithm, size: int) -> Topology:
+    if algorithm.graph == "symmetric":
+        return symmetric_exponential(size)
+    return one_peer_exponential(size) if size & (size - 1) == 0 else base_graph(size)
+
+
+def _check_graph(algorithm: Algorithm, topology: Topology) -> None:
+    if algorithm.graph == "any":
+        return
     if not topology.is_doubly_stochastic():
         raise ValueError(
             f"{algorithm.name} needs a doubly stochastic topology: on {topology.name} the ranks would minimise a sum that "
-            f"weighs some ranks' losses more than others'. Use 'one_peer_exponential', 'base_graph' or 'ring', or "
-            f"fusedfog.topology.from_networkx for Metropolis weights on your own graph"
+            f"weighs some ranks' losses more than others'. Use 'one_peer_exponential', 'base_graph' or 'ring', "
+            f"fusedfog.topology.from_networkx for Metropolis weights on your own graph, or algorithm='push_sum'"
         )
-    return topology
+    if algorithm.graph == "symmetric" and not (topology.is_static and topology.is_symmetric()):
+        raise ValueError(
+            f"{algorithm.name} needs a static symmetric topology: on {topology.name} it can diverge. Use "
+            f"'symmetric_exponential', 'ring', 'grid' or 'hypercube', or algorithm='quasi_global' or 'gradient_tracking'"
+        )

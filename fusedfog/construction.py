@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.agreement import agree
-from fusedfog.algorithms import Algorithm, resolve_topology
+from fusedfog.algorithms import Outer, algorithm_for, check_options, resolve_topology
 from fusedfog.averaging import broadcast
 from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import FlatSegment, dense_stride
+from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, plan
-from fusedfog.scheduler import Scheduler
+from fusedfog.scheduler import Rhythm, Scheduler
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 
@@ -35,7 +37,10 @@ class Keywords(TypedDict, total=False):
     topology: Topology | str | None
     algorithm: str
     group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
     communicate_every: int
+    global_average_every: int | None
+    outer: Outer | None
     fused_backward: bool
     bucket_mb: float
     max_grad_norm: float | None
@@ -50,22 +55,27 @@ class Options:
     topology: Topology | str | None = None
     algorithm: str = "awc"
     group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
     communicate_every: int = 1
+    global_average_every: int | None = None
+    outer: Outer | None = None
     fused_backward: bool = False
     bucket_mb: float = 25
     max_grad_norm: float | None = None
     sync_init: bool = True
     model: torch.nn.Module | None = None
-    clock: tuple[int, int] = (0, 0)
+    clock: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(keywords: Keywords) -> Options:
         """Check what can be checked without looking at parameters or ranks; ValueError says which keyword is wrong."""
         options = Options(**keywords)
-        if not (isinstance(options.communicate_every, int) and options.communicate_every >= 1):
-            raise ValueError(
-                f"communicate_every must be a whole number of at least 1, got {options.communicate_every!r}"
-            )
+        for name in ("communicate_every", "global_average_every"):
+            every = getattr(options, name)
+            if not (isinstance(every, int) and every >= 1) and (name == "communicate_every" or every is not None):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {every!r}")
+        if options.outer is not None and (options.communicate_every != 1 or options.global_average_every is not None):
+            raise ValueError("outer= has a rhythm of its own: give outer=Outer(every=...) and no other rhythm")
         if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
             raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
         clip = options.max_grad_norm
@@ -73,11 +83,11 @@ class Options:
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
         return options
 
-    def portable(self, clock: tuple[int, int]) -> Options:
+    def portable(self, clock: Mapping[str, Any]) -> Options:
         """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0."""
-        if self.group is not None:
+        if self.group is not None or self.mesh is not None:
             raise TypeError(
-                "an optimizer with a process group of its own cannot be pickled or copied; use state_dict()"
+                "an optimizer with a group or mesh of its own cannot be pickled or copied; use state_dict()"
             )
         return dataclasses.replace(self, clock=clock, sync_init=False)
 
@@ -188,8 +198,9 @@ def _fields(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Opti
             if name not in ("params", "param_names"):
                 plain = value.item() if isinstance(value, Tensor) else value
                 fields[f"{name} of group {g}"] = repr(plain)
-    for name in ("algorithm", "communicate_every", "fused_backward", "bucket_mb", "max_grad_norm", "sync_init"):
-        fields[name] = repr(getattr(options, name))
+    for entry in dataclasses.fields(options):
+        if entry.name not in ("topology", "group", "mesh", "model", "clock"):
+            fields[entry.name] = repr(getattr(options, entry.name))
     return fields
 
 
@@ -202,21 +213,35 @@ def _timeout(world: World, device: torch.device) -> Any:
     return world.group._get_backend(device).options._timeout
 
 
-def build(kind: str, groups: Groups, algorithm: Algorithm, options: Options) -> Scheduler:
+def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler:
     """Check everything, agree with the other ranks, then adopt the parameters and start from rank 0's values."""
+    algorithm = algorithm_for(options.algorithm, family, options.outer)
+    for group in groups:
+        check_options(algorithm, {**group, **vars(options)})
     alone = algorithm.exchanges == "nothing"
     world = World(0, 1, None) if alone else find_world(options.group)
-    topology = resolve_topology(algorithm, options.topology, world.size)
+    mesh = options.mesh
+    if mesh is not None:
+        check_mesh(mesh, world)
+        if algorithm.graph == "any":
+            raise ValueError(f"{algorithm.name} works on the ranks' own edges and not on a mesh; use awc or atc")
+    topology = resolve_topology(algorithm, options.topology, world.size if mesh is None else mesh.size(0))
+    if world.size == 1:
+        algorithm = algorithm_for("local", family)
     specs = describe(groups, 0, options.model)
     device = groups[0]["params"][0].device
     layouts = plan(specs, int(options.bucket_mb * 2**20))
-    link, channel = None, 0
+    link, channel, hierarchy = None, 0, None
     if world.size > 1:
         fields = _fields(kind, groups, specs, options) | {"topology": _name_topology(topology)}
+        fields["mesh"] = "none" if mesh is None else str(mesh.mesh.tolist())
         agree(world, next_agreement(world), fields, _timeout(world, device), kind)
         link = link_for(world, device)
         channel = link.open_channel()
-        _warm_up(link, topology, device)
+        if mesh is not None and topology is not None:
+            hierarchy = Hierarchy(mesh, device)
+        else:
+            _warm_up(link, topology, device)
     params = [param for group in groups for param in group["params"]]
     segments = [FlatSegment(layout, [params[slot.index] for slot in layout.slots]) for layout in layouts]
     if options.sync_init:
@@ -229,15 +254,20 @@ def build(kind: str, groups: Groups, algorithm: Algorithm, options: Options) -> 
         topology,
         link,
         channel,
-        communicate_every=options.communicate_every,
-        fused_backward=options.fused_backward,
-        max_grad_norm=options.max_grad_norm,
+        Rhythm(
+            communicate_every=options.outer.every if options.outer is not None else options.communicate_every,
+            global_average_every=options.global_average_every,
+            fused_backward=options.fused_backward,
+            max_grad_norm=options.max_grad_norm,
+        ),
+        hierarchy,
     )
 
 
 def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Take the last of `groups` into a running scheduler; all ranks together."""
     group = groups[-1]
+    check_options(engine.algorithm, {**group, **vars(options)})
     specs = describe([group], len(groups) - 1, options.model)
     device = engine.segments[0].param.device
     if specs and group["params"][0].device != device:
@@ -268,15 +298,15 @@ def measuring_link(engine: Scheduler, options: Options) -> Link | None:
 
 def change_topology(kind: str, engine: Scheduler, topology: Topology | str | None) -> None:
     """Give a running scheduler another topology; all ranks together."""
-    size = engine.link.world.size if engine.link is not None else 1
+    size = engine.topology.size if engine.topology is not None else 1
     chosen = resolve_topology(engine.algorithm, topology, size)
     if engine.link is not None:
         world = engine.link.world
         fields = {"topology": _name_topology(chosen)}
         agree(world, next_agreement(world), fields, engine.link.timeout, f"{kind}.set_topology")
     engine.discard()
-    engine.topology = chosen
-    if engine.link is not None:
+    engine.follow_topology(chosen)
+    if engine.link is not None and engine.link.world.size == size:
         _warm_up(engine.link, chosen, engine.segments[0].param.device)
 
 

@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -43,10 +44,22 @@ class Message:
         self.pending: list[tuple[dist.Work, str]] = []
         self.keep_alive: list[Tensor] = []
         self.failure: Exception | None = None
+        self.waiter: threading.Thread | None = None
 
     def done(self) -> bool:
-        """Whether `wait` would return (or raise) at once."""
-        return self.failure is not None or all(work.is_completed() for work, _ in self.pending)
+        """Whether `wait` would return (or raise) at once; on gloo, asking for the first time starts a thread that finds out.
+
+        A gloo work never says that it is complete (`is_completed` is false until it has been waited for), and a wait
+        that times out closes the connection: so the only way to poll is to let somebody wait.
+        """
+        if self.failure is not None or not self.pending:
+            return True
+        if self.link.on_gpu:
+            return all(work.is_completed() for work, _ in self.pending)
+        if self.waiter is None:
+            self.waiter = threading.Thread(target=self._await_works, daemon=True, name="fusedfog-waiter")
+            self.waiter.start()
+        return not self.waiter.is_alive()
 
     def wait(self) -> None:
         """Wait until all receives have arrived and all sends have left.
@@ -55,6 +68,16 @@ class Message:
             PeerTimeout: a peer's part did not come within the group's timeout.
             ExchangeError: the connection to a peer broke, now or when the message was started.
         """
+        if self.waiter is not None:
+            self.waiter.join()
+        else:
+            self._await_works()
+        if self.failure is not None:
+            self.link.keep(self)
+            raise self.failure
+        self.keep_alive.clear()
+
+    def _await_works(self) -> None:
         deadline = time.monotonic() + self.link.timeout.total_seconds()
         while self.pending and self.failure is None:
             work, peers = self.pending[0]
@@ -66,10 +89,6 @@ class Message:
             except RuntimeError as error:
                 self.fail(error, peers)
             self.pending.pop(0)
-        if self.failure is not None:
-            self.link.keep(self)
-            raise self.failure
-        self.keep_alive.clear()
 
     def fail(self, error: Exception, peers: str) -> None:
         """Note why this message will never be complete; the wait that needs it raises."""
@@ -134,7 +153,7 @@ class Link:
 
         Args:
             sends, recvs: (peer, contiguous tensor) each; the tensors must stay untouched until `wait` has returned.
-            tag: tells messages between the same two ranks apart (gloo).
+            tag: tells messages between the same two ranks apart (gloo); a peer's further parcels take the tags after it.
             label: what this is, for errors: "step 12, bucket 3".
         """
         self._retire()
@@ -147,16 +166,20 @@ class Link:
         return message
 
     def _start_tagged(self, message: Message, sends: Sequence[Parcel], recvs: Sequence[Parcel], tag: int) -> None:
-        for post, parcels, verb in ((dist.irecv, recvs, "receiving from"), (dist.isend, sends, "sending to")):
+        for post, end, parcels, verb in (
+            (dist.irecv, "group_src", recvs, "receiving from"),
+            (dist.isend, "group_dst", sends, "sending to"),
+        ):
+            sent_before: Counter[int] = Counter()
             for peer, tensor in parcels:
                 try:
-                    key = {"group_src": peer} if post is dist.irecv else {"group_dst": peer}
-                    work = post(tensor, group=self.group, tag=tag, **key)  # type: ignore[arg-type]
+                    work = post(tensor, group=self.group, tag=tag + sent_before[peer], **{end: peer})
                 except RuntimeError as error:
                     # The peer may have finished and exited; only a step that needs this message may complain.
                     message.fail(error, f"{verb} rank {peer}")
                     return
                 assert work is not None
+                sent_before[peer] += 1
                 message.pending.append((work, f"{verb} rank {peer}"))
 
     def _start_grouped(self, message: Message, sends: Sequence[Parcel], recvs: Sequence[Parcel]) -> None:
@@ -178,12 +201,8 @@ class Link:
             self._abandoned.append(message)
 
     def _retire(self) -> None:
-        waiting = []
-        for message in self._abandoned:
-            message.pending = [entry for entry in message.pending if not entry[0].is_completed()]
-            if message.pending:
-                waiting.append(message)
-        self._abandoned = waiting
+        # A failed message keeps its other works for good: its connections are broken, but dropping them breaks more.
+        self._abandoned = [message for message in self._abandoned if message.failure is not None or not message.done()]
 
 
 class Watchdog:

@@ -53,6 +53,7 @@ class FlatSegment:
         on_gpu = device.type == "cuda"
         self.param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.states: dict[str, Tensor] = {}
+        self._message: Tensor | None = None
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         self.touched = [False] * len(params)
         self._shown = [False] * len(params)
@@ -82,6 +83,20 @@ class FlatSegment:
             dtype = torch.float64 if self.layout.dtype == torch.float64 else torch.float32
             self.states[name] = torch.zeros(self.layout.numel, dtype=dtype, device=self.param.device)
         return self.states[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A flat tensor by the name the algorithms' table has for it: "param", "message" (a buffer), or a state."""
+        if name == "param":
+            return self.param
+        if name != "message":
+            return self.state(name)
+        if self._message is None:
+            self._message = torch.zeros_like(self.param)
+        return self._message
+
+    def touch_all(self) -> None:
+        """Count every parameter as having state: methods whose correction goes on without a gradient."""
+        self.touched = [True] * len(self.params)
 
     def state_view(self, name: str, position: int) -> Tensor:
         """The part of a state that belongs to parameter number `position`, in that parameter's shape."""

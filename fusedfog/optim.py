@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fusedfog import construction
-from fusedfog.algorithms import algorithm_for
 from fusedfog.averaging import average_in_place, consensus_distance
 from fusedfog.construction import Keywords, Options
 from fusedfog.scheduler import Scheduler
@@ -34,9 +33,15 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
             default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise.
         algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
-            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (mean gradient, the baseline) or "local".
+            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (mean gradient, the baseline), "local", or one of the
+            methods in `fusedfog.algorithms`.
         group: process group; None is the default one. Ranks in topologies are group ranks.
+        mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
+            `topology` (then of as many nodes as there are machines), dim 1 inside by averaging.
         communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
+        global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
+            (Gossip-PGA, Chen et al. 2021).
+        outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
         bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication.
@@ -64,10 +69,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self._build()
 
     def _build(self) -> Scheduler:
-        algorithm = algorithm_for(self._options.algorithm, self._family)
         for group in self.param_groups:
             self._check_group(group)
-        self._scheduler = construction.build(type(self).__name__, self.param_groups, algorithm, self._options)
+        self._scheduler = construction.build(type(self).__name__, self.param_groups, self._family, self._options)
         return self._scheduler
 
     @property
@@ -77,7 +81,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             saved, clock = dict(self.state), self._options.clock
             engine = self._build()
             self._adopt_states(saved)
-            engine.clock.steps, engine.clock.exchanges = clock
+            engine.set_clock(dict(clock))
         assert self._scheduler is not None
         return self._scheduler
 
@@ -133,12 +137,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         for state in saved["state"].values():
             if "step" in state:
                 state["step"] = state["step"].cpu()
-        clock = self._engine.clock
-        saved["fusedfog"] = {
-            "steps": clock.steps,
-            "exchanges": clock.exchanges,
-            "algorithm": self._options.algorithm,
-        }
+        saved["fusedfog"] = {"algorithm": self._options.algorithm, **self._engine.read_clock()}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,11 +147,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm.
         """
         engine = self._engine
-        extra = state_dict.get("fusedfog", {"steps": 0, "exchanges": 0, "algorithm": self._options.algorithm})
-        if extra["algorithm"] != self._options.algorithm:
+        clock = dict(state_dict.get("fusedfog", {}))
+        saved_by = clock.pop("algorithm", self._options.algorithm)
+        if saved_by != self._options.algorithm:
             raise ValueError(
-                f"this checkpoint was saved by algorithm {extra['algorithm']!r} but the optimizer runs "
-                f"{self._options.algorithm!r}; build it with algorithm={extra['algorithm']!r}"
+                f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
+                f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
             )
         construction.check_states(self.param_groups, state_dict)
         # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
@@ -162,10 +162,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        # torch made a new list of groups; schedules act on that one from now on.
+        engine.groups = self.param_groups
         engine.discard()
         pairs = construction.pair_parameters(self.param_groups, state_dict)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
-        engine.clock.steps, engine.clock.exchanges = extra["steps"], extra["exchanges"]
+        engine.set_clock(clock)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -174,9 +176,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        clock = (
-            (self._scheduler.clock.steps, self._scheduler.clock.exchanges) if self._scheduler else self._options.clock
-        )
+        clock = self._scheduler.read_clock() if self._scheduler else self._options.clock
         return {**super().__getstate__(), "_options": self._options.portable(clock), "_scheduler": None}
 
     def _show_states(self) -> None:
@@ -186,7 +186,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             names = engine.algorithm.state_names(self.param_groups[segment.layout.group])
             for position, param in segment.unshown(names):
                 views = {name: segment.state_view(name, position) for name in names}
-                if "exp_avg" in views:
+                if "exp_avg" in views or not engine.algorithm.plain:
                     views = {"step": segment.steps[position], **views}
                 if views:
                     self.state[param] = views
@@ -214,7 +214,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
         flats = [segment.param for segment in engine.segments if segment.layout.mix]
         engine.drain(keep_failures=True)
-        drift = engine.note_versions()
+        edits = engine.count_edits()
         before = [tensor.clone() for tensor in (*flats, *buffers)]
         try:
             with torch.no_grad(), engine.hold("averaged()"):
@@ -226,7 +226,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 for tensor, value in zip((*flats, *buffers), before, strict=True):
                     tensor.copy_(value)
             engine.bump_versions()
-            engine.note_versions(keeping=drift)
+            engine.forget_edits(edits)
 
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
@@ -235,8 +235,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     def stats(self) -> dict[str, float]:
         """Running totals of this rank since construction. Local, no synchronization.
 
-        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); blocked_s, the
-        seconds the host waited for messages; torn_messages, buckets edited by the user while they were being sent.
+        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
+        part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
+        torn_messages, buckets edited by the user while they were being sent.
         """
         engine = self._engine
         return {
@@ -355,7 +356,10 @@ class Adam(DecentralizedOptimizer):
             "maximize": maximize,
             "decoupled_weight_decay": self._decoupled,
         }
-        super().__init__(params, defaults, Options.of(decentralized))
+        super().__init__(params, self._defaults(defaults), Options.of(decentralized))
+
+    def _defaults(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        return defaults
 
     def _check_group(self, group: dict[str, Any]) -> None:
         construction.check_finite(group, ("lr", "eps", "weight_decay"))
@@ -385,3 +389,42 @@ class AdamW(Adam):
         **decentralized: Unpack[Keywords],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **decentralized)
+
+
+class AccumAdamW(AdamW):
+    """AdamW whose moments average `accum_steps` gradients, for small local batches (Wang et al. 2025, Decent-DP).
+
+    With s = accum_steps, k = ceil(t / s) and A the accumulated gradient, every step moves by a provisional
+
+        A += g / s ; x -= lr u((b1 m + (1 - b1) g) / (1 - b1^k), (b2 v + (1 - b2) g^2) / (1 - b2^k))
+
+    and every s-th step commits m = b1 m + (1 - b1) A, v = b2 v + (1 - b2) A^2, A = 0. s = 1 is AdamW. `accum_steps` should
+    grow with the number of ranks (the paper uses 4 and 8). Raises ValueError for accum_steps below 1, or amsgrad.
+    """
+
+    _family = "AccumAdam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        accum_steps: int = 1,
+        maximize: bool = False,
+        **decentralized: Unpack[Keywords],
+    ) -> None:
+        self._accum_steps = accum_steps
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, **decentralized)
+
+    def _defaults(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        return {**defaults, "accum_steps": self._accum_steps}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if not (isinstance(group["accum_steps"], int) and group["accum_steps"] >= 1) or group["amsgrad"]:
+            raise ValueError(
+                f"accum_steps must be a whole number of at least 1, without amsgrad; got {group['accum_steps']!r}"
+            )

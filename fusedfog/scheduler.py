@@ -2,22 +2,23 @@
 
 One step of rank i, for every bucket in backward order:
 
-    awc         wait for the inbox -> fused pass -> send the new parameters   (travels until the next step's wait)
-    atc         fused pass -> send -> ... all buckets ... -> wait -> mix
-    allreduce   pack and reduce gradients -> ... all buckets ... -> wait -> fused pass
+    awc and kin   wait for the inbox -> fused pass -> send the new parameters   (travels until the next step's wait)
+    atc and kin   pass before -> send -> ... all buckets ... -> wait -> pass after
+    allreduce     pack and reduce gradients -> ... all buckets ... -> wait -> fused pass
 
 The part before the dots is the bucket's *lead*, the rest its *follow*. Leads run in `step`, or with `fused_backward` in
 autograd hooks as each bucket's last gradient arrives; follows always run in `step`. A hook never waits: a bucket whose
 message has not come yet, and all behind it (the order is the same on every rank), are left to `step`.
 
-The t-th step (t from 0) exchanges if (t + 1) % communicate_every == 0, and the k-th exchange uses `topology.round(rank, k)`.
-Only `step` moves these counters, so extra forwards, accumulation and skipped updates cannot de-phase ranks.
+The t-th step (t from 0) exchanges if (t + 1) % communicate_every == 0, and the k-th exchange uses `topology.round(rank, k)`;
+it averages over all ranks instead if (t + 1) % global_average_every == 0. Only `step` moves these counters, so extra
+forwards, accumulation and skipped updates cannot de-phase ranks.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,58 +30,59 @@ from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.averaging import GradientAverage
-from fusedfog.errors import TornMessageWarning
-from fusedfog.exchange import Link, Message
+from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
+from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Gradients, advance_steps, run_pass
-from fusedfog.layout import Bucket, backward_order
-from fusedfog.topology import Round, Topology
-
-_ALONE = Round(1.0, {}, {})
-_MAX_TAG = 1 << 31
-
-
-@dataclass
-class Lane:
-    """One bucket on its way through steps."""
-
-    number: int
-    segment: FlatSegment
-    bucket: Bucket
-    region_index: int
-    expected: int
-    message: Message | None = None
-    round: Round = _ALONE
-    versions: int = 0
-    ready: int = 0
-    average: GradientAverage | None = None
-
-
-@dataclass
-class Figures:
-    """Running totals of one rank, for `stats()`."""
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    blocked_s: float = 0.0
-    torn_messages: int = 0
+from fusedfog.layout import backward_order
+from fusedfog.mailbox import EMPTY, Figures, Inbox, Lane, Mailbox, abandon
+from fusedfog.push_sum import PushSum, Shares
+from fusedfog.topology import Topology
 
 
 @dataclass
 class Clock:
-    """Steps made, and exchanges consumed; what a checkpoint must restore to keep ranks in phase."""
+    """Where a rank is in time; what a checkpoint restores, beside states, to keep ranks in phase.
+
+    Attributes:
+        steps, exchanges: how many were made.
+        previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
+        push_sum: all ranks' push-sum scalars.
+    """
 
     steps: int = 0
     exchanges: int = 0
+    previous_lr: dict[int, float] = field(default_factory=dict)
+    push_sum: list[float] | None = None
 
 
 @dataclass
 class StepInputs:
-    """What GradScaler and clipping add to a step: a gradient multiplier and a non-finite flag, both on the device."""
+    """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
+    shares: Shares | None = None
+    inverse_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Which steps exchange, and when passes run."""
+
+    communicate_every: int = 1
+    global_average_every: int | None = None
+    fused_backward: bool = False
+    max_grad_norm: float | None = None
+
+    def averages(self, step: int) -> bool:
+        """Whether this step averages over all ranks."""
+        return self.global_average_every is not None and (step + 1) % self.global_average_every == 0
+
+    def turns(self, step: int) -> bool:
+        """Whether this step counts as an exchange with neighbours."""
+        return (step + 1) % self.communicate_every == 0
 
 
 class Scheduler:
@@ -90,7 +92,7 @@ class Scheduler:
         groups: the optimizer's param groups, read at every step (learning-rate schedules).
         link: the ranks' link; None for a rank that is alone.
         channel: this optimizer's channel on the link.
-        max_grad_norm: clip the gradient over all parameters to this 2-norm; None does not.
+        hierarchy: this rank's place on a mesh, where `topology` is between machines.
     """
 
     def __init__(
@@ -101,30 +103,27 @@ class Scheduler:
         topology: Topology | None,
         link: Link | None,
         channel: int,
-        *,
-        communicate_every: int,
-        fused_backward: bool,
-        max_grad_norm: float | None,
+        rhythm: Rhythm,
+        hierarchy: Hierarchy | None = None,
     ) -> None:
         self.groups, self.segments = groups, segments
-        self.algorithm, self.topology, self.link, self.channel = algorithm, topology, link, channel
-        self.communicate_every = communicate_every
-        self.fused_backward, self.max_grad_norm = fused_backward, max_grad_norm
+        self.algorithm, self.topology, self.link, self.rhythm = algorithm, topology, link, rhythm
         self.clock, self.figures = Clock(), Figures()
         self.accumulating = False
         self.held: str | None = None
         self._lanes: list[Lane] = []
         self._led = 0
         self._inputs = StepInputs()
-        self._inboxes: dict[int, list[Tensor]] = {}
         self._hold_in_hooks: bool | None = None
-        self._warned_torn = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        # The finalizer must not hold the scheduler, so it holds the one list of what is in flight.
-        self._in_flight: list[Message] = []
+        self._mailbox: Mailbox | None = None
+        self._push_sum: PushSum | None = None
         if link is not None:
-            weakref.finalize(self, _abandon, link, self._in_flight)
+            self._mailbox = Mailbox(link, channel, algorithm.messages, self.figures, hierarchy)
+            # The finalizer must not hold the scheduler, so it holds the one list of what is in flight.
+            weakref.finalize(self, abandon, link, self._mailbox.in_flight)
         self.lay_lanes()
+        self.follow_topology(topology)
 
     # -- construction and change -------------------------------------------------------------------------------------
 
@@ -134,19 +133,46 @@ class Scheduler:
         self._lanes = []
         for number, (s, b) in enumerate(backward_order([segment.layout for segment in self.segments])):
             segment = self.segments[s]
-            bucket = segment.layout.buckets[b]
-            lane = Lane(number, segment, bucket, b, expected=bucket.last - bucket.first)
+            lane = Lane(number, segment, segment.layout.buckets[b], b)
             if self.algorithm.exchanges == "gradients" and self.link is not None:
-                lane.average = GradientAverage(segment, bucket, self.link)
+                lane.average = GradientAverage(segment, lane.bucket, self.link)
             self._lanes.append(lane)
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
             param.register_post_accumulate_grad_hook(_Hook(self, lane))
-            for lane in (self._lanes if self.fused_backward else ())
+            for lane in (self._lanes if self.rhythm.fused_backward else ())
             for param in lane.segment.params[lane.bucket.first : lane.bucket.last]
             if param.requires_grad
         ]
+        for segment in self.segments if self.algorithm.after.rule == "outer" else ():
+            if "outer_param" not in segment.states:
+                segment.state("outer_param").copy_(segment.param)
+
+    def follow_topology(self, topology: Topology | None) -> None:
+        """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
+        self.topology = topology
+        if self.algorithm.name == "push_sum" and topology is not None and self.link is not None:
+            old = self._push_sum
+            self._push_sum = PushSum(topology, self.link.world.rank)
+            if old is not None:
+                self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
+
+    def read_clock(self) -> dict[str, Any]:
+        """The clock as plain data."""
+        if self._push_sum is not None:
+            self.clock.push_sum = self._push_sum.scalars.tolist()
+        return {**vars(self.clock), "previous_lr": dict(self.clock.previous_lr)}
+
+    def set_clock(self, saved: dict[str, Any]) -> None:
+        """Resume from `read_clock`'s data; missing entries count from zero."""
+        self.clock = Clock(**saved)
+        if self._push_sum is not None and self.topology is not None:
+            fresh = PushSum(self.topology, self._push_sum.rank)
+            if self.clock.push_sum is not None:
+                fresh.scalars[:] = self.clock.push_sum
+            fresh.exchanges = self.clock.exchanges
+            self._push_sum = fresh
 
     def discard(self) -> None:
         """Wait for what is in flight and forget it: the next step starts its own exchange."""
@@ -155,31 +181,18 @@ class Scheduler:
             lane.message = None
 
     def drain(self, *, keep_failures: bool = False) -> None:
-        """Wait for all sends and receives; what arrived is kept for the next step. Local.
+        """Wait for all sends and receives; what arrived is kept for the next step. Local; see `Mailbox.drain`."""
+        if self._mailbox is not None:
+            self._mailbox.drain(self._lanes, keep_failures=keep_failures)
 
-        Raises:
-            PeerTimeout, ExchangeError: unless `keep_failures`, when only the step that needs the message raises.
-        """
-        for lane in self._lanes:
-            if lane.message is not None:
-                try:
-                    self._wait(lane.message)
-                except RuntimeError:
-                    if not keep_failures:
-                        raise
+    def count_edits(self) -> list[int]:
+        """How many in-place edits each bucket has seen since it was sent."""
+        return [lane.edits() for lane in self._lanes]
 
-    def note_versions(self, *, keeping: Sequence[int] | None = None) -> list[int]:
-        """How many edits each bucket has seen since it was sent; with `keeping`, set these counts instead.
-
-        For edits that undo themselves (`averaged`): count before, and restore the counts after.
-        """
-        edits = []
-        for i, lane in enumerate(self._lanes):
-            now = lane.segment.versions(lane.bucket)
-            if keeping is not None:
-                lane.versions = now - keeping[i]
-            edits.append(now - lane.versions)
-        return edits
+    def forget_edits(self, counts: Sequence[int]) -> None:
+        """Set `count_edits` back, after edits that undid themselves."""
+        for lane, count in zip(self._lanes, counts, strict=True):
+            lane.versions += lane.edits() - count
 
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""
@@ -198,7 +211,7 @@ class Scheduler:
     # -- stepping ----------------------------------------------------------------------------------------------------
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Finish this step: all passes, the exchange they need and, for AWC, the start of the next one."""
+        """Finish this step: all passes, the exchange they need and, for AWC and kin, the start of the next one."""
         if self.held is not None:
             raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
         if self._led and (grad_scale is not None or found_inf is not None):
@@ -208,42 +221,42 @@ class Scheduler:
             )
         for segment in self.segments:
             segment.check_storage()
+            if not self.algorithm.plain:
+                segment.touch_all()
         self._inputs.found_inf = found_inf
-        late_clip = self.algorithm.exchanges == "gradients" and self.link is not None
-        if not late_clip:
+        if self.algorithm.exchanges == "gradients" and self.link is not None:
+            self._lead_all()
+            self._follow_averages(grad_scale)
+        else:
             self._inputs.grad_scale = self._multiplier(self._own_gradients(), grad_scale)
-        self._lead_all()
-        if late_clip:
-            averages = [lane.average for lane in self._lanes if lane.average is not None]
-            reduced = [self._finish_average(average) for average in averages]
-            self._inputs.grad_scale = self._multiplier([average.tensors() for average in averages], grad_scale)
-            for lane, (grads, inf) in zip(self._lanes, reduced, strict=True):
-                self._inputs.found_inf = inf if found_inf is not None else None
-                self._pass(lane, self.algorithm.after, grads)
-        elif self.algorithm.before is not None and self._exchanging(self.clock.steps):
-            for lane in self._lanes:
-                if lane.segment.layout.mix:
-                    self._pass(lane, self.algorithm.after, None, self._receive(lane), lane.round)
+            self._lead_all()
+            if self.algorithm.before is not None:
+                self._follow_all()
         self._tick()
 
     def _tick(self) -> None:
-        if self._exchanging(self.clock.steps):
+        if self._exchanging(self.clock.steps) and self.rhythm.turns(self.clock.steps):
             self.clock.exchanges += 1
         self.clock.steps += 1
+        for number, group in enumerate(self.groups):
+            if group["lr"] != 0:
+                self.clock.previous_lr[number] = float(group["lr"])
         self._led = 0
         self._inputs = StepInputs()
         for lane in self._lanes:
             lane.ready = 0
 
     def _exchanging(self, step: int) -> bool:
-        return self.topology is not None and self.link is not None and (step + 1) % self.communicate_every == 0
+        if self.topology is None or self.link is None:
+            return False
+        return self.rhythm.turns(step) or self.rhythm.averages(step)
 
     def _lead_all(self) -> None:
         step = self.clock.steps
         if self.algorithm.before is None and self._exchanging(step):
             for lane in self._lanes[self._led :]:
                 if lane.message is None:
-                    self._send(lane, self.clock.exchanges, step)
+                    self._send(lane, step, self.clock.exchanges)
         for lane in self._lanes[self._led :]:
             self._lead(lane)
         self._led = len(self._lanes)
@@ -252,146 +265,143 @@ class Scheduler:
         grads = lane.segment.gradients(lane.bucket)
         step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
         if lane.average is not None:
-            lane.average.start(grads, self._inputs.found_inf)
-            size = lane.average.buffer.numel() * lane.average.buffer.element_size()
-            world = lane.average.link.world.size
-            self.figures.bytes_sent += 2 * size * (world - 1) // world
-            self.figures.bytes_received += 2 * size * (world - 1) // world
+            self._start_average(lane.average, grads)
         elif self.algorithm.before is not None:
-            self._pass(lane, self.algorithm.before, grads)
+            pushes = self._push_sum is not None and lane.segment.layout.mix
+            self._pass(lane, self.algorithm.before, grads, Inbox(row_sum=self._shares().scale) if pushes else EMPTY)
             if exchanging:
-                self._send(lane, self.clock.exchanges, step)
+                self._send(lane, step, self.clock.exchanges)
         else:
-            inbox = self._receive(lane) if exchanging and lane.segment.layout.mix else ()
-            self._pass(lane, self.algorithm.after, grads, inbox, lane.round if exchanging else _ALONE)
+            self._pass(lane, self.algorithm.after, grads, self._receive(lane) if exchanging else EMPTY)
             if self._exchanging(step + 1):
-                self._send(lane, self.clock.exchanges + exchanging, step + 1)
-        if self.fused_backward:
+                done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
+                self._send(lane, step + 1, done)
+        if self.rhythm.fused_backward:
             for param in lane.segment.params[lane.bucket.first : lane.bucket.last]:
                 param.grad = None
 
-    def _pass(
-        self,
-        lane: Lane,
-        stage: Stage,
-        grads: Gradients | None,
-        inbox: Sequence[Tensor] = (),
-        round: Round = _ALONE,
-    ) -> None:
+    def _follow_all(self) -> None:
+        exchanging = self._exchanging(self.clock.steps)
+        if not exchanging and not self.algorithm.settles:
+            return
+        for lane in self._lanes:
+            inbox = self._receive(lane) if exchanging else EMPTY
+            if self._push_sum is not None and lane.segment.layout.mix:
+                inbox = Inbox(inbox.tensors, tuple(self._shares().recv.values()), self._shares().row_sum)
+            if lane.segment.layout.mix or self.algorithm.settles:
+                self._pass(lane, self.algorithm.after, None, inbox)
+
+    def _pass(self, lane: Lane, stage: Stage, grads: Gradients | None, inbox: Inbox) -> None:
         segment, bucket = lane.segment, lane.bucket
-        group = self.groups[segment.layout.group]
-        key = (segment.layout.group, stage.rule)
-        if key not in self._inputs.numbers:
-            self._inputs.numbers[key] = stage.hyper(group)
-        names = stage.states(group)
+        number = segment.layout.group
+        group = self.groups[number]
+        if (number, stage.rule) not in self._inputs.numbers:
+            previous = self.clock.previous_lr.get(number, float(group["lr"]) or 1.0)
+            self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
+        first_half = stage is self.algorithm.before
+        makes_message = first_half and "message" in self.algorithm.messages
+        takes_message = not first_half and self.algorithm.messages != ("param",)
         run_pass(
             stage.rule,
             segment.param,
-            tuple(segment.state(name) for name in names),
-            self._inputs.numbers[key],
+            tuple(segment.state(name) for name in stage.states(group)),
+            self._inputs.numbers[number, stage.rule],
             region=segment.regions[lane.region_index],
             grads=grads,
             steps=segment.steps,
-            inbox=(tuple(inbox),) if inbox else (),
-            weights=tuple(round.recv.values()) if inbox else (),
-            grad_scale=self._inputs.grad_scale,
-            found_inf=self._inputs.found_inf,
+            sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
+            inbox=inbox.tensors,
+            weights=inbox.weights,
+            row_sum=inbox.row_sum,
+            messages=(segment.tensor("message"),) if makes_message else (),
+            grad_scale=self._inputs.grad_scale if grads is not None else None,
+            found_inf=self._inputs.found_inf if grads is not None else None,
+            missing=stage.missing,
+            extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
         )
-        if grads is not None and names:
+        counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
+        if grads is not None and counts:
             own = slice(bucket.first, bucket.last)
             table = grads.addresses[own] if grads.addresses is not None else None
-            advance_steps(segment.steps[own], Gradients(grads.tensors[own], table, grads.dtype), self._inputs.found_inf)
+            advance_steps(
+                segment.steps[own],
+                Gradients(grads.tensors[own], table, grads.dtype),
+                self._inputs.found_inf,
+                missing=stage.missing,
+            )
         segment.bump_versions(bucket)
+
+    def _extra(self, segment: FlatSegment) -> Tensor:
+        """1 / (||s|| + 1e-8), s being this rank's whole `normalized` state; 0 while it is zero."""
+        assert self.algorithm.normalized is not None
+        if self._inputs.inverse_norm is None:
+            states = [one.state(self.algorithm.normalized) for one in self.segments]
+            norm = torch.stack([torch.linalg.vector_norm(state).double() for state in states]).norm()
+            self._inputs.inverse_norm = torch.where(norm > 0, 1.0 / (norm + 1e-8), 0.0)
+        return self._inputs.inverse_norm.to(segment.state(self.algorithm.normalized).dtype)
 
     # -- exchanging --------------------------------------------------------------------------------------------------
 
-    def _send(self, lane: Lane, exchange: int, step: int) -> None:
-        """Start exchange number `exchange` of a bucket, which step `step` will consume."""
-        assert self.topology is not None and self.link is not None
-        segment, bucket = lane.segment, lane.bucket
-        if not segment.layout.mix:
+    def _send(self, lane: Lane, step: int, exchange: int) -> None:
+        """Start the exchange of a bucket that step `step` will consume."""
+        assert self._mailbox is not None and self.topology is not None
+        if not lane.segment.layout.mix:
             return
-        lane.round = self.topology.round(self.link.world.rank, exchange)
-        outgoing = segment.param[bucket.start : bucket.stop]
-        inbox = self._inbox(segment, len(lane.round.recv))
-        recvs = [(peer, flat[bucket.start : bucket.stop]) for peer, flat in zip(lane.round.recv, inbox, strict=False)]
-        lane.message = self.link.start(
-            [(peer, outgoing) for peer in lane.round.send],
-            recvs,
-            tag=self._tag(exchange, lane),
-            label=f"step {step}, bucket {lane.number}",
-        )
-        self._in_flight.append(lane.message)
-        lane.versions = segment.versions(bucket)
-        size = outgoing.numel() * outgoing.element_size()
-        self.figures.bytes_sent += size * len(lane.round.send)
-        self.figures.bytes_received += size * len(recvs)
+        label = f"step {step}, bucket {lane.number}"
+        if self.rhythm.averages(step):
+            self._mailbox.send_to_all(lane, label)
+        else:
+            self._mailbox.send(lane, self.topology, exchange, label)
 
-    def _tag(self, exchange: int, lane: Lane) -> int:
-        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same.
-        return ((self.channel * 2 + exchange % 2) * len(self._lanes) + lane.number + 1) % _MAX_TAG
+    def _receive(self, lane: Lane) -> Inbox:
+        if not lane.segment.layout.mix:
+            return EMPTY
+        assert self._mailbox is not None
+        return self._mailbox.receive(lane)
 
-    def _inbox(self, segment: FlatSegment, neighbours: int) -> list[Tensor]:
-        inbox = self._inboxes.setdefault(id(segment), [])
-        while len(inbox) < neighbours:
-            inbox.append(torch.zeros_like(segment.param))
-        return inbox[:neighbours]
+    def _shares(self) -> Shares:
+        assert self._push_sum is not None
+        if self._inputs.shares is None:
+            exchanging = self._exchanging(self.clock.steps)
+            self._inputs.shares = self._push_sum.exchange(self.clock.exchanges) if exchanging else self._push_sum.idle()
+        return self._inputs.shares
 
-    def _receive(self, lane: Lane) -> list[Tensor]:
-        """This exchange's inbox of a bucket, waited for."""
-        assert lane.message is not None
-        self._wait(lane.message)
-        lane.message = None
-        if lane.segment.versions(lane.bucket) != lane.versions:
-            self._report_torn(lane)
-        return self._inbox(lane.segment, len(lane.round.recv))
+    def _start_average(self, average: GradientAverage, grads: Gradients) -> None:
+        average.start(grads, self._inputs.found_inf)
+        world = average.link.world.size
+        size = 2 * average.buffer.nbytes * (world - 1) // world
+        self.figures.bytes_sent += size
+        self.figures.bytes_received += size
 
-    def _wait(self, message: Message) -> None:
+    def _follow_averages(self, grad_scale: Tensor | None) -> None:
         begin = time.perf_counter()
-        try:
-            message.wait()
-        finally:
-            self.figures.blocked_s += time.perf_counter() - begin
-            if message in self._in_flight:
-                self._in_flight.remove(message)
-
-    def _report_torn(self, lane: Lane) -> None:
-        self.figures.torn_messages += 1
-        if not self._warned_torn:
-            self._warned_torn = True
-            warnings.warn(
-                f"rank {self._rank()}: parameters of bucket {lane.number} were edited in place while they were being sent, so "
-                f"neighbours may have mixed a torn or outdated value; wrap such edits in `with opt.paused():`",
-                TornMessageWarning,
-                stacklevel=5,
-            )
-
-    def _rank(self) -> int:
-        return self.link.world.rank if self.link is not None else 0
-
-    def _finish_average(self, average: GradientAverage) -> tuple[Gradients, Tensor]:
-        begin = time.perf_counter()
-        result = average.finish()
+        averages = [lane.average for lane in self._lanes if lane.average is not None]
+        reduced = [average.finish() for average in averages]
         self.figures.blocked_s += time.perf_counter() - begin
-        return result
+        self._inputs.grad_scale = self._multiplier([average.tensors() for average in averages], grad_scale)
+        scaled = self._inputs.found_inf is not None
+        for lane, (grads, found_inf) in zip(self._lanes, reduced, strict=True):
+            self._inputs.found_inf = found_inf if scaled else None
+            self._pass(lane, self.algorithm.after, grads, EMPTY)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _own_gradients(self) -> list[Tensor]:
-        if self.max_grad_norm is None:
+        if self.rhythm.max_grad_norm is None:
             return []
         return [param.grad for segment in self.segments for param in segment.params if param.grad is not None]
 
     def _multiplier(self, gradients: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
         """What gradients are multiplied by: GradScaler's unscaling and clipping to `max_grad_norm`, without a host sync."""
         unscale = None if grad_scale is None else grad_scale.reshape(()).float().reciprocal()
-        if self.max_grad_norm is None or not gradients:
+        limit = self.rhythm.max_grad_norm
+        if limit is None or not gradients:
             return unscale
         norm = torch.nn.utils.get_total_norm(gradients).float()
         if unscale is not None:
             norm = norm * unscale
         # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing by zero.
-        clip = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+        clip = torch.clamp(limit / (norm + 1e-6), max=1.0)
         return clip if unscale is None else clip * unscale
 
     def gradient_ready(self, lane: Lane, name: str) -> None:
@@ -407,9 +417,10 @@ class Scheduler:
         lane.ready += 1
         while self._led < len(self._lanes):
             lane = self._lanes[self._led]
-            if lane.ready < lane.expected or not self._may_lead(lane):
+            if lane.ready < lane.bucket.last - lane.bucket.first or not self._may_lead(lane):
                 return
-            self._lead(lane)
+            with torch.no_grad():
+                self._lead(lane)
             self._led += 1
 
     def _may_lead(self, lane: Lane) -> bool:
@@ -420,7 +431,7 @@ class Scheduler:
     def _holds(self) -> bool:
         """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
         if self._hold_in_hooks is None:
-            self._hold_in_hooks = self.max_grad_norm is not None or _grad_scaler_exists()
+            self._hold_in_hooks = self.rhythm.max_grad_norm is not None or _grad_scaler_exists()
         return self._hold_in_hooks or self.held is not None
 
 
@@ -440,11 +451,4 @@ class _Hook:
 def _grad_scaler_exists() -> bool:
     # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
     # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
-    import gc
-
     return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())
-
-
-def _abandon(link: Link, in_flight: list[Message]) -> None:
-    for message in in_flight:
-        link.keep(message)

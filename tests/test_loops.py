@@ -12,6 +12,7 @@ from pool import Pool
 from torch import nn
 
 import fusedfog
+from fusedfog.algorithms import TABLE, Outer
 
 TINY = 0.0005
 
@@ -181,21 +182,24 @@ def test_a_group_with_mix_false_is_updated_and_never_communicated(ranks: Pool) -
     assert [o for _, o in results] == pytest.approx([1.0, 0.9, 0.8, 0.7])
 
 
-def resume(kind: str, algorithm: str, fused_backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def resume(
+    kind: str, algorithm: str, fused_backward: bool, keywords: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
     def make() -> tuple[nn.Module, Any]:
         model = net()
         return model, getattr(fusedfog, kind)(
             model.parameters(),
             lr=0.02,
             algorithm=algorithm,
-            topology="one_peer_exponential",
-            communicate_every=2,
             fused_backward=fused_backward,
             bucket_mb=TINY,
+            **keywords,
         )
 
     def run(model: nn.Module, opt: Any, first: int, last: int) -> None:
         for step in range(first, last):
+            for group in opt.param_groups:
+                group["lr"] = 0.02 / (1 + step // 7)
             opt.zero_grad()
             model(batch(step)).pow(2).mean().backward()
             opt.step()
@@ -211,14 +215,29 @@ def resume(kind: str, algorithm: str, fused_backward: bool) -> tuple[torch.Tenso
     return vector(model), vector(again)
 
 
+RESUMED = [
+    (kind, name)
+    for family, kinds in (("SGD", ["SGD"]), ("Adam", ["Adam", "AdamW"]), ("AccumAdam", ["AccumAdamW"]))
+    for name in TABLE[family]
+    for kind in kinds[:: 1 if name == "awc" else -1][:1]
+]
+"""Every algorithm of every family once."""
+
+
 @pytest.mark.parametrize("fused_backward", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "algorithm"), [("SGD", "awc"), ("AdamW", "awc"), ("Adam", "atc"), ("AdamW", "allreduce")]
-)
+@pytest.mark.parametrize(("kind", "algorithm"), RESUMED)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     ranks: Pool, kind: str, algorithm: str, fused_backward: bool
 ) -> None:
-    for one, other in ranks.run(4, resume, kind, algorithm, fused_backward):
+    keywords: dict[str, Any] = {"momentum": 0.9} if kind == "SGD" and algorithm != "gradient_tracking" else {}
+    if algorithm in ("awc", "atc", "push_sum", "momentum_tracking"):
+        keywords |= {"communicate_every": 2, "topology": "one_peer_exponential"}
+    for one, other in ranks.run(4, resume, kind, algorithm, fused_backward, keywords):
+        assert torch.equal(one, other)
+
+
+def test_an_outer_optimizer_resumes_bit_for_bit(ranks: Pool) -> None:
+    for one, other in ranks.run(4, resume, "SGD", "local", False, {"outer": Outer(every=3), "topology": "ring"}):
         assert torch.equal(one, other)
 
 
