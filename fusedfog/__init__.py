@@ -1,21 +1,43 @@
 """fusedfog: decentralized training for PyTorch, neighbour averaging fused with the optimizer step."""
 
-from fusedfog import topology
+from fusedfog import ops, topology
+from fusedfog.algorithms import Outer
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StorageReplacedError, TornMessageWarning
-from fusedfog.optim import SGD, Adam, AdamW
+from fusedfog.ops import (
+    Work,
+    allreduce_parameters,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+    hierarchical_neighbor_allreduce,
+    neighbor_allgather,
+    neighbor_allreduce,
+    pair_gossip,
+)
+from fusedfog.optim import SGD, AccumAdamW, Adam, AdamW
 from fusedfog.topology import Topology
 from fusedfog.world import init
 
 __all__ = [
     "SGD",
+    "AccumAdamW",
     "Adam",
     "AdamW",
     "ExchangeError",
     "MismatchError",
+    "Outer",
     "PeerTimeout",
     "StorageReplacedError",
     "Topology",
     "TornMessageWarning",
+    "Work",
+    "allreduce_parameters",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "hierarchical_neighbor_allreduce",
     "init",
+    "neighbor_allgather",
+    "neighbor_allreduce",
+    "ops",
+    "pair_gossip",
     "topology",
 ]
