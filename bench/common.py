@@ -1,0 +1,83 @@
+"""What the benches share: interleaved timing, the machine in words, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """The machine and the versions that numbers belong to."""
+    words = {
+        "day": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+    }
+    if torch.cuda.is_available():
+        import triton
+
+        words |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}
+    return words
+
+
+def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run, once per round, all runs interleaved so that drift hits them alike; two rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            seconds = _once(run, device)
+            if turn >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def _once(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> tuple[float, float, float]:
+    """Median, smallest and largest of time(one) / time(other) over the rounds."""
+    ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a markdown table."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Write `bench/results/NAME.json` and print the table with the machine's description."""
+    RESULTS.mkdir(exist_ok=True)
+    words = machine()
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": words, **more, "rows": list(rows)}, indent=1) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in words.items()))
+    print(table(rows), flush=True)
