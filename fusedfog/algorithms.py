@@ -50,12 +50,14 @@ class Stage:
         rule: a rule of `kernels`.
         hyper, states: its numbers and the names of its states for a param group.
         missing: whether a parameter without a gradient is only mixed ("skip") or has a zero gradient ("zero").
+        differences: the rule takes the neighbours' weighted differences alone, without the rank's own value.
     """
 
     rule: str
     hyper: Hyper = _no_numbers
     states: Callable[[Group], tuple[str, ...]] = _no_states
     missing: Literal["skip", "zero"] = "skip"
+    differences: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _sgd_family() -> dict[str, Algorithm]:
         Algorithm(
             "exact_diffusion",
             Stage("exact_diffusion_before", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero"),
-            Stage("exact_diffusion", states=lambda group: ("dual",)),
+            Stage("exact_diffusion", states=lambda group: ("dual",), differences=True),
             settles=True,
             graph="symmetric",
             lazy=True,
@@ -241,7 +243,7 @@ def _sgd_family() -> dict[str, Algorithm]:
         Algorithm(
             "extra",
             None,
-            Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero"),
+            Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero", differences=True),
             graph="symmetric",
             refuses=fixed,
         ),

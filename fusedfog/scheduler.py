@@ -312,7 +312,7 @@ class Scheduler:
             sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
             inbox=inbox.tensors,
             weights=inbox.weights,
-            row_sum=inbox.row_sum,
+            row_sum=0.0 if stage.differences else inbox.row_sum,
             messages=(segment.tensor("message"),) if makes_message else (),
             grad_scale=self._inputs.grad_scale if grads is not None else None,
             found_inf=self._inputs.found_inf if grads is not None else None,

@@ -131,16 +131,16 @@ def exact_diffusion_before(x, mixed, g, states, step, hyper):
 
 @triton.jit
 def exact_diffusion(x, mixed, g, states, step, hyper):
-    """Exact diffusion after `exact_diffusion_before`; states (y,)."""
-    return mixed[0], (states[0] - (mixed[0] - x),), ()
+    """Exact diffusion after `exact_diffusion_before`; states (y,), row_sum 0."""
+    return x + mixed[0], (states[0] - mixed[0],), ()
 
 
 @triton.jit
 def extra(x, mixed, g, states, step, hyper):
-    """EXTRA; states (y[, momentum_buffer])."""
-    x_new, kept, _ = sgd(x, mixed, g, states[1:], step, hyper)
+    """EXTRA; states (y[, momentum_buffer]), row_sum 0."""
+    x_new, kept, _ = sgd(x, (x + mixed[0],), g, states[1:], step, hyper)
     x_new = x_new - states[0]
-    return x_new, (states[0] + 0.5 * (x - mixed[0]),) + kept, (x_new,)  # noqa: RUF005
+    return x_new, (states[0] - 0.5 * mixed[0],) + kept, (x_new,)  # noqa: RUF005
 
 
 @triton.jit

@@ -64,11 +64,11 @@ def quasi_global(run: Stacked, t: int, x, g, lr: float):
 def exact_diffusion(run: Stacked, t: int, x, g, lr: float):
     numbers = (lr, MOMENTUM, 1.0, DECAY, 1.0, 1.0)
     phi = run("exact_diffusion_before", x, (x,), g, "y buf", numbers, t + 1.0)
-    return run("exact_diffusion", phi, ((phi + mixed(phi)[0]) / 2,), g, "y", ())
+    return run("exact_diffusion", phi, ((mixed(phi)[0] - phi) / 2,), g, "y", ())
 
 
 def extra(run: Stacked, t: int, x, g, lr: float):
-    return run("extra", x, mixed(x), g, "y buf", (lr, MOMENTUM, 1.0, DECAY, 1.0, 1.0), t + 1.0)
+    return run("extra", x, (mixed(x)[0] - x,), g, "y buf", (lr, MOMENTUM, 1.0, DECAY, 1.0, 1.0), t + 1.0)
 
 
 def tracking(run: Stacked, t: int, x, g, lr: float):

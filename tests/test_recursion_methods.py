@@ -64,7 +64,7 @@ def test_sgd_methods_equal_the_dense_recursion(
 ) -> None:
     rates = warm_up(0.05)
     given, for_oracle = options
-    fused_backward = n == 8
+    fused_backward = n == 4
     problem, x0, got = trained(
         ranks, n, 13, "SGD", rates, algorithm=algorithm, topology=graph, fused_backward=fused_backward, **given
     )
