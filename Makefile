@@ -1,0 +1,43 @@
+# `make demo` and `make test` work in a fresh clone: they make .venv first. PYTHON chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+RANKS ?= 4
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TYPED := build/typed
+
+.PHONY: demo test test-all lint bench clean
+
+# GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them.
+demo: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) \
+		-m fusedfog.examples.digits
+
+# The interpreter is chosen when kernels are imported, so its tests need a process of their own.
+test: lint
+	$(BIN)/python -m pytest tests -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+# mypy cannot see that kernels/ is installed as fusedfog.kernels: show it the files where they are imported from.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED) && cp -Rp fusedfog $(TYPED)/ && cp -Rp kernels $(TYPED)/fusedfog/kernels
+	cd $(TYPED) && "$(CURDIR)/$(BIN)/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p fusedfog
+
+bench: $(INSTALLED)
+	set -e; for script in bench/*.py; do [ ! -e "$$script" ] || $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis digits*.png digits*.json
+	find fusedfog kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,examples]'
+	touch $@
