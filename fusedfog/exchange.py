@@ -14,6 +14,8 @@ Rules that keep this free of deadlock:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import threading
 import time
@@ -30,6 +32,9 @@ from fusedfog.errors import ExchangeError, PeerTimeout
 from fusedfog.world import World
 
 log = logging.getLogger("fusedfog")
+
+_LAST_MOMENT = 5.0
+"""Seconds that messages in flight get when the process ends."""
 
 Parcel = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
@@ -126,6 +131,7 @@ class Link:
         )
         self._channels = 0
         self._abandoned: list[Message] = []
+        self._started: weakref.WeakSet[Message] = weakref.WeakSet()
         self._watchdog = Watchdog(self) if self.on_gpu else None
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
@@ -158,6 +164,7 @@ class Link:
         """
         self._retire()
         message = Message(self, label)
+        self._started.add(message)
         message.keep_alive = [tensor for _, tensor in (*sends, *recvs)]
         if self.on_gpu:
             self._start_grouped(message, sends, recvs)
@@ -200,6 +207,27 @@ class Link:
         if message.pending:
             self._abandoned.append(message)
 
+    def close(self) -> None:
+        """Let go of works, tensors and group while Python still runs; for the end of the process.
+
+        A gloo thread that drops a tensor while the interpreter shuts down aborts the process, and optimizers at module
+        level live until then. What is in flight gets a moment to complete, for the sake of peers that need it.
+        """
+        deadline = time.monotonic() + _LAST_MOMENT
+        for message in list(self._started):
+            if message.waiter is not None:
+                message.waiter.join(max(0.0, deadline - time.monotonic()))
+            while message.pending and not self.on_gpu and message.failure is None:
+                with contextlib.suppress(RuntimeError):
+                    message.pending[0][0].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                message.pending.pop(0)
+            message.pending.clear()
+            message.keep_alive.clear()
+        self._abandoned.clear()
+        if self.group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(self.group)
+        del self.group
+
     def _retire(self) -> None:
         # A failed message keeps its other works for good: its connections are broken, but dropping them breaks more.
         self._abandoned = [message for message in self._abandoned if message.failure is not None or not message.done()]
@@ -238,6 +266,15 @@ class Watchdog:
                 self._watched = [entry for entry in pending if entry[0] >= now]
             for _, what, _ in overdue:
                 log.error("rank %d: %s: still waiting after %.0f s", self._rank, what, self._patience)
+
+
+@atexit.register
+def _close_links() -> None:
+    if _Links.default is not None:
+        for link in _Links.links.values():
+            link.close()
+        _Links.links.clear()
+        _Links.default = None
 
 
 class _Links:

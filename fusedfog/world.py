@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,4 +75,11 @@ def init(backend: str | None = None, timeout: timedelta | float | None = None) -
         # Control traffic and CPU tensors need gloo even where gradients and parameters are on GPUs.
         chosen = backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         dist.init_process_group(chosen, timeout=timeout, device_id=device if on_gpu else None)
+        atexit.register(_leave, dist.distributed_c10d._get_default_group())
     return device
+
+
+def _leave(world: dist.ProcessGroup) -> None:
+    # A process that exits with a gloo group alive aborts now and then, in plain torch too: what init joined, it leaves.
+    if dist.is_initialized() and dist.distributed_c10d._get_default_group() is world:
+        dist.destroy_process_group()

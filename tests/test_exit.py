@@ -1,0 +1,51 @@
+"""How processes end: scripts that stop after their last step exit cleanly, messages in flight or not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import torch
+import fusedfog
+
+fusedfog.init()
+model = torch.nn.Linear(8, 8)
+optimizer = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", fused_backward={fused})
+for _ in range(4):
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+{last}
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "fused"), [("", False), ("", True), ("torch.distributed.destroy_process_group()", False)]
+)
+def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, fused: bool) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(last=last, fused=fused))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = os.environ | {
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)], env=base | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
