@@ -147,6 +147,10 @@ def _check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(
             f"parameter {name} is {param.dtype}; supported are {kinds}. Give others a torch.optim optimizer"
         )
+    if param.is_cuda and param.dtype == torch.float64:
+        raise ValueError(
+            f"parameter {name} is float64 on {param.device}; the GPU kernel computes in float32: use model.float()"
+        )
     if param.device.type == "meta":
         raise ValueError(
             f"parameter {name} is on the meta device; materialise the model first (model.to_empty, then init)"

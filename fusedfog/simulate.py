@@ -29,8 +29,7 @@ from fusedfog.construction import Keywords, Options, check_finite
 from fusedfog.kernels.reference import RULES
 from fusedfog.layout import ALIGN
 from fusedfog.scheduler import Clock, Rhythm
-from fusedfog.topology import Topology
-from fusedfog.topology.base import Round
+from fusedfog.topology import Round, Topology
 
 __all__ = ["ModuleProblem", "Problem", "Quadratics", "Trajectory", "simulate"]
 

@@ -160,7 +160,11 @@ class Decentralized:
             model.parameters(), lr=settings.lr, momentum=settings.momentum, algorithm=algorithm, topology=topology
         )
         self.optimizer: torch.optim.Optimizer = optimizer
-        self.averaged, self.consensus_distance, self._stats = optimizer.averaged, optimizer.consensus_distance, optimizer.stats
+        self.averaged, self.consensus_distance, self._stats = (
+            optimizer.averaged,
+            optimizer.consensus_distance,
+            optimizer.stats,
+        )
 
     def update(self, loss: Tensor) -> None:
         """Backward and step."""
@@ -253,7 +257,9 @@ def progress(label: str, settings: Settings) -> Iterator[Any]:
     """A progress bar on rank 0, an invisible one elsewhere."""
     from tqdm import tqdm
 
-    with tqdm(total=settings.steps, desc=f"{label:<26}", unit="step", disable=not settings.progress or place()[0] > 0) as bar:
+    with tqdm(
+        total=settings.steps, desc=f"{label:<26}", unit="step", disable=not settings.progress or place()[0] > 0
+    ) as bar:
         yield bar
 
 
@@ -312,7 +318,10 @@ def table(histories: Sequence[History]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
+        for row in rows
+    ]
     return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
 
 
@@ -334,7 +343,9 @@ def draw(histories: Sequence[History], path: Path) -> None:
         right.plot(run.steps, distances, color=colour, label=label)
     lowest_shown = 0.7 if min(run.averaged_accuracy[-1] for run in histories) > 0.8 else 0.0  # where runs differ
     left.set(title="Test accuracy (shade: range over ranks)", xlabel="step", ylim=(lowest_shown, 1.0))
-    right.set(title="Consensus distance", xlabel="step", yscale="log" if any(histories[0].consensus_distance) else "linear")
+    right.set(
+        title="Consensus distance", xlabel="step", yscale="log" if any(histories[0].consensus_distance) else "linear"
+    )
     for axes, corner in ((left, "lower right"), (right, "lower left")):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -350,8 +361,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=defaults.steps, help="training steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=defaults.batch, help="images per rank and step (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=defaults.lr, help="learning rate, cosine to 0 (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=defaults.batch, help="images per rank and step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=defaults.lr, help="learning rate, cosine to 0 (default %(default)s)"
+    )
     parser.add_argument(
         "--shared",
         type=float,
