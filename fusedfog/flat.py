@@ -119,7 +119,12 @@ class FlatSegment:
             present = [name for name in names if state.get(name) is not None]
             for name in names:
                 view = self.state_view(name, position)
-                view.copy_(state[name]) if name in present else view.zero_()
+                if name in present:
+                    view.copy_(state[name])
+                elif name == "outer_param":
+                    view.copy_(self.params[position].detach())  # the anchor of a run that had not begun
+                else:
+                    view.zero_()
             # torch's SGD stores no count; what matters is whether its momentum buffer has begun.
             self.steps[position] = float(state.get("step", 1.0 if present else 0.0))
             self.touched[position] = bool(present) or "step" in state

@@ -241,6 +241,20 @@ def test_an_outer_optimizer_resumes_bit_for_bit(ranks: Pool) -> None:
         assert torch.equal(one, other)
 
 
+def load_before_the_first_step() -> float:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.0, algorithm="local", outer=Outer(every=2), topology="ring")
+    start = vector(model)
+    opt.load_state_dict(opt.state_dict())
+    for _ in range(4):
+        opt.step()
+    return (vector(model) - start).abs().max().item()
+
+
+def test_an_outer_optimizer_may_be_loaded_before_it_has_stepped(ranks: Pool) -> None:
+    assert max(ranks.run(4, load_before_the_first_step)) < 1e-12
+
+
 def extra_forwards() -> float:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="one_peer_exponential")
