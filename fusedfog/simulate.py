@@ -136,8 +136,7 @@ def simulate(
         check_finite(group, ("lr",))
         ranks.step(problem.grad(step, ranks.flat["param"]))
     _record(path, problem, steps, ranks.flat["param"])
-    path.X = ranks.flat["param"]
-    path.states = {name: ranks.flat[name] for name in ranks.state_names}
+    path.X, path.states = ranks.flat["param"], {name: ranks.flat[name] for name in ranks.state_names}
     return path
 
 
