@@ -165,3 +165,25 @@ def test_outer_is_diloco_and_noloco(ranks: Pool) -> None:
         rule = turn if turn is not None else oracle.NoLoCo(graph.matrix, 0.7, 0.5)
         want = oracle.with_outer(problem, x0, 0.05, 60, 5, rule)
         np.testing.assert_allclose(np.stack(got, axis=1), want, rtol=1e-10, atol=1e-10)
+
+
+def change_everything(opt: Any, step: int) -> None:
+    """In mid-run: another momentum where there is one, and another graph."""
+    if step == 150:
+        opt.set_topology("symmetric_exponential")
+        for group in opt.param_groups:
+            group["momentum"] = group["momentum"] / 2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "momentum"),
+    [("exact_diffusion", 0.6), ("extra", 0.4), ("gradient_tracking", 0.0), ("momentum_tracking", 0.6)],
+)
+def test_exact_methods_stay_exact_through_changes_in_mid_run(ranks: Pool, algorithm: str, momentum: float) -> None:
+    problem = problems.least_squares(4, 10, 20, seed=1)
+    rates = [0.05] * 300 + [0.02] * 1200
+    got = ranks.run(
+        4, train, "SGD", problem.hessians, problem.linear, problems.start(4, 10), rates, algorithm=algorithm,
+        topology="ring", momentum=momentum, record=False, bucket_mb=1, touch=change_everything,
+    )  # fmt: skip
+    np.testing.assert_allclose([path[-1] for path in got], np.tile(problem.x_star, (4, 1)), atol=1e-8)
