@@ -40,7 +40,7 @@ SIZES = (8, 16)
 SEEDS = (0, 1, 2)
 STEPS, BATCH, ALPHA = 250, 16, 0.1
 TUNING_SEED = 3
-SGD_GRID, ADAM_GRID = (0.25, 0.5, 1.0, 2.0, 4.0), (0.015, 0.05, 0.15, 0.4)
+SGD_GRID, ADAM_GRID = (0.125, 0.25, 0.5, 1.0), (0.005, 0.015, 0.05, 0.15)
 
 
 @dataclass(frozen=True)
