@@ -64,21 +64,24 @@ def straggle(algorithm: str, fused_backward: bool) -> list[tuple[float, float]]:
     return times
 
 
-@pytest.mark.parametrize("fused_backward", [False, True])
-@pytest.mark.parametrize(("algorithm", "delayed"), [("awc", 6), ("atc", 5)])
+@pytest.mark.parametrize(
+    ("algorithm", "fused_backward", "delayed"),
+    # With fused_backward the straggler's message of step 5 leaves in backward, before its nap, so the next one is late. For
+    # AWC that holds if its own inbox had come by then; otherwise its hooks have left the work, and the sending, to step().
+    [("awc", False, {6}), ("atc", False, {5}), ("awc", True, {6, 7}), ("atc", True, {6})],
+)
 def test_a_straggler_delays_only_the_step_that_needs_its_message(
-    ranks: Pool, algorithm: str, delayed: int, fused_backward: bool
+    ranks: Pool, algorithm: str, fused_backward: bool, delayed: set[int]
 ) -> None:
-    if algorithm == "atc" and fused_backward:
-        # Here the straggler's own message has left in backward, before its nap: the next exchange is the late one.
-        delayed = 6
     times = ranks.run(4, straggle, algorithm, fused_backward)
     for rank in (1, 3):
         computing = [t for t, _ in times[rank]]
         stepping = [t for _, t in times[rank]]
         assert max(computing) < NAP / 2, f"rank {rank} was held up in forward or backward"
-        assert NAP / 2 < stepping[delayed] < 2 * NAP
-        assert max(stepping[:delayed] + stepping[delayed + 1 :]) < NAP / 2
+        late = [step for step, t in enumerate(stepping) if t > NAP / 2]
+        assert len(late) == 1, f"rank {rank} waited in steps {late}"
+        assert late[0] in delayed
+        assert stepping[late[0]] < 2 * NAP
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
