@@ -217,9 +217,10 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         edits = engine.count_edits()
         before = [tensor.clone() for tensor in (*flats, *buffers)]
         try:
-            with torch.no_grad(), engine.hold("averaged()"):
+            with torch.no_grad():
                 average_in_place([*flats, *buffers], construction.measuring_link(engine, self._options))
-                engine.bump_versions()
+            engine.bump_versions()
+            with engine.hold("averaged()"):
                 yield
         finally:
             with torch.no_grad():

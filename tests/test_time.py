@@ -241,6 +241,7 @@ def average_and_restore() -> tuple[float, bool, str]:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     error = ""
     with opt.averaged(model):
+        assert torch.is_grad_enabled(), "the body's grad mode is the user's"
         inside = torch.cat([value.flatten().double() for value in model.state_dict().values()])
         same = [torch.empty_like(inside) for _ in range(4)]
         dist.all_gather(same, inside)
