@@ -1,4 +1,4 @@
-"""The command line: ``fusedfog topology NAME -n N`` and ``fusedfog topologies``."""
+"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fusedfog.calibrate import add_calibrate
+from fusedfog.plan.command import add_plan
 from fusedfog.topology import Topology, named
 from fusedfog.topology.guide import SUMMARIES, accepted_by, guide_table
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
@@ -55,7 +57,12 @@ def _add_topologies(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser.set_defaults(run=_run_topologies)
 
 
-COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [_add_topology, _add_topologies]
+COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
+    _add_topology,
+    _add_topologies,
+    add_plan,
+    add_calibrate,
+]
 """Each adds one subcommand and names, as ``run``, the function that takes the options and returns the exit status."""
 
 

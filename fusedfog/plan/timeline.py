@@ -1,0 +1,343 @@
+"""Who waits for whom: training steps on all ranks at once, bucket by bucket, in the order of `fusedfog.scheduler`.
+
+Every quantity is a vector over ranks, so 4,096 ranks cost little more than 8. One step of rank i, compute times multiplied by
+a factor f_i(t), log-normal with mean 1 and parameter sigma, drawn anew for every rank and step:
+
+    ddp, allreduce   bucket b is reduced from max_i(ready_i) on, one after the other on one communication stream
+    awc and kin      the bucket's message of step t is posted by the pass of step t - 1 and waited for by that of step t
+    atc and kin      posted by the pass before, in `step` or with `fused_backward` under backward; waited for in `step`
+
+A transfer between i and j begins when both have posted it, since neither gloo nor NCCL copies what it sends: so a rank waits
+for the neighbours of its round, those that it sends to included, and for nobody else ("local synchrony"). On each rank
+exchanges follow each other in the order of buckets, as operations of one NCCL communicator do:
+
+    begin_i = max(posted_i, done_i of the bucket before);  done_i = max over transfers (i, j) of
+              max(begin_i, begin_j) + alpha_ij + s / rate_ij
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fusedfog.algorithms import TABLE, Algorithm, check_options, resolve_topology
+from fusedfog.plan.network import (
+    Collective,
+    Meeting,
+    Network,
+    Times,
+    allreduce_seconds,
+    between_machines,
+    finish_by_machine,
+    meeting,
+)
+from fusedfog.plan.workload import Bucket, Workload
+from fusedfog.topology import Topology
+
+ENDLESS = 32
+"""Rounds of an endless sequence that stand for all."""
+
+SETTLING = 8
+LEAST_STEPS = {True: 48, False: 240}
+"""Steps measured when all ranks are equally fast, and when they are not."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        algorithm: "ddp" (torch's DistributedDataParallel) or an algorithm of `fusedfog.algorithms`.
+        topology: for algorithms that have one; None takes the algorithm's default. With `mesh`, of machines.
+        collective: how an all-reduce is done.
+        mesh: mix across machines only (`mesh=` of the optimizers).
+        label: what tables call it; None describes it.
+
+    Raises:
+        ValueError: an unknown algorithm, or options that it refuses.
+    """
+
+    algorithm: str
+    topology: Topology | str | None = None
+    collective: Collective = "ring"
+    fused_backward: bool = False
+    communicate_every: int = 1
+    mesh: bool = False
+    bucket_mb: float = 25
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.communicate_every < 1:
+            raise ValueError(f"communicate_every must be at least 1, got {self.communicate_every}")
+        if self.algorithm != "ddp":
+            check_options(self.row, {"communicate_every": self.communicate_every})
+        if self.communicate_every > 1 and self.reduces:
+            raise ValueError(f"{self.algorithm} reduces gradients in every step; communicate_every is for awc and atc")
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm's row of the table; "ddp" has that of allreduce."""
+        rows = {**TABLE["Adam"], **TABLE["SGD"]}
+        name = "allreduce" if self.algorithm == "ddp" else self.algorithm
+        if name not in rows:
+            raise ValueError(f"unknown algorithm {self.algorithm!r}; there are ddp, {', '.join(rows)}")
+        return rows[name]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients travel, to everyone."""
+        return self.row.exchanges == "gradients"
+
+    @property
+    def name(self) -> str:
+        """The label, or the options in words."""
+        if self.label is not None:
+            return self.label
+        shape = self.topology if isinstance(self.topology, str) else self.topology.name if self.topology else None
+        words = ["DDP" if self.algorithm == "ddp" else self.algorithm]
+        words += [f"({self.collective})"] if self.reduces else [shape] if shape is not None else []
+        words += ["by machine"] * self.mesh + ["fused_backward"] * self.fused_backward
+        words += [f"H={self.communicate_every}"] * (self.communicate_every > 1)
+        return " ".join(words)
+
+    def graph(self, network: Network) -> Topology | None:
+        """The topology on this network; None for methods without one.
+
+        Raises:
+            ValueError: it does not fit the network or the algorithm.
+        """
+        return resolve_topology(self.row, self.topology, network.machines if self.mesh else network.ranks)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method costs per step.
+
+    Attributes:
+        step_s: mean seconds of a step, in the long run.
+        local_s: the same without communication.
+        sent: bytes that a rank sends per step, the mean over ranks and rounds.
+        sent_by_machine: bytes that leave a machine per step, the mean likewise.
+    """
+
+    method: str
+    ranks: int
+    step_s: float
+    local_s: float
+    sent: float
+    sent_by_machine: float
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of a step in which communication, or waiting for others, is not hidden by computation."""
+        return self.step_s - self.local_s
+
+    @property
+    def efficiency(self) -> float:
+        """Scaling efficiency: time without communication over time with it."""
+        return self.local_s / self.step_s
+
+
+def predict(workload: Workload, network: Network, method: Method, *, sigma: float = 0.0, seed: int = 0) -> Prediction:
+    """Simulate a method until its rate is steady.
+
+    Args:
+        sigma: of the logarithm of compute times; equal seeds draw equal times for all methods.
+
+    Raises:
+        ValueError: `sigma` is negative, or the method does not fit the network.
+    """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be zero or more, got {sigma!r}")
+    run = _Run(workload, network, method)
+    settle = run.cycle * math.ceil(SETTLING / run.cycle)
+    steps = run.cycle * math.ceil(LEAST_STEPS[sigma == 0] / run.cycle)
+    normal = np.random.default_rng(seed).standard_normal((settle + steps, network.ranks))
+    pace = np.exp(sigma * normal - sigma**2 / 2)
+    finish = run.finish_times(pace)
+    sent, sent_by_machine = run.traffic()
+    return Prediction(
+        method.name,
+        network.ranks,
+        float((finish[-1] - finish[settle - 1]).mean()) / steps,
+        run.local_seconds(float(pace[settle:].mean())),
+        sent,
+        sent_by_machine,
+    )
+
+
+def finish_times(workload: Workload, network: Network, method: Method, pace: Times) -> Times:
+    """When each rank finishes each step, [steps, n], compute times being multiplied by `pace` [steps, n].
+
+    Training begins at 0; messages that the first step needs are sent then.
+
+    Raises:
+        ValueError: the method does not fit the network.
+    """
+    return _Run(workload, network, method).finish_times(pace)
+
+
+class _Run:
+    """A method's ranks: `now` is when each has finished the step before, `free` when its exchanges have."""
+
+    def __init__(self, workload: Workload, network: Network, method: Method) -> None:
+        self.workload, self.network, self.method = workload, network, method
+        self.row, self.every = method.row, method.communicate_every
+        self.forward_s, self.backward_s = workload.forward_s, workload.backward_s
+        self.buckets = (workload.ddp_buckets if method.algorithm == "ddp" else workload.buckets)(method.bucket_mb)
+        self.graph = method.graph(network) if network.ranks > 1 else None
+        self.now, self.free = np.zeros(network.ranks), np.zeros(network.ranks)
+        self.arrived = [np.zeros(network.ranks) for _ in self.buckets]
+        if self.row.before is None and self._exchanges(0):
+            self._exchange([self.now] * len(self.buckets), 0)
+
+    @property
+    def cycle(self) -> int:
+        """Steps after which everything repeats."""
+        return self.every * len(self.rounds) if self.graph is not None else 1
+
+    @cached_property
+    def rounds(self) -> list[Meeting]:
+        """The rounds of the topology, of ranks or (with a mesh) of machines."""
+        if self.graph is None:
+            return []
+        place = between_machines(self.network) if self.method.mesh else self.network
+        return [meeting(self.graph, t, place) for t in range(self.graph.period or ENDLESS)]
+
+    def finish_times(self, pace: Times) -> Times:
+        """See the function of this name."""
+        finish = np.empty_like(pace)
+        for t, factors in enumerate(pace):
+            self._step(t, factors)
+            finish[t] = self.now
+        return finish
+
+    def _step(self, t: int, pace: Times) -> None:
+        if self.method.reduces and self.network.ranks > 1:
+            self._reduce(pace)
+        elif self.row.before is None or self.graph is None:
+            self._mix_then_send(t, pace)
+        else:
+            self._send_then_mix(t, pace)
+
+    def local_seconds(self, pace: float) -> float:
+        """A step without communication."""
+        workload = self.workload
+        own_pass = workload.pass_seconds(workload.size, workload.optimizer_tensors)
+        return pace * (self.forward_s + self.backward_s) + own_pass
+
+    def traffic(self) -> tuple[float, float]:
+        """Mean bytes per step from a rank, and out of a machine."""
+        size, n = self.workload.size, self.network.ranks
+        machines, local = self.network.machines, self.network.local
+        if self.method.reduces and n > 1:
+            outside = 2 * (machines - 1) / machines * size if self.method.collective == "hierarchical" else None
+            around = 2 * (n - 1) / n * size
+            return around, (around if machines > 1 else 0.0) if outside is None else outside
+        if self.graph is None:
+            return 0.0, 0.0
+        models = size * len(self.row.messages) / self.every
+        outside = models * float(np.mean([turn.outside for turn in self.rounds])) / machines
+        if self.method.mesh:
+            return 2 * (local - 1) / local * models + outside / local, outside
+        return models * float(np.mean([turn.outgoing.mean() for turn in self.rounds])), outside
+
+    # -- one step --------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, pace: Times) -> None:
+        """Gradients are averaged: under backward for DDP and with fused_backward, after it otherwise."""
+        overlaps = self.method.algorithm == "ddp" or self.method.fused_backward
+        packing = 2  # Each gradient is copied into the bucket; DDP also copies the mean back.
+        ready = []
+        now, at = self.now + pace * self.forward_s, 0.0
+        for bucket in self.buckets:
+            if overlaps:
+                now = now + pace * (bucket.ready_s - at) + self._pass(bucket, packing)
+                at = bucket.ready_s
+                ready.append(now)
+        now = now + pace * (self.backward_s - at)
+        for bucket in () if overlaps else self.buckets:
+            now = now + self._pass(bucket, packing)
+            ready.append(now)
+        end = 0.0
+        for bucket, posted in zip(self.buckets, ready, strict=True):
+            end = max(end, float(posted.max())) + self._reduce_seconds(bucket)
+        after = self.workload.optimizer_tensors + (2 if self.method.algorithm == "ddp" else 0)
+        self.now = np.maximum(now, end) + self.workload.pass_seconds(self.workload.size, after)
+
+    def _reduce_seconds(self, bucket: Bucket) -> float:
+        return allreduce_seconds(self.network, bucket.size, self.method.collective)
+
+    def _mix_then_send(self, t: int, pace: Times) -> None:
+        """Messages known before forward (awc and kin, and local training): wait, pass, send."""
+        waits, sends = self._exchanges(t), self._exchanges(t + 1)
+        tensors = self.workload.optimizer_tensors + (self._inbox(t) if waits else 0.0)
+        arrived = self.arrived if waits else [np.zeros_like(self.now)] * len(self.buckets)
+        posted = [np.zeros_like(self.now) for _ in self.buckets]
+        led = np.zeros(len(self.now), dtype=np.int64)
+        now, at = self.now + pace * self.forward_s, 0.0
+        for number, bucket in enumerate(self.buckets if self.method.fused_backward else ()):
+            now = now + pace * (bucket.ready_s - at)
+            at = bucket.ready_s
+            # A hook leads every complete bucket, in order, up to the first whose message has not come yet.
+            for b in range(int(led.min()), number + 1):
+                goes = (led == b) & (arrived[b] <= now)
+                now = np.where(goes, now + self._pass(self.buckets[b], tensors), now)
+                posted[b] = np.where(goes, now, posted[b])
+                led = led + goes
+        now = now + pace * (self.backward_s - at)
+        for b, bucket in enumerate(self.buckets):
+            rest = led <= b
+            now = np.where(rest, np.maximum(now, arrived[b]) + self._pass(bucket, tensors), now)
+            posted[b] = np.where(rest, now, posted[b])
+        self.now = now
+        if sends:
+            self._exchange(posted, t + 1)
+
+    def _send_then_mix(self, t: int, pace: Times) -> None:
+        """Messages made from gradients (atc and kin): pass, send, all buckets of it; then wait, pass."""
+        exchanges = self._exchanges(t)
+        posted = []
+        now, at = self.now + pace * self.forward_s, 0.0
+        for bucket in self.buckets if self.method.fused_backward else ():
+            now = now + pace * (bucket.ready_s - at) + self._pass(bucket, self.workload.optimizer_tensors)
+            at = bucket.ready_s
+            posted.append(now)
+        now = now + pace * (self.backward_s - at)
+        for bucket in self.buckets[len(posted) :]:
+            now = now + self._pass(bucket, self.workload.optimizer_tensors)
+            posted.append(now)
+        if exchanges:
+            self._exchange(posted, t)
+            for bucket, arrived in zip(self.buckets, self.arrived, strict=True):
+                now = np.maximum(now, arrived) + self._pass(bucket, 2 + self._inbox(t))
+        self.now = now
+
+    # -- exchanging ------------------------------------------------------------------------------------------------------
+
+    def _exchanges(self, t: int) -> bool:
+        return self.graph is not None and (t + 1) % self.every == 0
+
+    def _round(self, t: int) -> Meeting:
+        return self.rounds[t // self.every % len(self.rounds)]
+
+    def _inbox(self, t: int) -> Times | float:
+        """Tensors of the model's size that the pass reads from neighbours."""
+        return len(self.row.messages) * (1.0 if self.method.mesh else self._round(t).incoming)
+
+    def _pass(self, bucket: Bucket, tensors: Times | float) -> Times | float:
+        return bucket.size * tensors / self.workload.memory_bandwidth
+
+    def _exchange(self, posted: list[Times], t: int) -> None:
+        turn = self._round(t)
+        for b, bucket in enumerate(self.buckets):
+            begin = np.maximum(posted[b], self.free)
+            size = bucket.size * len(self.row.messages)
+            if self.method.mesh:
+                self.free = finish_by_machine(self.network, turn, begin, size)
+            else:
+                self.free = turn.finish(begin, size)
+            self.arrived[b] = self.free
