@@ -1,0 +1,205 @@
+"""Everything that only a GPU can tell, in one call of at most nine minutes: python bench/gpu.py
+
+    pip install --no-deps --no-build-isolation -e .     # optional: without it, the source tree is imported as it lies
+    python bench/gpu.py [--out FOLDER] [--only NAME ...] [--minutes M]
+    python bench/gpu.py --smoke                         # tiny sizes on the CPU: do the sections themselves work?
+
+Sections run one after the other, the most important first, each in a process of its own: a crash, a hang or a poisoned
+CUDA context costs one section and no more. What a section found before it failed is kept, with the end of its log. After
+every section gpu.json and gpu.md are written to FOLDER (bench/results, or a temporary folder with --smoke).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: a function of the same name.
+
+    Attributes:
+        most: seconds it may take.
+        shards: processes that share its work.
+    """
+
+    name: str
+    module: str
+    most: float
+    shards: int = 1
+
+
+SECTIONS = [
+    Section("device", "gpu_sections", 45),
+    # Compiles what `speed` needs: in parallel, since a kernel takes a core about a second.
+    Section("passes", "gpu_sections", 150, shards=8),
+    Section("speed", "gpu_sections", 140),
+    Section("optimizers", "gpu_sections", 75),
+    Section("host", "gpu_sections", 60),
+    Section("memory", "gpu_sections", 40),
+    Section("overlap", "gpu_sections", 45),
+    Section("ranks", "gpu_ranks", 120),
+    Section("counters", "gpu_sections", 60),
+    Section("memcheck", "gpu_sections", 60),
+]
+CHILDREN = {section.name: section.module for section in SECTIONS} | {"counter_target": "gpu_sections"}
+
+
+def child(args: argparse.Namespace) -> None:
+    """Run one section in this process; an error goes into its notes and to standard error."""
+    from gpu_notes import Notes, Run
+
+    shard, shards = map(int, args.shard.split("/"))
+    notes = Notes(args.notes)
+    deadline = args.deadline or time.time() + 600
+    run = Run(args.smoke, deadline, shard, shards, args.notes.parent)
+    try:
+        getattr(importlib.import_module(CHILDREN[args.child]), args.child)(notes, run)
+    except Exception as error:
+        notes["error"] = f"{type(error).__name__}: {error}"[:1000]
+        traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def perform(section: Section, work: Path, deadline: float, smoke: bool) -> dict[str, Any]:
+    """Run a section's processes to their end or to its limit; its entry in the report."""
+    begin, shards = time.time(), 2 if smoke and section.shards > 1 else section.shards
+    limit = min(begin + section.most, deadline)
+    notes = [work / f"{section.name}-{shard}.json" for shard in range(shards)]
+    logs = [path.with_suffix(".log") for path in notes]
+    processes = []
+    for shard, (path, log) in enumerate(zip(notes, logs, strict=True)):
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            section.name,
+            "--notes",
+            str(path),
+            "--shard",
+            f"{shard}/{shards}",
+        ]
+        # A section that watches the time ends by itself, before it is killed.
+        command += ["--deadline", str(limit - 5), *(["--smoke"] if smoke else [])]
+        with log.open("w") as out:
+            processes.append(
+                subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment(smoke))
+            )
+    outcomes = []
+    for process in processes:
+        try:
+            code = process.wait(timeout=max(0.1, limit - time.time()))
+            outcomes.append("ok" if code == 0 else f"failed with exit status {code}")
+        except subprocess.TimeoutExpired:
+            outcomes.append(f"killed after {time.time() - begin:.0f} s")
+        end_group(process)
+    bad = [number for number, outcome in enumerate(outcomes) if outcome != "ok"]
+    status = ["ok"] if not bad else [f"process {number} {outcomes[number]}" for number in bad]
+    found = merged(notes)
+    if found.get("failures"):
+        status = ["FAILURES", *(status if bad else [])]
+    return {
+        "status": ", ".join(status),
+        "seconds": time.time() - begin,
+        "found": found,
+        "log": "\n".join(logs[number].read_text(errors="replace")[-1500:] for number in bad[:3]),
+    }
+
+
+def environment(smoke: bool) -> dict[str, str]:
+    """The processes' environment; the CPU's threads are shared out among those that run together."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if smoke else {}
+    return {**os.environ, **hidden, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Kill what a section's process left running, and itself if it still does."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+def merged(notes: list[Path]) -> dict[str, Any]:
+    """What all shards found so far."""
+    from gpu_notes import merge
+
+    return merge([json.loads(path.read_text()) for path in notes if path.exists()])
+
+
+def about(section: Section) -> str:
+    """The section's own words on what it finds out."""
+    return str(getattr(importlib.import_module(section.module), section.name).__doc__).strip()
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """gpu.json and gpu.md."""
+    from gpu_notes import markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "gpu.md").write_text(markdown(report))
+
+
+def main() -> None:
+    """Run the sections, or one of them as a child of such a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
+    parser.add_argument(
+        "--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections alone"
+    )
+    parser.add_argument("--minutes", type=float, default=8.7, help="time for everything")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    begin = time.time()
+    deadline = begin + 60 * args.minutes
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
+        out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-smoke-")) if args.smoke else RESULTS)
+        report: dict[str, Any] = {"machine": {"day": date.today().isoformat()}, "sections": {}}
+        if args.smoke:
+            report["machine"]["smoke"] = "on the CPU: no number here means anything"
+        for section in SECTIONS:
+            if args.only and section.name not in args.only:
+                continue
+            if deadline - time.time() < 15:
+                entry: dict[str, Any] = {"status": "no time left", "seconds": 0.0, "found": {}, "log": ""}
+            else:
+                entry = perform(section, work, deadline, args.smoke)
+            report["sections"][section.name] = {"about": about(section)} | entry
+            if section.name == "device":
+                report["machine"] |= {key: value for key, value in entry["found"].items() if key != "copy"}
+            report["seconds"] = time.time() - begin
+            write(report, out)
+            print(f"{section.name}: {entry['status']} ({entry['seconds']:.0f} s)", flush=True)
+    print((out / "gpu.md").read_text(), flush=True)
+    print(f"written to {out}/gpu.json and {out}/gpu.md")
+    sys.exit(any(section["status"] != "ok" for section in report["sections"].values()))
+
+
+if __name__ == "__main__":
+    main()
