@@ -11,8 +11,8 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from common import RESULTS, table
 
 from fusedfog.plan import Layer, Link, Method, Network, Workload, predict, scaling
 from fusedfog.plan.report import Curve, draw_curves
-from fusedfog.plan.workload import PROFILES
+from fusedfog.plan.workload import OPTIMIZER_TENSORS, PROFILES
 from fusedfog.topology import inner_outer_exponential
 
 RESNET50_BYTES = 4 * 25_557_032
@@ -91,14 +91,15 @@ def percent(value: float) -> str:
 
 # -- 1: measured on shaped links ---------------------------------------------------------------------------------------
 
-MEASURED: dict[str, Callable[[float], Method]] = {
-    "DDP": lambda mb: Method("ddp", bucket_mb=mb),
-    "fusedfog allreduce": lambda mb: Method("allreduce", bucket_mb=mb),
-    "AWC one-peer": lambda mb: Method("awc", "one_peer_exponential", bucket_mb=mb),
-    "AWC exponential": lambda mb: Method("awc", "exponential", bucket_mb=mb),
-    "AWC ring": lambda mb: Method("awc", "ring", bucket_mb=mb),
-    "ATC one-peer, fused_backward": lambda mb: Method("atc", "one_peer_exponential", fused_backward=True, bucket_mb=mb),
-    "AWC hierarchical": lambda mb: Method("awc", "one_peer_exponential", mesh=True, bucket_mb=mb),
+MEASURED: dict[str, Method] = {
+    "DDP": Method("ddp"),
+    "allreduce, fused_backward": Method("allreduce", fused_backward=True),
+    "AWC one-peer": Method("awc", "one_peer_exponential"),
+    "AWC one-peer, fused_backward": Method("awc", "one_peer_exponential", fused_backward=True),
+    "AWC exponential": Method("awc", "exponential"),
+    "AWC ring": Method("awc", "ring"),
+    "ATC one-peer, fused_backward": Method("atc", "one_peer_exponential", fused_backward=True),
+    "AWC hierarchical": Method("awc", "one_peer_exponential", mesh=True),
 }
 """Methods of bench/network.py by its names; the others there are not ours to predict."""
 
@@ -113,8 +114,8 @@ def against_measurements(path: Path) -> Comparison | None:
     results = [one for one in json.loads(path.read_text())["results"] if one["kind"] == "device-like"]
     rows = [row for result in results for row in _measured_rows(result)]
     given = (
-        "Nothing fitted. Given: the payload rate that the links are shaped to, the time that 4 bytes take (alpha), layer sizes "
-        "and waits, and the measured step of `local`, whose excess over the waits is shared among layers in proportion. "
+        "Nothing fitted. Given: the payload rate that the links are shaped to, the time that 4 bytes take (alpha), layer and "
+        "bucket sizes, and the measured step of `local`, of which forward, backward and update have their measured shares. "
         f"Assumed: {LOOPBACK / 1e9:g} GB/s inside a machine. Measured: milliseconds per step, medians over rounds "
         "(`bench/network.py`, device-like compute)."
     )
@@ -123,9 +124,7 @@ def against_measurements(path: Path) -> Comparison | None:
 
 def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
     medians = {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
-    forward, backward = result["waits_s"]
-    stretch = medians["local"] / (len(result["layer_bytes"]) * (forward + backward))
-    workload = Workload(tuple(Layer(size, forward * stretch, backward * stretch) for size in result["layer_bytes"]))
+    workload = _measured_workload(result, medians["local"])
     alpha = result["transfer_4_bytes_s"]
     card = Link(alpha, result["rate_bytes_s"])
     local = result["local"]
@@ -136,11 +135,20 @@ def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
             f"{result['network']}, transfer {result['transfer']:g} of a step{run}",
             name,
             1e3 * medians[name],
-            1e3 * predict(workload, network, method(result["bucket_bytes"] / 2**20)).step_s,
+            1e3 * predict(workload, network, replace(method, bucket_mb=result["bucket_bytes"] / 2**20)).step_s,
         )
         for name, method in MEASURED.items()
         if name in medians
     ]
+
+
+def _measured_workload(result: Mapping[str, Any], step_s: float) -> Workload:
+    """A `local` step of `step_s`, its phases in the measured proportion; layers are all alike."""
+    sizes, tensors = result["layer_bytes"], OPTIMIZER_TENSORS["momentum"]
+    phases = [result[name] for name in ("forward_s", "backward_s", "update_s")]
+    forward, backward, update = (step_s * phase / sum(phases) for phase in phases)
+    layers = tuple(Layer(size, forward / len(sizes), backward / len(sizes)) for size in sizes)
+    return Workload(layers, tensors, memory_bandwidth=tensors * sum(sizes) / update)
 
 
 # -- 2: BlueFog --------------------------------------------------------------------------------------------------------
@@ -210,9 +218,9 @@ def against_bluefog() -> tuple[Comparison, Link]:
         "NVLink 130 GB/s and 10 us. For gossip nothing is fitted; it is our schedule that is predicted (one-peer: inner-outer "
         "exponential, BlueFog's default there), not BlueFog's, whose hosts, negotiation and mixing passes cost time of their "
         "own, most of all when hierarchical. Horovod is taken for DDP with a ring. With nominal links it would reach "
-        f"{nominal:.0%} at batch 64 on 128 GPUs (published 67 %): presumably a ring over TCP falls short of line rate and Horovod's "
-        "coordinator adds delays that grow with ranks. Two effective numbers are fitted, to its bars of 32 and 64 GPUs at "
-        f"batch 64: {fitted.bandwidth * 8 / 1e9:.0f} Gb/s and {fitted.latency_s * 1e6:.0f} us; its other four are predicted. "
+        f"{nominal:.0%} at batch 64 on 128 GPUs (published 67 %): presumably a ring over TCP falls short of line rate and "
+        "Horovod's coordinator adds delays that grow with ranks. Two effective numbers are fitted, to its bars of 32 and 64 GPUs "
+        f"at batch 64: {fitted.bandwidth * 8 / 1e9:.0f} Gb/s and {fitted.latency_s * 1e6:.0f} us; its other four are predicted. "
         f"Headline, 128 GPUs at batch 64: predicted {gossip:.0%} against {ours:.0%}, published 95 % against 67 %."
     )
     return Comparison("Against BlueFog's published throughput", given, "published img/s", rows), fitted
