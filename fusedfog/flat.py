@@ -8,6 +8,7 @@ storage becomes a window of the flat buffer. The window is a storage of its own 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region
 from fusedfog.layout import Bucket, Segment, Slot, block_table
 
+# Looping over parameters is most of what a step costs the host: `map` halves it.
+_grad_of, _dtype_of, _version_of = attrgetter("grad"), attrgetter("dtype"), attrgetter("_version")
+
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
     """The strides `tensor` has once it is dense: its own dimension order, without gaps or overlaps."""
@@ -27,6 +31,14 @@ def dense_stride(tensor: Tensor) -> tuple[int, ...]:
 def window(flat: Tensor, slot: Slot) -> Tensor:
     """The slot's part of `flat` in its parameter's shape and strides, as a tensor whose storage is just that part."""
     return from_dlpack(flat[slot.start : slot.stop]).as_strided(slot.spec.shape, slot.spec.stride)
+
+
+def _moved(slot: Slot) -> StorageReplacedError:
+    return StorageReplacedError(
+        f"parameter {slot.spec.name} was given a new storage (p.data = ..., model.to(...)) after the optimizer "
+        f"was built, so updates would not reach it. Move the model first and build the optimizer last; "
+        f"write values with p.data.copy_(...) inside `with opt.paused():`"
+    )
 
 
 def _same_order(tensor: Tensor, stride: tuple[int, ...]) -> bool:
@@ -44,13 +56,17 @@ class FlatSegment:
         steps: float32 `[P]`, how often each parameter was updated, as torch.optim counts.
         touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
+        whole: the same for a pass over all buckets at once.
+
+    Args:
+        compiled: whether passes over it on the CPU are to be compiled.
     """
 
-    def __init__(self, layout: Segment, params: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, layout: Segment, params: Sequence[torch.nn.Parameter], *, compiled: bool = False) -> None:
         self.layout = layout
+        self._compiled = compiled
         self.params = list(params)
         device = params[0].device
-        on_gpu = device.type == "cuda"
         self.param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
@@ -65,17 +81,38 @@ class FlatSegment:
                     view.copy_(param)
                     param.data = view
         base = self.param.data_ptr()
-        self._homes = [base + slot.start * layout.dtype.itemsize for slot in layout.slots]
-        self._home_of_grad = [0] * len(params)
-        self._grad_table = torch.zeros(len(params), dtype=torch.int64, device=device) if on_gpu else None
-        self.regions = tuple(
+        filled = [(param, slot) for param, slot in zip(self.params, layout.slots, strict=True) if slot.spec.numel]
+        self._placed = [param for param, _ in filled]
+        self._homes = [base + slot.start * layout.dtype.itemsize for _, slot in filled]
+        self._row_major = len(filled) == len(params) and all(param.is_contiguous() for param in params)
+        self.regions, self.whole = self._regions()
+        self._grad_homes = [0] * len(params)
+        self._grad_table: Tensor | None = None
+        if device.type == "cuda":
+            self._make_tables()
+
+    def _make_tables(self) -> None:
+        """Put on the device what a GPU pass reads beside the flat tensors: block rows and gradient addresses."""
+        tables = [torch.from_numpy(block_table(self.layout, bucket)) for bucket in self.layout.buckets]
+        rows = torch.cat(tables).to(self.param.device)
+        # Buckets cut the segment in order, so their rows are consecutive pieces of the segment's.
+        self.regions, self.whole = self._regions(rows, rows.split([len(table) for table in tables]))
+        self._grad_table = torch.zeros(len(self.params), dtype=torch.int64, device=self.param.device)
+
+    def _regions(
+        self, rows: Tensor | None = None, pieces: Sequence[Tensor] | None = None
+    ) -> tuple[tuple[Region, ...], Region]:
+        spans = tuple((slot.start, slot.spec.numel) for slot in self.layout.slots)
+        regions = tuple(
             Region(
-                first=bucket.first,
-                spans=tuple((slot.start, slot.spec.numel) for slot in layout.slots[bucket.first : bucket.last]),
-                blocks=torch.from_numpy(block_table(layout, bucket)).to(device) if on_gpu else None,
+                bucket.first,
+                spans[bucket.first : bucket.last],
+                pieces[b] if pieces is not None else None,
+                self._compiled,
             )
-            for bucket in layout.buckets
+            for b, bucket in enumerate(self.layout.buckets)
         )
+        return regions, Region(0, spans, rows, self._compiled)
 
     def state(self, name: str) -> Tensor:
         """The flat state `name`, made (zero) at its first use."""
@@ -132,51 +169,70 @@ class FlatSegment:
 
     def check_storage(self) -> None:
         """Raise `StorageReplacedError` if a parameter has left the flat buffer, so that an update would miss it."""
-        for param, home, slot in zip(self.params, self._homes, self.layout.slots, strict=True):
-            if slot.spec.numel and (param.data_ptr() != home or param.dtype != self.layout.dtype):
-                raise StorageReplacedError(
-                    f"parameter {slot.spec.name} was given a new storage (p.data = ..., model.to(...)) after the optimizer "
-                    f"was built, so updates would not reach it. Move the model first and build the optimizer last; "
-                    f"write values with p.data.copy_(...) inside `with opt.paused():`"
-                )
+        homes = list(map(Tensor.data_ptr, self._placed))
+        if homes != self._homes:
+            slots = [slot for slot in self.layout.slots if slot.spec.numel]
+            raise _moved(next(slot for at, home, slot in zip(homes, self._homes, slots, strict=True) if at != home))
 
     def versions(self, bucket: Bucket) -> int:
         """Sum of autograd's version counters over a bucket; it grows with every in-place edit."""
-        return sum(param._version for param in self.params[bucket.first : bucket.last])
+        return sum(map(_version_of, self.params[bucket.first : bucket.last]))
 
-    def bump_versions(self, bucket: Bucket) -> None:
-        """Tell autograd that a pass wrote these parameters, so that it still catches use of stale values."""
-        torch.autograd.graph.increment_version(self.params[bucket.first : bucket.last])
+    def bump_versions(self, first: int, last: int) -> None:
+        """Tell autograd that a pass wrote parameters `[first, last)`, so that it still catches use of stale values."""
+        torch.autograd.graph.increment_version(self.params[first:last])
 
-    def gradients(self, bucket: Bucket) -> Gradients:
-        """This bucket's gradients where autograd left them, flat in their parameter's memory order.
+    def gradients(self, first: int, last: int) -> Gradients:
+        """The gradients of parameters `[first, last)` where autograd left them.
 
-        A gradient whose dtype or memory order differs from its parameter's (rare) is copied first. Entries outside the
-        bucket are None.
+        A gradient whose dtype or memory order differs from its parameter's (rare) is copied first. Entries of other
+        parameters are None.
         """
-        found: list[Tensor | None] = [None] * len(self.params)
-        for p in range(bucket.first, bucket.last):
-            grad = self.params[p].grad
-            if grad is not None and grad.numel():
-                found[p] = self._flat_gradient(grad, self.layout.slots[p])
-                self.touched[p] = True
-        if self._grad_table is None:
-            return Gradients(found, None, self.layout.dtype)
-        homes = [0 if g is None else g.data_ptr() for g in found[bucket.first : bucket.last]]
-        # The caching allocator hands out the same addresses step after step: the table is uploaded only when they change.
-        if homes != self._home_of_grad[bucket.first : bucket.last]:
-            self._home_of_grad[bucket.first : bucket.last] = homes
-            self._grad_table[bucket.first : bucket.last].copy_(
-                torch.tensor(homes, dtype=torch.int64), non_blocking=True
-            )
-        return Gradients(found, self._grad_table, self.layout.dtype)
+        found: list[Tensor | None] = list(map(_grad_of, self.params[first:last]))
+        present = [grad for grad in found if grad is not None]
+        if not (
+            self._row_major
+            and all(map(Tensor.is_contiguous, present))
+            and set(map(_dtype_of, present)) <= {self.layout.dtype}
+        ):
+            found = [self._in_order(self.params[p], self.layout.slots[p]) for p in range(first, last)]
+        if not all(self.touched[first:last]):
+            self.touched[first:last] = [
+                touched or grad is not None for touched, grad in zip(self.touched[first:last], found, strict=True)
+            ]
+        if self._grad_table is not None:
+            self._show_addresses(self._grad_table, found, first, last)
+        elsewhere: list[Tensor | None] = [None]
+        tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
+        return Gradients(tensors, self._grad_table, self.layout.dtype)
 
-    def _flat_gradient(self, grad: Tensor, slot: Slot) -> Tensor:
+    def _show_addresses(self, table: Tensor, found: list[Tensor | None], first: int, last: int) -> None:
+        """Write the gradients' addresses into the device's table, if they are not those of the last step."""
+        homes = [grad.data_ptr() if grad is not None else 0 for grad in found]
+        # The caching allocator hands out the same addresses step after step.
+        if homes == self._grad_homes[first:last]:
+            return
+        for i, grad in enumerate(found):
+            # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
+            if grad is not None and homes[i] % 16:
+                found[i] = aligned = grad.clone()
+                homes[i] = aligned.data_ptr()
+        self._grad_homes[first:last] = homes
+        # A copy from pinned memory is still running when the call returns, so its source must not be written again: it
+        # is a fresh one each time, and torch's allocator hands it out anew only once the copy is over.
+        source = torch.tensor(homes, dtype=torch.int64, pin_memory=table.is_cuda)
+        table[first:last].copy_(source, non_blocking=True)
+
+    def _in_order(self, param: Tensor, slot: Slot) -> Tensor | None:
+        """A gradient in its parameter's dtype and memory order: itself, as a rule; None if it has no elements."""
+        grad = param.grad
+        if param.dtype != self.layout.dtype:
+            raise _moved(slot)
+        if grad is None or not slot.spec.numel:
+            return None
         if grad.layout != torch.strided:
             raise RuntimeError(f"parameter {slot.spec.name} has a sparse gradient; build its layer with sparse=False")
-        if grad.dtype != self.layout.dtype or not _same_order(grad, slot.spec.stride):
-            dense = torch.empty_strided(slot.spec.shape, slot.spec.stride, dtype=self.layout.dtype, device=grad.device)
-            grad = dense.copy_(grad)
-        flat = grad.as_strided((slot.spec.numel,), (1,))
-        # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
-        return flat.clone() if flat.is_cuda and flat.data_ptr() % 16 else flat
+        if grad.dtype == self.layout.dtype and _same_order(grad, slot.spec.stride):
+            return grad
+        dense = torch.empty_strided(slot.spec.shape, slot.spec.stride, dtype=self.layout.dtype, device=grad.device)
+        return dense.copy_(grad)

@@ -1,6 +1,6 @@
 """What each bucket sent and got: inboxes, and the weights that go with their contents.
 
-A `Lane` is one bucket on its way through steps. `Mailbox.send` starts its exchange, `Mailbox.receive` hands out what came.
+`Mailbox.send` starts a bucket's exchange, `Mailbox.receive` hands out what came.
 """
 
 from __future__ import annotations
@@ -14,49 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.averaging import GradientAverage
 from fusedfog.errors import TornMessageWarning
 from fusedfog.exchange import Link, Message, Parcel
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.layout import Bucket
-from fusedfog.topology import Topology
-
-
-@dataclass(frozen=True)
-class Inbox:
-    """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent."""
-
-    tensors: tuple[tuple[Tensor, ...], ...] = ()
-    weights: tuple[float, ...] = ()
-    row_sum: float = 1.0
-
-
-EMPTY = Inbox()
-
-
-@dataclass
-class Lane:
-    """One bucket: its place in the order of buckets, and its message in flight."""
-
-    number: int
-    segment: FlatSegment
-    bucket: Bucket
-    region_index: int
-    message: Message | None = None
-    inbox: Inbox = EMPTY
-    versions: int = 0
-    ready: int = 0
-    average: GradientAverage | None = None
-
-    @property
-    def whole(self) -> slice:
-        """The bucket's elements in its segment's flat tensors."""
-        return slice(self.bucket.start, self.bucket.stop)
-
-    def edits(self) -> int:
-        """In-place edits of the bucket's parameters since it was sent."""
-        return self.segment.versions(self.bucket) - self.versions
+from fusedfog.lanes import Inbox, Lane
+from fusedfog.topology import Round, Topology
+from fusedfog.trace import span
 
 
 @dataclass
@@ -87,6 +51,7 @@ class Mailbox:
     hierarchy: Hierarchy | None = None
     in_flight: list[Message] = field(default_factory=list)
     _inboxes: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
+    _turn: tuple[Topology, int, Round] | None = None
     _warned_torn: bool = False
 
     def send(self, lane: Lane, topology: Topology, exchange: int, label: str) -> None:
@@ -94,7 +59,7 @@ class Mailbox:
         if self.hierarchy is not None:
             self._send_by_machine(lane, self.hierarchy, topology, exchange, label)
             return
-        turn = topology.round(self.link.world.rank, exchange)
+        turn = self._round(topology, self.link.world.rank, exchange)
         sends: list[Parcel] = []
         recvs: list[Parcel] = []
         inboxes = []
@@ -104,21 +69,25 @@ class Mailbox:
             sends += [(peer, flat[lane.whole]) for peer in turn.send]
             recvs += [(peer, buffer[lane.whole]) for peer, buffer in zip(turn.recv, inbox, strict=True)]
             inboxes.append(inbox)
-        lane.inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()))
+        lane.inbox, lane.sources = Inbox(tuple(inboxes), tuple(turn.recv.values())), turn.recv
         # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same.
         number = (2 * lane.number + exchange % 2) * len(self.messages)
-        self._launch(lane, self.link.start(sends, recvs, tag=self.link.tag(self.channel, number), label=label))
+        with span("exchange", (lane.number,), to=turn.send, sources=turn.recv):
+            message = self.link.start(sends, recvs, tag=self.link.tag(self.channel, number), label=label)
+        self._launch(lane, message)
         self.figures.bytes_sent += sum(tensor.nbytes for _, tensor in sends)
         self.figures.bytes_received += sum(tensor.nbytes for _, tensor in recvs)
 
     def _send_by_machine(self, lane: Lane, hierarchy: Hierarchy, topology: Topology, exchange: int, label: str) -> None:
-        turn = topology.round(hierarchy.machine, exchange)
+        turn = self._round(topology, hierarchy.machine, exchange)
         inboxes = tuple(self._inbox(lane.segment, name, 1) for name in self.messages)
         sent = [lane.segment.tensor(name)[lane.whole] for name in self.messages]
         pairs = list(zip(sent, (inbox[0][lane.whole] for inbox in inboxes), strict=True))
         number = (2 * lane.number + exchange % 2) * len(self.messages)
         before = hierarchy.bytes_inside + hierarchy.bytes_across
-        self._launch(lane, hierarchy.start(self.link, pairs, turn, number, label))
+        lane.sources = [f"machine {machine}" for machine in turn.recv]
+        with span("exchange", (lane.number,), to=(f"machine {m}" for m in turn.send), sources=lane.sources):
+            self._launch(lane, hierarchy.start(self.link, pairs, turn, number, label))
         moved = hierarchy.bytes_inside + hierarchy.bytes_across - before
         self.figures.bytes_sent += moved
         self.figures.bytes_received += moved
@@ -131,22 +100,30 @@ class Mailbox:
         message = Message(self.link, label)
         size = self.link.world.size
         inboxes = []
-        for name in self.messages:
-            inbox = self._inbox(lane.segment, name, 1)
-            buffer = inbox[0][lane.whole]
-            torch.mul(lane.segment.tensor(name)[lane.whole], 1.0 / size, out=buffer)
-            work = dist.all_reduce(buffer, group=self.link.group, async_op=True)
-            message.pending.append((work, "averaging with all ranks"))
-            message.keep_alive.append(buffer)
-            inboxes.append(inbox)
-            self.figures.bytes_sent += 2 * buffer.nbytes * (size - 1) // size
-            self.figures.bytes_received += 2 * buffer.nbytes * (size - 1) // size
-        lane.inbox = Inbox(tuple(inboxes), (1.0,))
+        with span("exchange", (lane.number,), to=("all",), sources=("all",)):
+            for name in self.messages:
+                inbox = self._inbox(lane.segment, name, 1)
+                buffer = inbox[0][lane.whole]
+                torch.mul(lane.segment.tensor(name)[lane.whole], 1.0 / size, out=buffer)
+                work = dist.all_reduce(buffer, group=self.link.group, async_op=True)
+                message.pending.append((work, "averaging with all ranks"))
+                message.keep_alive.append(buffer)
+                inboxes.append(inbox)
+                self.figures.bytes_sent += 2 * buffer.nbytes * (size - 1) // size
+                self.figures.bytes_received += 2 * buffer.nbytes * (size - 1) // size
+        lane.inbox, lane.sources = Inbox(tuple(inboxes), (1.0,)), ("all",)
         self._launch(lane, message)
+
+    def _round(self, topology: Topology, place: int, exchange: int) -> Round:
+        """The round that all buckets of an exchange share, worked out for the first of them."""
+        if self._turn is None or self._turn[:2] != (topology, exchange):
+            self._turn = (topology, exchange, topology.round(place, exchange))
+        return self._turn[2]
 
     def _launch(self, lane: Lane, message: Message) -> None:
         lane.message = message
-        lane.versions = lane.segment.versions(lane.bucket)
+        if not lane.counted:
+            lane.count_edits()
         self.in_flight.append(message)
 
     def _inbox(self, segment: FlatSegment, name: str, neighbours: int) -> tuple[Tensor, ...]:
@@ -161,18 +138,20 @@ class Mailbox:
         Raises:
             PeerTimeout, ExchangeError: it did not come.
         """
-        assert lane.message is not None
-        self.wait(lane.message)
+        self.wait(lane)
         lane.message = None
-        if lane.edits():
+        if lane.count_edits():
             self._report_torn(lane)
         return lane.inbox
 
-    def wait(self, message: Message) -> None:
-        """Wait for a message, counting the time that the host is blocked."""
+    def wait(self, lane: Lane) -> None:
+        """Wait for a bucket's message, counting the time that the host is blocked."""
+        message = lane.message
+        assert message is not None
         begin = time.perf_counter()
         try:
-            message.wait()
+            with span("wait", (lane.number,), sources=lane.sources):
+                message.wait()
         finally:
             self.figures.blocked_s += time.perf_counter() - begin
             if message in self.in_flight:
@@ -183,7 +162,7 @@ class Mailbox:
         for lane in lanes:
             if lane.message is not None:
                 try:
-                    self.wait(lane.message)
+                    self.wait(lane)
                 except RuntimeError:
                     if not keep_failures:
                         raise

@@ -10,6 +10,10 @@ The part before the dots is the bucket's *lead*, the rest its *follow*. Leads ru
 autograd hooks as each bucket's last gradient arrives; follows always run in `step`. A hook never waits: a bucket whose
 message has not come yet, and all behind it (the order is the same on every rank), are left to `step`.
 
+In step mode on the GPU, awc and kin, and all steps without an exchange, pass the buckets of a segment in one launch: their
+messages have had the whole iteration to come, and few launches spare the host. Elsewhere buckets are passed one by one, so
+that passes overlap with messages.
+
 The t-th step (t from 0) exchanges if (t + 1) % communicate_every == 0, and the k-th exchange uses `topology.round(rank, k)`;
 it averages over all ranks instead if (t + 1) % global_average_every == 0. Only `step` moves these counters, so extra
 forwards, accumulation and skipped updates cannot de-phase ranks.
@@ -34,10 +38,11 @@ from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Gradients, advance_steps, run_pass
-from fusedfog.layout import backward_order
-from fusedfog.mailbox import EMPTY, Figures, Inbox, Lane, Mailbox, abandon
+from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
+from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
 from fusedfog.topology import Topology
+from fusedfog.trace import span
 
 
 @dataclass
@@ -111,7 +116,12 @@ class Scheduler:
         self.clock, self.figures = Clock(), Figures()
         self.accumulating = False
         self.held: str | None = None
+        # Not with fused_backward: how many buckets the hooks have led differs by rank, and with it the order of sweeps,
+        # in which messages are started and NCCL matches them.
+        self._by_segment = segments[0].param.is_cuda and not rhythm.fused_backward
         self._lanes: list[Lane] = []
+        self._singles: list[Sweep] = []
+        self._wholes: list[Sweep] = []
         self._led = 0
         self._inputs = StepInputs()
         self._hold_in_hooks: bool | None = None
@@ -130,13 +140,10 @@ class Scheduler:
     def lay_lanes(self) -> None:
         """Order all buckets of all segments, and hook their parameters; call again after adding segments."""
         self.discard()
-        self._lanes = []
-        for number, (s, b) in enumerate(backward_order([segment.layout for segment in self.segments])):
-            segment = self.segments[s]
-            lane = Lane(number, segment, segment.layout.buckets[b], b)
-            if self.algorithm.exchanges == "gradients" and self.link is not None:
-                lane.average = GradientAverage(segment, lane.bucket, self.link)
-            self._lanes.append(lane)
+        self._lanes, self._singles, self._wholes = lanes_of(self.segments)
+        if self.algorithm.exchanges == "gradients" and self.link is not None:
+            for lane in self._lanes:
+                lane.average = GradientAverage(lane.segment, lane.bucket, self.link)
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
@@ -196,8 +203,8 @@ class Scheduler:
 
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""
-        for lane in self._lanes:
-            lane.segment.bump_versions(lane.bucket)
+        for sweep in self._wholes:
+            sweep.bump_versions()
 
     @contextmanager
     def hold(self, where: str) -> Iterator[None]:
@@ -244,12 +251,18 @@ class Scheduler:
         self._led = 0
         self._inputs = StepInputs()
         for lane in self._lanes:
-            lane.ready = 0
+            lane.ready, lane.counted = 0, False
 
     def _exchanging(self, step: int) -> bool:
         if self.topology is None or self.link is None:
             return False
         return self.rhythm.turns(step) or self.rhythm.averages(step)
+
+    def _sweeps(self, first: int) -> list[Sweep]:
+        """The passes that cover all buckets from number `first` on, in the order of passes and messages."""
+        overlaps = self.algorithm.before is not None and self._exchanging(self.clock.steps)
+        averages = self.algorithm.exchanges == "gradients" and self.link is not None
+        return self._wholes if self._by_segment and not (overlaps or averages) else self._singles[first:]
 
     def _lead_all(self) -> None:
         step = self.clock.steps
@@ -257,43 +270,42 @@ class Scheduler:
             for lane in self._lanes[self._led :]:
                 if lane.message is None:
                     self._send(lane, step, self.clock.exchanges)
-        for lane in self._lanes[self._led :]:
-            self._lead(lane)
+        for sweep in self._sweeps(self._led):
+            self._lead(sweep)
         self._led = len(self._lanes)
 
-    def _lead(self, lane: Lane) -> None:
-        grads = lane.segment.gradients(lane.bucket)
+    def _lead(self, sweep: Sweep) -> None:
+        grads = sweep.segment.gradients(sweep.first, sweep.last)
         step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
-        if lane.average is not None:
-            self._start_average(lane.average, grads)
+        if self.algorithm.exchanges == "gradients" and self.link is not None:
+            self._start_average(sweep.lanes[0], grads)
         elif self.algorithm.before is not None:
-            pushes = self._push_sum is not None and lane.segment.layout.mix
-            self._pass(lane, self.algorithm.before, grads, Inbox(row_sum=self._shares().scale) if pushes else EMPTY)
+            pushes = self._push_sum is not None and sweep.segment.layout.mix
+            self._pass(sweep, self.algorithm.before, grads, Inbox(row_sum=self._shares().scale) if pushes else EMPTY)
             if exchanging:
-                self._send(lane, step, self.clock.exchanges)
+                self._send_all(sweep, step, self.clock.exchanges)
         else:
-            self._pass(lane, self.algorithm.after, grads, self._receive(lane) if exchanging else EMPTY)
+            self._pass(sweep, self.algorithm.after, grads, self._receive(sweep) if exchanging else EMPTY)
             if self._exchanging(step + 1):
                 done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
-                self._send(lane, step + 1, done)
+                self._send_all(sweep, step + 1, done)
         if self.rhythm.fused_backward:
-            for param in lane.segment.params[lane.bucket.first : lane.bucket.last]:
+            for param in sweep.segment.params[sweep.first : sweep.last]:
                 param.grad = None
 
     def _follow_all(self) -> None:
         exchanging = self._exchanging(self.clock.steps)
         if not exchanging and not self.algorithm.settles:
             return
-        for lane in self._lanes:
-            inbox = self._receive(lane) if exchanging else EMPTY
-            if self._push_sum is not None and lane.segment.layout.mix:
+        for sweep in self._sweeps(0):
+            inbox = self._receive(sweep) if exchanging else EMPTY
+            if self._push_sum is not None and sweep.segment.layout.mix:
                 inbox = Inbox(inbox.tensors, tuple(self._shares().recv.values()), self._shares().row_sum)
-            if lane.segment.layout.mix or self.algorithm.settles:
-                self._pass(lane, self.algorithm.after, None, inbox)
+            if sweep.segment.layout.mix or self.algorithm.settles:
+                self._pass(sweep, self.algorithm.after, None, inbox)
 
-    def _pass(self, lane: Lane, stage: Stage, grads: Gradients | None, inbox: Inbox) -> None:
-        segment, bucket = lane.segment, lane.bucket
-        number = segment.layout.group
+    def _pass(self, sweep: Sweep, stage: Stage, grads: Gradients | None, inbox: Inbox) -> None:
+        segment, number = sweep.segment, sweep.segment.layout.group
         group = self.groups[number]
         if (number, stage.rule) not in self._inputs.numbers:
             previous = self.clock.previous_lr.get(number, float(group["lr"]) or 1.0)
@@ -301,27 +313,28 @@ class Scheduler:
         first_half = stage is self.algorithm.before
         makes_message = first_half and "message" in self.algorithm.messages
         takes_message = not first_half and self.algorithm.messages != ("param",)
-        run_pass(
-            stage.rule,
-            segment.param,
-            tuple(segment.state(name) for name in stage.states(group)),
-            self._inputs.numbers[number, stage.rule],
-            region=segment.regions[lane.region_index],
-            grads=grads,
-            steps=segment.steps,
-            sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
-            inbox=inbox.tensors,
-            weights=inbox.weights,
-            row_sum=0.0 if stage.differences else inbox.row_sum,
-            messages=(segment.tensor("message"),) if makes_message else (),
-            grad_scale=self._inputs.grad_scale if grads is not None else None,
-            found_inf=self._inputs.found_inf if grads is not None else None,
-            missing=stage.missing,
-            extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
-        )
+        with span("pass", sweep.numbers, stage.rule):
+            run_pass(
+                stage.rule,
+                segment.param,
+                tuple(segment.state(name) for name in stage.states(group)),
+                self._inputs.numbers[number, stage.rule],
+                region=sweep.region,
+                grads=grads,
+                steps=segment.steps,
+                sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
+                inbox=inbox.tensors,
+                weights=inbox.weights,
+                row_sum=0.0 if stage.differences else inbox.row_sum,
+                messages=(segment.tensor("message"),) if makes_message else (),
+                grad_scale=self._inputs.grad_scale if grads is not None else None,
+                found_inf=self._inputs.found_inf if grads is not None else None,
+                missing=stage.missing,
+                extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
+            )
         counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
         if grads is not None and counts:
-            own = slice(bucket.first, bucket.last)
+            own = slice(sweep.first, sweep.last)
             table = grads.addresses[own] if grads.addresses is not None else None
             advance_steps(
                 segment.steps[own],
@@ -329,7 +342,7 @@ class Scheduler:
                 self._inputs.found_inf,
                 missing=stage.missing,
             )
-        segment.bump_versions(bucket)
+        sweep.bump_versions()
 
     def _extra(self, segment: FlatSegment) -> Tensor:
         """1 / (||s|| + 1e-8), s being this rank's whole `normalized` state; 0 while it is zero."""
@@ -353,11 +366,18 @@ class Scheduler:
         else:
             self._mailbox.send(lane, self.topology, exchange, label)
 
-    def _receive(self, lane: Lane) -> Inbox:
-        if not lane.segment.layout.mix:
+    def _send_all(self, sweep: Sweep, step: int, exchange: int) -> None:
+        for lane in sweep.lanes:
+            self._send(lane, step, exchange)
+
+    def _receive(self, sweep: Sweep) -> Inbox:
+        if not sweep.segment.layout.mix:
             return EMPTY
         assert self._mailbox is not None
-        return self._mailbox.receive(lane)
+        inboxes = [self._mailbox.receive(lane) for lane in sweep.lanes]
+        # Buckets of a segment travel in the same round, into the same flat buffers.
+        assert all(inbox.weights == inboxes[0].weights for inbox in inboxes)
+        return inboxes[0]
 
     def _shares(self) -> Shares:
         assert self._push_sum is not None
@@ -366,8 +386,12 @@ class Scheduler:
             self._inputs.shares = self._push_sum.exchange(self.clock.exchanges) if exchanging else self._push_sum.idle()
         return self._inputs.shares
 
-    def _start_average(self, average: GradientAverage, grads: Gradients) -> None:
-        average.start(grads, self._inputs.found_inf)
+    def _start_average(self, lane: Lane, grads: Gradients) -> None:
+        average = lane.average
+        assert average is not None
+        tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
+        with span("exchange", (lane.number,), to=("all",), sources=("all",)):
+            average.start(Gradients(tensors, grads.addresses, grads.dtype), self._inputs.found_inf)
         world = average.link.world.size
         size = 2 * average.buffer.nbytes * (world - 1) // world
         self.figures.bytes_sent += size
@@ -376,13 +400,16 @@ class Scheduler:
     def _follow_averages(self, grad_scale: Tensor | None) -> None:
         begin = time.perf_counter()
         averages = [lane.average for lane in self._lanes if lane.average is not None]
-        reduced = [average.finish() for average in averages]
+        reduced = []
+        for number, average in enumerate(averages):
+            with span("wait", (number,), sources=("all",)):
+                reduced.append(average.finish())
         self.figures.blocked_s += time.perf_counter() - begin
         self._inputs.grad_scale = self._multiplier([average.tensors() for average in averages], grad_scale)
         scaled = self._inputs.found_inf is not None
-        for lane, (grads, found_inf) in zip(self._lanes, reduced, strict=True):
+        for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
             self._inputs.found_inf = found_inf if scaled else None
-            self._pass(lane, self.algorithm.after, grads, EMPTY)
+            self._pass(sweep, self.algorithm.after, grads, EMPTY)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -420,7 +447,7 @@ class Scheduler:
             if lane.ready < lane.bucket.last - lane.bucket.first or not self._may_lead(lane):
                 return
             with torch.no_grad():
-                self._lead(lane)
+                self._lead(self._singles[self._led])
             self._led += 1
 
     def _may_lead(self, lane: Lane) -> bool:

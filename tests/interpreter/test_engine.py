@@ -1,0 +1,97 @@
+"""An optimizer whose passes are the kernel's, in the interpreter: block tables, gradient addresses, sweeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fusedfog.kernels import fused_pass, run_pass
+from torch import nn
+
+import fusedfog
+from fusedfog import scheduler
+
+
+class Net(nn.Module):
+    """A channels_last convolution, parameters of odd sizes and of no elements, one without and one with a stray gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 9, 3).to(memory_format=torch.channels_last)
+        self.line, self.unused = nn.Linear(45, 33), nn.Linear(3, 3)
+        self.empty, self.stray = nn.Parameter(torch.empty(0, 2)), nn.Parameter(torch.ones(70))
+
+    def set_gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for p in (self.conv.weight, self.conv.bias, self.line.weight, self.line.bias):
+            p.grad = torch.randn(p.shape, generator=generator).to(memory_format=torch.preserve_format)
+        self.conv.weight.grad = self.conv.weight.grad.to(memory_format=torch.channels_last)
+        self.empty.grad = torch.empty(0, 2)
+        # Not 16-byte aligned, so that it cannot be read where it lies.
+        self.stray.grad = torch.randn(71, generator=generator)[1:]
+        if step % 2:
+            self.line.bias.grad = None
+
+
+def train(kernel: bool, whole: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], int]:
+    net = Net()
+    opt = fusedfog.AdamW(net.parameters(), lr=0.1, bucket_mb=0.003)
+    engine = opt._engine
+    passes = 0
+
+    def launch(*args: Any, **named: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if not kernel:
+            run_pass(*args, **named)
+            return
+        missing = {"sent": (), "inbox": (), "weights": (), "messages": (), "extra": None, "row_sum": 1.0}
+        fused_pass.launch(*args, **missing | named)
+
+    monkeypatch.setattr(scheduler, "run_pass", launch)
+    if kernel:
+        monkeypatch.setattr(scheduler, "advance_steps", lambda *args, missing: fused_pass.launch_advance(*args))
+        for segment in engine.segments:
+            segment._make_tables()
+        engine.lay_lanes()
+    engine._by_segment = whole
+    for step in range(3):
+        net.set_gradients(step)
+        opt.step()
+    flat = [segment.param.clone() for segment in engine.segments]
+    return flat + [segment.steps for segment in engine.segments], passes
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_engine_with_the_kernel_is_the_engine_with_the_reference(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, buckets = train(False, False, monkeypatch)
+    got, passes = train(True, whole, monkeypatch)
+    assert passes == (3 if whole else buckets)
+    assert buckets > 3
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-20, atol=2**-20)
+
+
+def test_addresses_are_uploaded_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Linear(40, 40)
+    (segment,) = fusedfog.SGD(net.parameters(), lr=0.1)._engine.segments
+    segment._make_tables()
+    copies = []
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, *args, **named: copies.append(self) or copy_(self, *args, **named)
+    )
+    net.weight.grad = torch.ones(40, 40)
+    first = segment.gradients(0, 2).addresses
+    assert first.tolist() == [net.weight.grad.data_ptr(), 0]
+    segment.gradients(0, 2)
+    assert len(copies) == 1
+    net.bias.grad = torch.ones(40)
+    assert segment.gradients(1, 2).addresses.tolist() == [net.weight.grad.data_ptr(), net.bias.grad.data_ptr()]
+    net.weight.grad = None
+    assert segment.gradients(0, 2).addresses.tolist() == [0, net.bias.grad.data_ptr()]
+    assert len(copies) == 3
