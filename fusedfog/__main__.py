@@ -1,4 +1,4 @@
-"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan`` and ``calibrate``."""
+"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan``, ``calibrate`` and ``trace``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fusedfog.plan.command import add_plan
 from fusedfog.topology import Topology, named
 from fusedfog.topology.guide import SUMMARIES, accepted_by, guide_table
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
+from fusedfog.trace import add_trace
 
 LARGEST_PRINTED = 64
 BYTES_PER_PARAMETER = 4
@@ -62,6 +63,7 @@ COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     _add_topologies,
     add_plan,
     add_calibrate,
+    add_trace,
 ]
 """Each adds one subcommand and names, as ``run``, the function that takes the options and returns the exit status."""
 
