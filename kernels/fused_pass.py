@@ -82,7 +82,10 @@ def fused_pass(
     GRAD_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on."""
+    """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on.
+
+    A None in `sent` is `param` itself, which is read but once.
+    """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     index, offset, n = tl.load(row), tl.multiple_of(tl.load(row + 1), 16), tl.load(row + 2).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
@@ -95,7 +98,7 @@ def fused_pass(
         # Device code has no `(*mixed, ...)`.
         mixed = ()
         for m in tl.static_range(len(sent)):
-            base = tl.load(sent[m] + at, mask=inside).to(tl.float32)
+            base = x if sent[m] is None else tl.load(sent[m] + at, mask=inside).to(tl.float32)
             mixed = mixed + (mix_one(base, inbox, weights, row_sum, m * len(weights), at, inside),)  # noqa: RUF005
     old_states = ()
     for s in tl.static_range(len(states)):
@@ -196,7 +199,7 @@ def launch(
         fused_pass[(region.blocks.shape[0],)](
             param,
             tuple(states),
-            tuple(sent),
+            tuple(None if tensor is param else tensor for tensor in sent),
             received,
             tuple(messages),
             region.blocks,
@@ -233,4 +236,5 @@ def launch_advance(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tenso
 
 def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, where launches go; the interpreter's tensors are on the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()

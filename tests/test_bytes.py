@@ -1,0 +1,209 @@
+"""What a step moves: per element in the compiled kernel, and per step in whole tensors. Counts, no times.
+
+AdamW needs 28 bytes an element (parameter, two moments read and written, gradient read) and 4 for each neighbour.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from fusedfog.kernels import BLOCK
+from pool import Pool
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedfog
+from fusedfog import scheduler
+from fusedfog.exchange import Link
+
+triton = pytest.importorskip("triton")
+
+import test_kernel_codegen as codegen  # noqa: E402
+from fusedfog.kernels import fused_pass  # noqa: E402
+
+_fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names
+compiled_only = pytest.mark.skipif(
+    not isinstance(fused_pass.fused_pass, triton.JITFunction), reason="decorated for the interpreter"
+)
+
+# -- the kernel ----------------------------------------------------------------------------------------------------------
+
+
+def full_block(ptx: str) -> list[tuple[str, str]]:
+    """The global accesses, as ("ld", ".v4.b32"), that a thread of a full block makes, whose parameter has a gradient.
+
+    Predicates are followed as the hardware would: `n != 1024` is false, and every other comparison (a lane is inside,
+    there is a gradient, no overflow was found) is true. So the padding that last blocks read again does not count, and
+    neither does their masked gradient.
+    """
+    truth: dict[str, bool] = {}
+    accesses: list[tuple[str, str]] = []
+    skipping: str | None = None
+    for line in ptx.splitlines():
+        if skipping is not None:
+            skipping = None if line.startswith(f"{skipping}:") else skipping
+            continue
+        parsed = re.match(r"\s*(?:@(!?)(%p\d+) )?([\w.]+)\s*(.*?);", line)
+        if parsed is None:
+            continue
+        negated, guard, name, operands = parsed.groups()
+        if guard is not None and truth[guard] == bool(negated):
+            continue
+        target, *sources = [operand.strip() for operand in operands.split(",")]
+        if name.startswith("setp"):
+            truth[target] = not (name.startswith("setp.ne.") and sources[-1] == str(BLOCK))
+        elif name in ("and.pred", "or.pred"):
+            truth[target] = (all if name == "and.pred" else any)(truth[source] for source in sources)
+        elif name == "not.pred":
+            truth[target] = not truth[sources[0]]
+        elif name in ("bra", "bra.uni"):
+            skipping = target
+        elif access := re.match(r"(ld|st)\.global((?:\.\w+)+)", name):
+            accesses.append(access.groups())
+    return accesses
+
+
+def bytes_per_element(name: str, neighbours: int, dtype: torch.dtype, compiler: Any, **options: Any) -> float:
+    codegen.launch(name, neighbours, dtype, **options)
+    (kernel,) = compiler.compiled()
+    accesses = Counter(full_block(kernel.asm["ptx"]))
+    # Scalars, the same for all threads of a block: its row, addresses, flags, the step.
+    assert sum(count for (_, width), count in accesses.items() if ".v" not in width) <= 9
+    widths = {".v2.b32": 8, ".v4.b32": 16}
+    moved = sum(count * widths[width] for (_, width), count in accesses.items() if ".v" in width)
+    return moved / (BLOCK // (32 * kernel.metadata.num_warps))
+
+
+@compiled_only
+@pytest.mark.parametrize("neighbours", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "dtype", "own"),
+    [
+        ("adamw", torch.float32, 28),
+        ("adamw-amsgrad", torch.float32, 36),
+        ("sgd-momentum", torch.float32, 20),
+        ("sgd", torch.float32, 12),
+        ("adamw", torch.bfloat16, 6 + 16),
+        ("sgd-momentum", torch.bfloat16, 6 + 8),
+        ("sgd", torch.bfloat16, 6),
+    ],
+)
+def test_a_pass_moves_what_its_rule_needs_and_one_message_a_neighbour(
+    name: str, dtype: torch.dtype, own: int, neighbours: int, compiler: Any
+) -> None:
+    assert bytes_per_element(name, neighbours, dtype, compiler) == own + dtype.itemsize * neighbours
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("name", "neighbours", "messages", "needed"),
+    [
+        ("mix", 2, False, 4 + 4 + 2 * 4),  # x in and out, two messages
+        ("quasi-global-before", 0, True, 4 * 4),  # x, g and the momentum in, the message out
+        ("descend", 0, True, 3 * 4),  # x and g in, the message out
+        ("decentlam", 2, False, 5 * 4 + 2 * 4),  # x and the move in and out, what was sent, two messages
+        ("tracking", 1, False, 7 * 4 + 2 * 4),  # x, y and u in and out, g, a message of each of x and y
+        ("exact-diffusion", 2, False, 4 * 4 + 2 * 4),  # x and y in and out, two messages
+    ],
+)
+def test_methods_with_messages_move_no_more_either(
+    name: str, neighbours: int, messages: bool, needed: int, compiler: Any
+) -> None:
+    assert bytes_per_element(name, neighbours, torch.float32, compiler, messages=messages) == needed
+
+
+@compiled_only
+def test_steps_without_gradients_to_read_move_less(compiler: Any) -> None:
+    assert bytes_per_element("sgd-momentum", 1, torch.float32, compiler, grads=None) == 16 + 4
+
+
+# -- the step ------------------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that touch tensors of a bucket's size, unless they only look at them another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        if any(t.numel() >= 64 for t in tensors) and not func.is_view:
+            self.seen.append(str(func))
+        return result
+
+
+def one_step(algorithm: str) -> dict[str, Any]:
+    """What the third step hands to passes and to the link, with passes that do nothing."""
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    opt = fusedfog.AdamW(net.parameters(), lr=0.01, algorithm=algorithm, topology="ring", bucket_mb=0.002)
+    (segment,) = opt._engine.segments
+    passes: list[dict[str, Any]] = []
+    sent: list[tuple[int, int]] = []
+    start = Link.start
+
+    def watched_start(link: Link, sends: Any, recvs: Any, **named: Any) -> Any:
+        sent.extend((tensor.untyped_storage().data_ptr(), tensor.numel()) for _, tensor in sends)
+        return start(link, sends, recvs, **named)
+
+    def step() -> None:
+        net(torch.ones(2, 16)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    run_pass = scheduler.run_pass
+    try:
+        step()
+        step()
+        Link.start = watched_start
+        scheduler.run_pass = lambda *args, **named: passes.append({"args": args, **named})
+        net(torch.ones(2, 16)).sum().backward()
+        homes = [p.grad.data_ptr() for p in net.parameters()]
+        with Watch() as watch:
+            opt.step()
+    finally:
+        Link.start, scheduler.run_pass = start, run_pass
+    return {
+        "operations": [name for name in watch.seen if not name.startswith("c10d")],
+        "regions": [call["region"].first for call in passes],
+        "buckets": [bucket.first for bucket in segment.layout.buckets],
+        "flat tensors": [
+            1 + len(call["args"][2]) + sum(map(len, call["inbox"])) + len(call["messages"]) for call in passes
+        ],
+        "gradients": sorted(
+            (p, grad.data_ptr() == homes[p])
+            for call in passes
+            if call["grads"] is not None
+            for p, grad in enumerate(call["grads"].tensors)
+            if grad is not None
+        ),
+        "sent from": [home == segment.param.untyped_storage().data_ptr() for home, _ in sent],
+        "sent": sum(numel for _, numel in sent),
+        "elements": segment.layout.numel,
+    }
+
+
+def test_a_step_of_awc_is_one_pass_a_bucket_and_nothing_else(ranks: Pool) -> None:
+    for step in ranks.run(4, one_step, "awc"):
+        assert step["operations"] == [], "no copy to send, nothing zeroed, nothing read twice"
+        assert sorted(step["regions"]) == step["buckets"]
+        assert len(step["buckets"]) > 2
+        assert step["flat tensors"] == [1 + 2 + 2] * len(step["buckets"])
+        assert step["gradients"] == [(p, True) for p in range(8)], "read once, where autograd left them"
+        assert all(step["sent from"])
+        assert step["sent"] == 2 * step["elements"], "the parameters themselves, to two neighbours"
+
+
+def test_a_step_of_atc_is_two_passes_a_bucket_and_sends_the_parameters_too(ranks: Pool) -> None:
+    for step in ranks.run(4, one_step, "atc"):
+        assert step["operations"] == []
+        assert sorted(step["regions"]) == sorted(2 * step["buckets"])
+        assert step["gradients"] == [(p, True) for p in range(8)]
+        assert all(step["sent from"])
+        assert step["sent"] == 2 * step["elements"]
