@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.agreement import agree
-from fusedfog.algorithms import Outer, algorithm_for, check_options, resolve_topology
+from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
 from fusedfog.averaging import broadcast
+from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import FlatSegment, dense_stride
 from fusedfog.hierarchy import Hierarchy, check_mesh
-from fusedfog.layout import ParamSpec, plan
+from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.scheduler import Rhythm, Scheduler
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
@@ -44,6 +45,7 @@ class Keywords(TypedDict, total=False):
     fused_backward: bool
     bucket_mb: float
     max_grad_norm: float | None
+    cpu_compile: bool
     sync_init: bool
     model: torch.nn.Module | None
 
@@ -62,6 +64,7 @@ class Options:
     fused_backward: bool = False
     bucket_mb: float = 25
     max_grad_norm: float | None = None
+    cpu_compile: bool = False
     sync_init: bool = True
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +143,10 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
 
 
 def _check_parameter(param: Tensor, name: str) -> None:
+    if isinstance(param, torch.nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameter {name} is lazy and has no shape yet; run one forward pass before the optimizer is built"
+        )
     if param.layout != torch.strided:
         raise ValueError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
     if param.dtype not in _DTYPES:
@@ -236,6 +243,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     device = groups[0]["params"][0].device
     layouts = plan(specs, int(options.bucket_mb * 2**20))
     link, channel, hierarchy = None, 0, None
+    passes = _passes_to_compile(algorithm, groups, layouts, topology, world, options) if device.type == "cpu" else []
     if world.size > 1:
         fields = _fields(kind, groups, specs, options) | {"topology": _name_topology(topology)}
         fields["mesh"] = "none" if mesh is None else str(mesh.mesh.tolist())
@@ -246,8 +254,11 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
             hierarchy = Hierarchy(mesh, device)
         else:
             _warm_up(link, topology, device)
+    compiled = bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
     params = [param for group in groups for param in group["params"]]
-    segments = [FlatSegment(layout, [params[slot.index] for slot in layout.slots]) for layout in layouts]
+    segments = [
+        FlatSegment(layout, [params[slot.index] for slot in layout.slots], compiled=compiled) for layout in layouts
+    ]
     if options.sync_init:
         broadcast([segment.param for segment in segments], link)
         broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
@@ -268,6 +279,23 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     )
 
 
+def _passes_to_compile(
+    algorithm: Algorithm,
+    groups: Groups,
+    layouts: Sequence[Segment],
+    topology: Topology | None,
+    world: World,
+    options: Options,
+) -> list[Kind]:
+    if not options.cpu_compile:
+        return []
+    neighbours = {1}
+    if options.mesh is None:
+        averaging, pausing = options.global_average_every is not None, options.communicate_every > 1
+        neighbours = numbers_of_neighbours(topology if world.size > 1 else None, world.rank, averaging, pausing)
+    return kinds_of_passes(algorithm, groups, layouts, neighbours)
+
+
 def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Take the last of `groups` into a running scheduler; all ranks together."""
     group = groups[-1]
@@ -284,7 +312,11 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
             engine.link.world, next_agreement(engine.link.world), fields, engine.link.timeout, f"{kind}.add_param_group"
         )
     layouts = plan(specs, int(options.bucket_mb * 2**20))
-    segments = [FlatSegment(layout, [group["params"][slot.index] for slot in layout.slots]) for layout in layouts]
+    compiled = any(region.compiled for region in engine.segments[0].regions)
+    segments = [
+        FlatSegment(layout, [group["params"][slot.index] for slot in layout.slots], compiled=compiled)
+        for layout in layouts
+    ]
     if options.sync_init:
         broadcast([segment.param for segment in segments], engine.link)
     engine.discard()

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, Unpack
 import torch
 from torch import Tensor
 
-from fusedfog import construction
+from fusedfog import construction, data_parallel
 from fusedfog.averaging import average_in_place, consensus_distance
 from fusedfog.construction import Keywords, Options
 from fusedfog.scheduler import Scheduler
@@ -45,6 +45,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
         bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication.
+        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
+            memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
+            does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
         sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
         model: the module being trained: names parameters in errors, orders buckets, has its buffers broadcast.
 
@@ -59,6 +62,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     """
 
     _family: str
+    _data_parallel_checked = False
     # torch.amp.GradScaler then hands over its scale and flag instead of skipping step(), and the exchange with it.
     _step_supports_amp_scaling = True
 
@@ -68,10 +72,15 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "mix": True})
         self._build()
 
+    @property
+    def _kind(self) -> str:
+        """What ranks must agree on, and errors call it."""
+        return type(self).__name__
+
     def _build(self) -> Scheduler:
         for group in self.param_groups:
             self._check_group(group)
-        self._scheduler = construction.build(type(self).__name__, self.param_groups, self._family, self._options)
+        self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options)
         return self._scheduler
 
     @property
@@ -110,22 +119,40 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._data_parallel_checked:
+            self._check_data_parallel(engine)
         # A GradScaler sets these two for the duration of a step.
-        engine.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        self._show_states()
+        self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
+
+    def _update(self, engine: Scheduler, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        engine.step(grad_scale, found_inf)
+        self._show_states()
+
+    def _check_data_parallel(self, engine: Scheduler) -> None:
+        exchanges = engine.algorithm.exchanges == "parameters" and engine.link is not None
+        data_parallel.check(
+            self._kind,
+            (param for segment in engine.segments for param in segment.params),
+            self._options.fused_backward,
+            engine.link.world.ranks if exchanges and engine.link is not None else (),
+        )
+        self._data_parallel_checked = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
-        super().add_param_group(param_group)
+        self._append_group(param_group)
         if self._scheduler is None:
             return
         try:
             self._check_group(self.param_groups[-1])
-            construction.extend(type(self).__name__, self._scheduler, self.param_groups, self._options)
+            construction.extend(self._kind, self._scheduler, self.param_groups, self._options)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
@@ -137,8 +164,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         for state in saved["state"].values():
             if "step" in state:
                 state["step"] = state["step"].cpu()
-        saved["fusedfog"] = {"algorithm": self._options.algorithm, **self._engine.read_clock()}
+        saved["fusedfog"] = self._saved_clock()
         return saved
+
+    def _saved_clock(self) -> dict[str, Any]:
+        return {"algorithm": self._options.algorithm, **self._engine.read_clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
@@ -146,14 +176,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm.
         """
-        engine = self._engine
-        clock = dict(state_dict.get("fusedfog", {}))
-        saved_by = clock.pop("algorithm", self._options.algorithm)
-        if saved_by != self._options.algorithm:
-            raise ValueError(
-                f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
-                f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
-            )
+        engine, clock = self._engine, self._loaded_clock(state_dict)
         construction.check_states(self.param_groups, state_dict)
         # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
         originals: dict[Any, Any] = {}
@@ -168,6 +191,16 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         pairs = construction.pair_parameters(self.param_groups, state_dict)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
         engine.set_clock(clock)
+
+    def _loaded_clock(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        clock = dict(state_dict.get("fusedfog", {}))
+        saved_by = clock.pop("algorithm", self._options.algorithm)
+        if saved_by != self._options.algorithm:
+            raise ValueError(
+                f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
+                f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
+            )
+        return clock
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -284,7 +317,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             MismatchError: ranks were given different topologies; the old one stays.
         """
         engine = self._engine
-        construction.change_topology(type(self).__name__, engine, topology)
+        construction.change_topology(self._kind, engine, topology)
         self._options = dataclasses.replace(self._options, topology=topology)
 
 

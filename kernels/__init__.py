@@ -1,7 +1,8 @@
 """One pass over flat buffers: mix the neighbours' messages, apply an update rule, write back.
 
-CUDA tensors take the Triton kernel of `fused_pass`, CPU tensors the plain torch of `reference`. A new rule is one
-function in `rules.py` and its twin in `reference.py`. What a method does before and after its exchange are two rules.
+CUDA tensors take the Triton kernel of `fused_pass`, CPU tensors torch's own kernels in the batches of `cpu_pass`, or the
+plain torch of `reference`. A new rule is one function in `rules.py` and its twin in `reference.py`. What a method does
+before and after its exchange are two rules.
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ from typing import Literal
 
 import torch
 
-from . import reference
+from . import cpu_pass, reference
+from .compiled import RULES as COMPILED_RULES
+from .compiled import compile_now
 from .hyper import adam_hyper, sgd_hyper
 from .region import BLOCK, Gradients, Region
 
-__all__ = ["BLOCK", "RULES", "Gradients", "Region", "adam_hyper", "advance_steps", "run_pass", "sgd_hyper"]
+__all__ = [
+    "BLOCK",
+    "COMPILED_RULES",
+    "RULES",
+    "Gradients",
+    "Region",
+    "adam_hyper",
+    "advance_steps",
+    "compile_now",
+    "run_pass",
+    "sgd_hyper",
+]
 
 RULES: tuple[str, ...] = tuple(reference.RULES)
 """Names of the update rules; `reference` describes each."""
@@ -81,7 +95,7 @@ def run_pass(
     if param.is_cuda:
         from .fused_pass import launch as run
     else:
-        run = reference.run_pass
+        run = cpu_pass.run_pass
     run(
         rule,
         param,

@@ -379,8 +379,8 @@ def run_pass(
     skip = found_inf is not None and found_inf.item() != 0
     scale = 1.0 if grad_scale is None else grad_scale.item()
     width = CHUNK * torch.get_num_threads()
-    for index, (start, numel) in enumerate(region.spans, region.first):
-        gradient = None if grads is None or skip else _in_memory_order(grads.tensors[index], numel, index)
+    gradients = in_memory_order(region, None if skip else grads)
+    for index, ((start, numel), gradient) in enumerate(zip(region.spans, gradients, strict=True), region.first):
         step = 1.0 if steps is None else steps[index].item() + 1.0
         for low in range(0, numel, width):
             high = min(low + width, numel)
@@ -416,13 +416,21 @@ def advance_steps(steps: Tensor, grads: Gradients, found_inf: Tensor | None = No
         steps += torch.tensor([gradient is not None for gradient in grads.tensors], dtype=steps.dtype)
 
 
-def _in_memory_order(gradient: Tensor | None, numel: int, index: int) -> Tensor | None:
-    """The gradient's elements as they lie in memory, which is the flat buffer's order whatever its strides."""
-    if gradient is None:
-        return None
-    if gradient.numel() != numel:
-        raise ValueError(f"the gradient of parameter {index} has {gradient.numel()} elements, its parameter {numel}")
-    return gradient.as_strided((numel,), (1,))
+def in_memory_order(region: Region, grads: Gradients | None) -> list[Tensor | None]:
+    """Each parameter's gradient as it lies in memory, which is the flat buffer's order whatever its strides.
+
+    Raises:
+        ValueError: if a gradient has not its parameter's number of elements.
+    """
+    found: list[Tensor | None] = []
+    for index, (_, numel) in enumerate(region.spans, region.first):
+        gradient = None if grads is None else grads.tensors[index]
+        if gradient is not None and gradient.numel() != numel:
+            raise ValueError(
+                f"the gradient of parameter {index} has {gradient.numel()} elements, its parameter {numel}"
+            )
+        found.append(gradient if gradient is None or gradient.ndim == 1 else gradient.as_strided((numel,), (1,)))
+    return found
 
 
 def _store(rule: str, what: str, targets: Sequence[Tensor], values: Tensors) -> None:

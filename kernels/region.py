@@ -23,11 +23,13 @@ class Region:
         spans: (flat start, numel) of each parameter of the region; starts are multiples of 64.
         blocks: int64 [B, 4] on the device, one row per GPU program: parameter index in the segment, offset in the
             parameter (a multiple of 1,024), valid length (at most 1,024), flat start. None on the CPU.
+        compiled: whether passes over it on the CPU are to be compiled.
     """
 
     first: int
     spans: tuple[tuple[int, int], ...]
     blocks: torch.Tensor | None
+    compiled: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,134 @@
+"""The main rules on the CPU as one loop each, compiled by torch's Inductor: every tensor is read and written once.
+
+A compiled function takes all numbers in one tensor, so that a schedule recompiles nothing. They are lowered first:
+powers of betas, which the compiler would leave in the loop, are taken on the host, and options such as nesterov or the
+first step of momentum become factors. One function serves a rule with any options; the number of neighbours, of states
+and the dtypes make others.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A call costs 40 us or so, which a smaller parameter does not earn back.
+SMALLEST = 1 << 15
+
+
+def _mixed(x: Tensor, inbox: Sequence[Tensor], weights: Tensor) -> Tensor:
+    mixed = x
+    for k, received in enumerate(inbox):
+        mixed = mixed + weights[k] * (received.to(x.dtype) - x)
+    return mixed
+
+
+def _mix(param: Tensor, inbox: Sequence[Tensor], numbers: Tensor) -> None:
+    param.copy_(_mixed(param.to(numbers.dtype), inbox, numbers))
+
+
+def _sgd(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
+    x = param.to(numbers.dtype)
+    lr, carried, undamped, direct, through, scale, decay = numbers[:7].unbind()
+    d = scale * gradient.to(x.dtype) + decay * x
+    step = d
+    if states:
+        buf = carried * states[0] + undamped * d
+        step = direct * d + through * buf
+        states[0].copy_(buf)
+    param.copy_(_mixed(x, inbox, numbers[7:]) - lr * step)
+
+
+def _adam(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
+    x = param.to(numbers.dtype)
+    size, rescale, eps, drawn, undecayed1, beta2, undecayed2, scale, decay = numbers[:9].unbind()
+    d = scale * gradient.to(x.dtype) + decay * x
+    m = states[0] + undecayed1 * (d - states[0])
+    v = beta2 * states[1] + undecayed2 * (d * d)
+    top = torch.maximum(states[2], v) if len(states) == 3 else v
+    param.copy_(_mixed(x, inbox, numbers[9:]) - size * (m / (top.sqrt() * rescale + eps)) - drawn * x)
+    for state, new in zip(states, (m, v, top), strict=False):
+        state.copy_(new)
+
+
+def _sgd_numbers(step: float, hyper: Sequence[float], scale: float) -> list[float]:
+    lr, momentum, undamped, decay, sign, nesterov = hyper
+    carried, undamped = (0.0, 1.0) if step == 1 else (momentum, undamped)
+    return [lr, carried, undamped, *((1.0, momentum) if nesterov else (0.0, 1.0)), sign * scale, decay]
+
+
+def _adam_numbers(step: float, hyper: Sequence[float], scale: float) -> list[float]:
+    lr, beta1, undecayed1, beta2, undecayed2, _, _, eps, coupled, decoupled, sign = hyper
+    size, rescale = lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
+    return [size, rescale, eps, lr * decoupled, undecayed1, beta2, undecayed2, sign * scale, coupled]
+
+
+_LOWERED: dict[str, tuple[Callable[..., None], Callable[[float, Sequence[float], float], list[float]]]] = {
+    "sgd": (_sgd, _sgd_numbers),
+    "adam": (_adam, _adam_numbers),
+}
+
+RULES = ("mix", *_LOWERED)
+"""The rules that can be compiled."""
+
+
+def update(
+    rule: str,
+    x: Tensor,
+    gradient: Tensor | None,
+    states: Sequence[Tensor],
+    inbox: Sequence[Tensor],
+    weights: Sequence[float],
+    step: float,
+    hyper: Sequence[float],
+    scale: float,
+) -> None:
+    """One parameter's part of a pass with `rule` ("sgd" or "adam"), in place; without a gradient it is only mixed.
+
+    Args:
+        x: [N], of any dtype; gradient, states and the K tensors of inbox are [N] too.
+        weights: K floats, none of them zero.
+        step: the step being taken, from 1; hyper: as for `reference.RULES`; scale: multiplies the gradient.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if gradient is None:
+        if inbox:
+            _function("mix", x.dtype, 0, len(inbox))(x, inbox, torch.tensor(weights, dtype=dtype))
+        return
+    numbers = torch.tensor([*_LOWERED[rule][1](step, hyper, scale), *weights], dtype=dtype)
+    _function(rule, x.dtype, len(states), len(inbox))(x, gradient, states, inbox, numbers)
+
+
+@functools.cache
+def _function(rule: str, dtype: torch.dtype, states: int, neighbours: int) -> Callable[..., None]:
+    # Dynamo counts recompilations by code object and gives up at eight: each variant gets a code object of its own.
+    plain = _mix if rule == "mix" else _LOWERED[rule][0]
+    name = f"{rule}_{str(dtype).removeprefix('torch.')}_{states}_{neighbours}"
+    own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
+    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True)
+    return compiled
+
+
+@torch.no_grad()
+def compile_now(rule: str, dtype: torch.dtype, states: int, neighbours: int) -> None:
+    """Compile what passes with `rule` will call, in ten seconds or so; later processes find it in Inductor's cache.
+
+    Args:
+        rule: one of `RULES`.
+        dtype: of the parameters.
+        states, neighbours: how many there are of each.
+
+    Raises:
+        Exception: whatever torch.compile raises where it cannot compile, for instance without a C++ compiler.
+    """
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x, gradient, *inbox = (torch.zeros(96, dtype=dtype) for _ in range(2 + neighbours))
+    kept = [torch.zeros(96, dtype=state_dtype) for _ in range(states)]
+    weights = [0.5] * neighbours
+    if rule != "mix":
+        hyper = {"sgd": (0.0,) * 6, "adam": (0.0, 0.9, 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)}[rule]
+        update(rule, x, gradient, kept, inbox, weights, 1.0, hyper, 1.0)
+    update(rule, x, None, (), inbox, weights, 1.0, (), 1.0)
