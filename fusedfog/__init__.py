@@ -2,6 +2,9 @@
 
 from fusedfog import ops, topology
 from fusedfog.algorithms import Outer
+from fusedfog.checkpoint import load_checkpoint, save_checkpoint
+from fusedfog.data_parallel import local_gradients
+from fusedfog.decentralized import Decentralized
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StorageReplacedError, TornMessageWarning
 from fusedfog.ops import (
     Work,
@@ -22,6 +25,7 @@ __all__ = [
     "AccumAdamW",
     "Adam",
     "AdamW",
+    "Decentralized",
     "ExchangeError",
     "MismatchError",
     "Outer",
@@ -35,9 +39,12 @@ __all__ = [
     "broadcast_parameters",
     "hierarchical_neighbor_allreduce",
     "init",
+    "load_checkpoint",
+    "local_gradients",
     "neighbor_allgather",
     "neighbor_allreduce",
     "ops",
     "pair_gossip",
+    "save_checkpoint",
     "topology",
 ]

@@ -1,0 +1,161 @@
+"""Checkpoints of all ranks in one `torch.distributed.checkpoint` folder, to be resumed on as many ranks or on others.
+
+    fusedfog.save_checkpoint("run/step1000", model, opt, epoch=3)
+    extra = fusedfog.load_checkpoint("run/step1000", model, opt)
+
+Ranks of a decentralized run differ, so every rank writes its own model and states under its own prefix: `rank3/model/...`
+and `rank3/state/...` tensor by tensor, `rank3/rest` for param groups, clock and what the user adds. On the same number of
+ranks a run goes on bit for bit. On another number every rank starts from the average of the saved ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fusedfog.optim import DecentralizedOptimizer
+from fusedfog.world import World, find_world
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, **extra: Any) -> None:
+    """Write this rank's model, optimizer states and clock. Collective over the default process group.
+
+    Messages in flight are waited for and kept; training goes on undisturbed.
+
+    Args:
+        path: a folder that all ranks see; made if it is not there.
+        extra: anything picklable that `load_checkpoint` shall return, for instance a scheduler's state_dict.
+
+    Raises:
+        CheckpointException: a rank could not write (from torch.distributed.checkpoint; names rank and cause).
+    """
+    rank = find_world().rank
+    saved = opt.state_dict()
+    states = saved.pop("state")
+    entries: dict[str, Any] = {f"rank{rank}/model/{name}": value for name, value in model.state_dict().items()}
+    for key, state in states.items():
+        entries |= {f"rank{rank}/state/{key}/{name}": value for name, value in state.items()}
+    entries[f"rank{rank}/rest"] = {"optimizer": saved, "extra": extra}
+    dcp.save(
+        entries,
+        checkpoint_id=path,
+        planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        no_dist=not dist.is_initialized(),
+    )
+
+
+def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote into a model and its optimizer. Collective; discards messages in flight.
+
+    With as many ranks as were saved, each takes up its own part, bit for bit. With another number, all ranks start from
+    the mean over the saved ranks of parameters, float buffers and states (of push_sum weighed by its scalars, which then
+    start anew at 1), with rank 0's counters and param groups; every saved rank is read by one rank.
+
+    Returns:
+        `extra` as it was saved by this rank, or by rank 0 where numbers differ.
+
+    Raises:
+        ValueError: the folder holds no fusedfog checkpoint, or one of another model or algorithm.
+        CheckpointException: a part cannot be read (from torch.distributed.checkpoint).
+    """
+    world = find_world()
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    ranks = sum(key.endswith("/rest") for key in stored)
+    if not ranks:
+        raise ValueError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
+    if ranks == world.size:
+        entries = _read(path, stored, world.rank)
+    else:
+        entries = _average(path, stored, ranks, world, next(model.parameters()).device)
+    rest = entries.pop("rest")
+    states: dict[int, dict[str, Any]] = {}
+    for name, value in entries.items():
+        if name.startswith("state/"):
+            _, key, state = name.split("/", 2)
+            states.setdefault(int(key), {})[state] = value
+    weights = {name.removeprefix("model/"): value for name, value in entries.items() if name.startswith("model/")}
+    _check_model(path, model, weights)
+    # First the optimizer, which checks before it changes anything.
+    opt.load_state_dict({**rest["optimizer"], "state": states})
+    with opt.paused():
+        model.load_state_dict(weights)
+    extra: dict[str, Any] = rest["extra"]
+    return extra
+
+
+def _check_model(path: str | Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in [*own, *saved]:
+        if own.get(name) != saved.get(name):
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
+                f"{own.get(name, 'none')} here"
+            )
+
+
+def _read(path: str | Path, stored: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What rank `rank` saved, without its prefix."""
+    prefix = f"rank{rank}/"
+    entries: dict[str, Any] = {
+        key: torch.empty(about.size, dtype=about.properties.dtype) if isinstance(about, TensorStorageMetadata) else None
+        for key, about in stored.items()
+        if key.startswith(prefix)
+    }
+    _load(path, entries)
+    return {key.removeprefix(prefix): value for key, value in entries.items()}
+
+
+def _load(path: str | Path, entries: dict[str, Any]) -> None:
+    # Ranks read different parts, each alone: nothing to plan together, and nothing amiss, as torch would warn. Flattened,
+    # the planner would put what is no tensor into a copy of `entries`.
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(entries, checkpoint_id=path, planner=planner, no_dist=True)
+
+
+def _average(
+    path: str | Path, stored: Mapping[str, Any], ranks: int, world: World, device: torch.device
+) -> dict[str, Any]:
+    """The mean of all saved ranks' floating-point tensors; the rest is rank 0's."""
+    result = _read(path, stored, 0)
+    scalars = result["rest"]["optimizer"]["fusedfog"].get("push_sum") or [1.0] * ranks
+    # A parameter that had no gradient on rank 0 may have states on others.
+    names = {key.split("/", 1)[1]: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+    sums = {
+        name: torch.zeros(about.size, dtype=torch.float64 if about.properties.dtype == torch.float64 else torch.float32)
+        for name, about in sorted(names.items())
+        if about.properties.dtype.is_floating_point and not name.endswith("/step")
+    }
+    for rank in range(world.rank, ranks, world.size):
+        for name, value in _read(path, stored, rank).items():
+            if name in sums:
+                sums[name].add_(value, alpha=scalars[rank] / sum(scalars))
+    for name, total in sums.items():
+        if world.size > 1:
+            moved = total.to(device)
+            dist.all_reduce(moved)
+            total = moved.cpu()
+        result[name] = total.to(names[name].properties.dtype)
+        if name.startswith("state/"):
+            result.setdefault(name.rsplit("/", 1)[0] + "/step", _most_steps(path, stored, name.rsplit("/", 1)[0]))
+    result["rest"]["optimizer"]["fusedfog"]["push_sum"] = None
+    return result
+
+
+def _most_steps(path: str | Path, stored: Mapping[str, Any], state: str) -> Tensor:
+    """The largest step count that any rank has for a parameter that rank 0 has none for."""
+    keys = [key for key in stored if key.split("/", 1)[1] == f"{state}/step"]
+    entries: dict[str, Any] = {key: torch.zeros(()) for key in keys}
+    if entries:
+        _load(path, entries)
+    return torch.stack([*entries.values(), torch.ones(())]).max()
