@@ -303,14 +303,21 @@ TABLE: dict[str, dict[str, Algorithm]] = {
 }
 """family -> algorithm name -> row."""
 
+_WRAPPED = {
+    "awc": Algorithm("awc", None, MIX),
+    "atc": Algorithm("atc", Stage("outside"), MIX),
+    "local": Algorithm("local", None, MIX, exchanges="nothing"),
+}
+"""Around another optimizer's own step (`Scheduler.step_around`), which is a pass of no rule."""
+
 
 def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorithm:
-    """The row of algorithm `name` for the inner optimizer `family` ("SGD", "Adam", "AccumAdam").
+    """The row of algorithm `name` for the inner optimizer `family`: "SGD", "Adam", "AccumAdam", or "wrapped" for any.
 
     Raises:
         ValueError: there is no such algorithm (lists those there are), or `outer` is given to another than "local".
     """
-    rows = TABLE[family]
+    rows = _WRAPPED if family == "wrapped" else TABLE[family]
     if name not in rows:
         raise ValueError(f"unknown algorithm {name!r} for {family}; there are {', '.join(rows)}")
     if outer is None:

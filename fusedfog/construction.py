@@ -207,8 +207,10 @@ def _fields(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Opti
     for g, group in enumerate(groups):
         for name, value in group.items():
             if name not in ("params", "param_names"):
-                plain = value.item() if isinstance(value, Tensor) else value
-                fields[f"{name} of group {g}"] = repr(plain)
+                plain = value.tolist() if isinstance(value, Tensor) else value
+                # Whatever prints its address, as functions do, would differ on every rank.
+                known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))
+                fields[f"{name} of group {g}"] = repr(plain) if known else type(plain).__name__
     for entry in dataclasses.fields(options):
         if entry.name not in ("topology", "group", "mesh", "model", "clock"):
             fields[entry.name] = repr(getattr(options, entry.name))

@@ -74,6 +74,11 @@ class Sweep:
     first: int
     last: int
 
+    @property
+    def whole(self) -> slice:
+        """The sweep's elements in its segment's flat tensors."""
+        return slice(min(lane.bucket.start for lane in self.lanes), max(lane.bucket.stop for lane in self.lanes))
+
     def bump_versions(self) -> None:
         """Tell autograd that the parameters were written, which is no edit."""
         self.segment.bump_versions(self.first, self.last)

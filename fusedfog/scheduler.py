@@ -21,10 +21,9 @@ forwards, accumulation and skipped updates cannot de-phase ranks.
 
 from __future__ import annotations
 
-import gc
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +35,7 @@ from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.averaging import GradientAverage
 from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
+from fusedfog.gradients import grad_scaler_exists, multiplier
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Gradients, advance_steps, run_pass
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
@@ -219,34 +219,93 @@ class Scheduler:
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Finish this step: all passes, the exchange they need and, for AWC and kin, the start of the next one."""
-        if self.held is not None:
-            raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
+        self._begin()
         if self._led and (grad_scale is not None or found_inf is not None):
             raise RuntimeError(
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        for segment in self.segments:
-            segment.check_storage()
-            if not self.algorithm.plain:
-                segment.touch_all()
+        for segment in self.segments if not self.algorithm.plain else ():
+            segment.touch_all()
         self._inputs.found_inf = found_inf
         if self.algorithm.exchanges == "gradients" and self.link is not None:
             self._lead_all()
             self._follow_averages(grad_scale)
         else:
-            self._inputs.grad_scale = self._multiplier(self._own_gradients(), grad_scale)
+            self._inputs.grad_scale = self._multiplier(grad_scale)
             self._lead_all()
             if self.algorithm.before is not None:
                 self._follow_all()
         self._tick()
+
+    def step_around(self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
+
+        awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x
+        atc   x = inner(x) -> send x -> wait -> x = W x
+        """
+        self._begin()
+        step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
+        ahead, sweeps = self.algorithm.before is None, self._sweeps(0)
+        if ahead and exchanging:
+            self._send_missing()
+        corrections = [self._correction(sweep) if ahead and exchanging else None for sweep in sweeps]
+        self._update_outside(update, grad_scale, found_inf)
+        for sweep, correction in zip(sweeps, corrections, strict=True):
+            if correction is not None:
+                sweep.segment.param[sweep.whole] += correction[sweep.whole]
+                sweep.bump_versions()
+            if ahead and self._exchanging(step + 1):
+                self._send_all(sweep, step + 1, self.clock.exchanges + (exchanging and self.rhythm.turns(step)))
+            elif exchanging and not ahead:
+                self._send_all(sweep, step, self.clock.exchanges)
+        if not ahead:
+            self._follow_all()
+        self._tick()
+
+    def _correction(self, sweep: Sweep) -> Tensor | None:
+        """W x - x of a sweep's buckets, in one of the tensors that came; None if there is nothing to mix."""
+        inbox = self._receive(sweep)
+        if not inbox.weights:
+            return None
+        (received,), param = inbox.tensors, sweep.segment.param
+        with span("pass", sweep.numbers, "mix"):
+            run_pass(
+                "mix",
+                received[0],
+                (),
+                (),
+                region=sweep.region,
+                sent=(param,),
+                inbox=(received,),
+                weights=inbox.weights,
+                row_sum=0.0,
+            )
+        return received[0]
+
+    def _update_outside(
+        self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        if found_inf is None or not found_inf.item():
+            factor = self._multiplier(grad_scale)
+            if factor is not None:
+                torch._foreach_mul_(self._gradients(), factor)
+            update()
+        for lane in self._lanes:
+            lane.counted = False  # The update's own writes are no edits.
+
+    def _begin(self) -> None:
+        if self.held is not None:
+            raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
+        for segment in self.segments:
+            segment.check_storage()
 
     def _tick(self) -> None:
         if self._exchanging(self.clock.steps) and self.rhythm.turns(self.clock.steps):
             self.clock.exchanges += 1
         self.clock.steps += 1
         for number, group in enumerate(self.groups):
-            if group["lr"] != 0:
+            if group.get("lr"):
                 self.clock.previous_lr[number] = float(group["lr"])
         self._led = 0
         self._inputs = StepInputs()
@@ -265,14 +324,17 @@ class Scheduler:
         return self._wholes if self._by_segment and not (overlaps or averages) else self._singles[first:]
 
     def _lead_all(self) -> None:
-        step = self.clock.steps
-        if self.algorithm.before is None and self._exchanging(step):
-            for lane in self._lanes[self._led :]:
-                if lane.message is None:
-                    self._send(lane, step, self.clock.exchanges)
+        if self.algorithm.before is None and self._exchanging(self.clock.steps):
+            self._send_missing()
         for sweep in self._sweeps(self._led):
             self._lead(sweep)
         self._led = len(self._lanes)
+
+    def _send_missing(self) -> None:
+        """Start this step's exchange of buckets for which none was started ahead."""
+        for lane in self._lanes[self._led :]:
+            if lane.message is None:
+                self._send(lane, self.clock.steps, self.clock.exchanges)
 
     def _lead(self, sweep: Sweep) -> None:
         grads = sweep.segment.gradients(sweep.first, sweep.last)
@@ -308,7 +370,7 @@ class Scheduler:
         segment, number = sweep.segment, sweep.segment.layout.group
         group = self.groups[number]
         if (number, stage.rule) not in self._inputs.numbers:
-            previous = self.clock.previous_lr.get(number, float(group["lr"]) or 1.0)
+            previous = self.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
             self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
         first_half = stage is self.algorithm.before
         makes_message = first_half and "message" in self.algorithm.messages
@@ -405,7 +467,9 @@ class Scheduler:
             with span("wait", (number,), sources=("all",)):
                 reduced.append(average.finish())
         self.figures.blocked_s += time.perf_counter() - begin
-        self._inputs.grad_scale = self._multiplier([average.tensors() for average in averages], grad_scale)
+        self._inputs.grad_scale = multiplier(
+            [average.tensors() for average in averages], grad_scale, self.rhythm.max_grad_norm
+        )
         scaled = self._inputs.found_inf is not None
         for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
             self._inputs.found_inf = found_inf if scaled else None
@@ -413,23 +477,13 @@ class Scheduler:
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
-    def _own_gradients(self) -> list[Tensor]:
-        if self.rhythm.max_grad_norm is None:
-            return []
-        return [param.grad for segment in self.segments for param in segment.params if param.grad is not None]
+    def _multiplier(self, grad_scale: Tensor | None) -> Tensor | None:
+        """Of this rank's own gradients; see `gradients.multiplier`."""
+        clips = self.rhythm.max_grad_norm is not None
+        return multiplier(self._gradients() if clips else [], grad_scale, self.rhythm.max_grad_norm)
 
-    def _multiplier(self, gradients: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
-        """What gradients are multiplied by: GradScaler's unscaling and clipping to `max_grad_norm`, without a host sync."""
-        unscale = None if grad_scale is None else grad_scale.reshape(()).float().reciprocal()
-        limit = self.rhythm.max_grad_norm
-        if limit is None or not gradients:
-            return unscale
-        norm = torch.nn.utils.get_total_norm(gradients).float()
-        if unscale is not None:
-            norm = norm * unscale
-        # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing by zero.
-        clip = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        return clip if unscale is None else clip * unscale
+    def _gradients(self) -> list[Tensor]:
+        return [param.grad for segment in self.segments for param in segment.params if param.grad is not None]
 
     def gradient_ready(self, lane: Lane, name: str) -> None:
         """A parameter of `lane` has its gradient: lead every bucket that can go, in order, without waiting."""
@@ -458,7 +512,7 @@ class Scheduler:
     def _holds(self) -> bool:
         """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
         if self._hold_in_hooks is None:
-            self._hold_in_hooks = self.rhythm.max_grad_norm is not None or _grad_scaler_exists()
+            self._hold_in_hooks = self.rhythm.max_grad_norm is not None or grad_scaler_exists()
         return self._hold_in_hooks or self.held is not None
 
 
@@ -473,9 +527,3 @@ class _Hook:
         scheduler, lane = self._scheduler(), self._lane()
         if scheduler is not None and lane is not None:
             scheduler.gradient_ready(lane, f"a parameter of shape {tuple(param.shape)}")
-
-
-def _grad_scaler_exists() -> bool:
-    # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
-    # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
-    return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())

@@ -1,0 +1,79 @@
+"""Living with DistributedDataParallel: frameworks wrap the model in it under torchrun, and it would average gradients.
+
+model = fusedfog.local_gradients(DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True))
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
+
+
+def local_gradients(ddp: DistributedDataParallel) -> DistributedDataParallel:
+    """Make a DistributedDataParallel leave each rank its own gradients, by a communication hook that sends nothing.
+
+    Call it once DDP is built, before the first backward. Two things that DDP sends besides remain: at every forward the
+    module's buffers (rank 0's BatchNorm statistics overwrite the others'), unless it is built with `broadcast_buffers=False`
+    (HF `TrainingArguments(ddp_broadcast_buffers=False)`, accelerate `DistributedDataParallelKwargs(broadcast_buffers=False)`,
+    Lightning `DDPStrategy(broadcast_buffers=False)`), and with `find_unused_parameters=True` a small all-reduce at every
+    backward. Either makes all ranks wait for the slowest. `gradient_as_bucket_view=True` saves DDP's copies of gradients.
+
+    Returns:
+        `ddp`. A second call does nothing.
+
+    Raises:
+        TypeError: not a DistributedDataParallel (a plain module's gradients are local already).
+        RuntimeError: another communication hook is there, or backward has begun.
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(
+            f"local_gradients takes a DistributedDataParallel, got {type(ddp).__name__}; gradients of a module that is in "
+            f"none are local already"
+        )
+    if all(hook is not noop_hook for hook, _ in ddp._comm_hooks):
+        ddp.register_comm_hook(None, noop_hook)
+    return ddp
+
+
+def check(kind: str, params: Iterable[Tensor], fused_backward: bool, ranks: Sequence[int]) -> None:
+    """Look, once, whether parameters are in a DistributedDataParallel that gets in the way.
+
+    Args:
+        kind: the optimizer's name, for the texts.
+        ranks: the global ranks that the optimizer exchanges parameters with; () if it exchanges none.
+
+    Raises:
+        RuntimeError: it is there and `fused_backward` is on: DDP writes gradients back after backward has consumed them.
+    """
+    found = _holders(params) if dist.is_initialized() else []
+    if found and fused_backward:
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: {kind}: fused_backward does not work inside a DistributedDataParallel, which puts "
+            f"gradients back after they were used and freed. Train the bare module (ddp.module), or use fused_backward=False"
+        )
+    if ranks and any(_averages_gradients(ddp, ranks) for ddp in found):
+        warnings.warn(
+            f"rank {dist.get_rank()}: {kind}: its parameters are in a DistributedDataParallel that averages gradients over all "
+            f"ranks in every backward, so nothing is saved by averaging with neighbours. Call "
+            f"fusedfog.local_gradients(ddp) right after building it, or train the bare module",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _holders(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    own = set(map(id, params))
+    # torch keeps no list of them, and they may be built after the optimizer. isinstance would wake up weak proxies.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    return [ddp for ddp in found if any(id(param) in own for param in ddp.parameters())]
+
+
+def _averages_gradients(ddp: DistributedDataParallel, ranks: Iterable[int]) -> bool:
+    # One over fewer ranks, those of a machine, is somebody's hierarchy; what a foreign hook does cannot be known.
+    return not ddp._comm_hooks and set(ranks) <= set(dist.get_process_group_ranks(ddp.process_group))

@@ -1,0 +1,37 @@
+"""What gradients are multiplied by before a pass reads them, and whether somebody scales them at all."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def multiplier(gradients: Sequence[Tensor], grad_scale: Tensor | None, limit: float | None) -> Tensor | None:
+    """GradScaler's unscaling and clipping to a total norm of `limit`, as one 0-d tensor, without a host sync.
+
+    Args:
+        gradients: all that the norm is taken over; not looked at without a limit.
+        grad_scale: GradScaler's scale, of one element.
+
+    Returns:
+        The factor (fp32), or None for 1.
+    """
+    unscale = None if grad_scale is None else grad_scale.reshape(()).float().reciprocal()
+    if limit is None or not gradients:
+        return unscale
+    norm = torch.nn.utils.get_total_norm(gradients).float()
+    if unscale is not None:
+        norm = norm * unscale
+    # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing by zero.
+    clip = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    return clip if unscale is None else clip * unscale
+
+
+def grad_scaler_exists() -> bool:
+    """Whether the process has an enabled GradScaler; one look through all objects."""
+    # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
+    # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
+    return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())
