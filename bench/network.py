@@ -109,7 +109,7 @@ def calibrate(network: Network, crew: Crew, model_bytes: int, target_s: float) -
     rate = model_bytes / target_s
     for _ in range(2):
         network.shape(rate)
-        measured = statistics.mean(crew.ask("transfer", model_bytes // network.local, 3))
+        measured = finished(crew.ask("transfer", model_bytes // network.local, 3))
         rate *= measured / target_s
     network.shape(rate)
     return rate
@@ -119,12 +119,17 @@ def measure_links(network: Network, crew: Crew, model_bytes: int, bucket_bytes: 
     """What the network does with one message at a time: for the table, and for whoever predicts step times."""
     share = network.local
     return {
-        "transfer_s": statistics.mean(crew.ask("transfer", model_bytes // share, 5)),
-        "transfer_bucket_s": statistics.mean(crew.ask("transfer", bucket_bytes // share, 9)),
-        "transfer_4_bytes_s": statistics.mean(crew.ask("transfer", 4, 21)),
-        "allreduce_s": statistics.mean(crew.ask("allreduce", model_bytes, 3)),
-        "allreduce_bucket_s": statistics.mean(crew.ask("allreduce", bucket_bytes, 5)),
+        "transfer_s": finished(crew.ask("transfer", model_bytes // share, 5)),
+        "transfer_bucket_s": finished(crew.ask("transfer", bucket_bytes // share, 9)),
+        "transfer_4_bytes_s": finished(crew.ask("transfer", 4, 21)),
+        "allreduce_s": finished(crew.ask("allreduce", model_bytes, 3)),
+        "allreduce_bucket_s": finished(crew.ask("allreduce", bucket_bytes, 5)),
     }
+
+
+def finished(answers: Sequence[Sequence[float]]) -> float:
+    """Seconds until the last host was done: hosts that share a link do not share it evenly. Median over repeats."""
+    return statistics.median(max(repeat) for repeat in zip(*answers, strict=True))
 
 
 def measure_rounds(crew: Crew, kind: str, methods: Sequence[str], rounds: int, steps: int) -> dict[str, list[dict]]:
@@ -150,7 +155,7 @@ def measure_kind(network: Network, crew: Crew, kind: str, options: argparse.Name
     network.shape(1e9)
     for method in methods:  # decent-dp lays its buckets in the second step, DDP after the first
         crew.ask("turn", kind, method, 1, 2)
-    local_s = statistics.median(mean(crew.ask("turn", kind, "local", WARM, options.steps))["step_s"] for _ in range(3))
+    local_s = statistics.median(mean(crew.ask("turn", kind, "local", WARM, options.steps))["step_s"] for _ in range(5))
     built |= mean(crew.ask("phases", kind, options.steps))
     results = []
     for fraction in options.transfers:
@@ -198,13 +203,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--transfers", nargs="+", type=float, default=[0.6])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--timelines", type=Path)
     options = parser.parse_args()
     if options.full:
-        options.networks, options.transfers, options.rounds = list(NETWORKS), [0.3, 0.6, 0.9], 6
+        options.networks, options.transfers = list(NETWORKS), [0.3, 0.6, 0.9]
+    options.rounds = options.rounds or (6 if options.full else 3)
     if "local" not in options.methods:
         options.methods.insert(0, "local")
     return options
@@ -220,7 +226,7 @@ def main() -> None:
     if reason := obstacle():
         print(f"bench/network.py is skipped: {reason}")
         return
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, _give_up)  # as an exception, so that namespaces are removed
     for method in METHODS:
         if not installed(method):

@@ -201,14 +201,18 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "DDP": _ddp,
     "allreduce, fused_backward": _fusedfog(algorithm="allreduce", fused_backward=True),
     "AWC one-peer": _fusedfog(topology="one_peer_exponential"),
-    "AWC one-peer, fused_backward": _fusedfog(topology="one_peer_exponential", fused_backward=True),
+    "AWC one-peer pairs": _fusedfog(topology="one_peer_hypercube"),
     "AWC exponential": _fusedfog(topology="exponential"),
     "AWC ring": _fusedfog(topology="ring"),
     "ATC one-peer, fused_backward": _fusedfog(algorithm="atc", topology="one_peer_exponential", fused_backward=True),
     "AWC hierarchical": _fusedfog(hierarchical=True, topology="one_peer_exponential"),
     "decent-dp one-peer": _decent_dp,
 }
-"""How each method's trainer is built, by the name that tables give it. Collective: in the same order on every host."""
+"""How each method's trainer is built, by the name that tables give it. Collective: in the same order on every host.
+
+decent-dp's one-peer graph is that of the row "pairs": a rank waits for one other. On "AWC one-peer", the default graph,
+it waits for the rank it receives from and for the one it sends to.
+"""
 
 
 def installed(method: str) -> bool:

@@ -19,19 +19,25 @@ def efficiencies(result: Result, method: str) -> list[float]:
     return [a["step_s"] / b["step_s"] for a, b in zip(turns["local"], turns[method], strict=True)]
 
 
+def measured_transfer(result: Result) -> float:
+    """Time of one transfer of the model over that of a local step, as it was in the rounds themselves."""
+    return result["transfer_s"] / statistics.median(turn["step_s"] for turn in result["turns"]["local"])
+
+
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row per network, kind of compute, transfer and method; the rounds of all runs together."""
+    """One row per network, kind of compute, transfer (asked and measured) and method; the rounds of all runs together."""
     found = []
     for network, kind, transfer in dict.fromkeys((r["network"], r["kind"], r["transfer"]) for r in results):
         same = [r for r in results if (r["network"], r["kind"], r["transfer"]) == (network, kind, transfer)]
         for method in same[0]["turns"]:
             values = [value for result in same for value in efficiencies(result, method)]
             turns = [turn for result in same for turn in result["turns"][method]]
+            measured = statistics.median(map(measured_transfer, same))
             found.append(
                 {
                     "network": network,
                     "compute": kind,
-                    "transfer / step": transfer,
+                    "transfer / step": f"{transfer} ({measured:.2f})",
                     "method": method,
                     "efficiency": f"{statistics.median(values):.2f}",
                     "range": f"{min(values):.2f} .. {max(values):.2f}",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -65,15 +65,15 @@ class Worker:
         trainer.settle()
         return result
 
-    def transfer(self, size: int, repeats: int) -> float:
-        """Seconds that `size` bytes take to the same place in the next machine, all hosts at once: median over repeats."""
+    def transfer(self, size: int, repeats: int) -> list[float]:
+        """Seconds that `size` bytes take to the same place in the next machine, all hosts at once; each repeat."""
         sent, received = torch.zeros(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-        return self._median(lambda: self._shift(sent, received), repeats)
+        return self._repeat(lambda: self._shift(sent, received), repeats)
 
-    def allreduce(self, size: int, repeats: int) -> float:
-        """Seconds that an all-reduce of `size` bytes takes: median over repeats."""
+    def allreduce(self, size: int, repeats: int) -> list[float]:
+        """Seconds that an all-reduce of `size` bytes takes; each repeat."""
         values = torch.zeros(size // 4)
-        return self._median(lambda: dist.all_reduce(values), repeats)
+        return self._repeat(lambda: dist.all_reduce(values), repeats)
 
     def _shift(self, sent: torch.Tensor, received: torch.Tensor) -> None:
         works = [
@@ -84,14 +84,14 @@ class Worker:
             assert work is not None
             work.wait()
 
-    def _median(self, operation: Any, repeats: int) -> float:
+    def _repeat(self, operation: Callable[[], object], repeats: int) -> list[float]:
         seconds = []
         for _ in range(repeats):
             dist.barrier()
             begin = time.perf_counter()
             operation()
             seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
+        return seconds
 
 
 def main() -> None:
