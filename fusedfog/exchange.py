@@ -21,12 +21,13 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._autograd import _enable_record_function
 
 from fusedfog.errors import ExchangeError, PeerTimeout
 from fusedfog.world import World
@@ -38,6 +39,20 @@ _LAST_MOMENT = 5.0
 
 Parcel = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, torch.profiler sees no operations; for starting works that may outlive its record.
+
+    A gloo work reports its end to the profiler it was started under. If that has gone, it writes into freed memory and
+    the process dies (torch 2.13, and with no more than isend in a profile and its wait after it).
+    """
+    _enable_record_function(False)
+    try:
+        yield
+    finally:
+        _enable_record_function(True)
 
 
 class Message:
@@ -180,7 +195,8 @@ class Link:
             sent_before: Counter[int] = Counter()
             for peer, tensor in parcels:
                 try:
-                    work = post(tensor, group=self.group, tag=tag + sent_before[peer], **{end: peer})
+                    with unrecorded():
+                        work = post(tensor, group=self.group, tag=tag + sent_before[peer], **{end: peer})
                 except RuntimeError as error:
                     # The peer may have finished and exited; only a step that needs this message may complain.
                     message.fail(error, f"{verb} rank {peer}")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.errors import TornMessageWarning
-from fusedfog.exchange import Link, Message, Parcel
+from fusedfog.exchange import Link, Message, Parcel, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.lanes import Inbox, Lane
@@ -105,7 +105,8 @@ class Mailbox:
                 inbox = self._inbox(lane.segment, name, 1)
                 buffer = inbox[0][lane.whole]
                 torch.mul(lane.segment.tensor(name)[lane.whole], 1.0 / size, out=buffer)
-                work = dist.all_reduce(buffer, group=self.link.group, async_op=True)
+                with unrecorded():
+                    work = dist.all_reduce(buffer, group=self.link.group, async_op=True)
                 message.pending.append((work, "averaging with all ranks"))
                 message.keep_alive.append(buffer)
                 inboxes.append(inbox)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.averaging import GradientAverage
-from fusedfog.exchange import Link
+from fusedfog.exchange import Link, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, multiplier
 from fusedfog.hierarchy import Hierarchy
@@ -452,7 +452,7 @@ class Scheduler:
         average = lane.average
         assert average is not None
         tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
-        with span("exchange", (lane.number,), to=("all",), sources=("all",)):
+        with span("exchange", (lane.number,), to=("all",), sources=("all",)), unrecorded():
             average.start(Gradients(tensors, grads.addresses, grads.dtype), self._inputs.found_inf)
         world = average.link.world.size
         size = 2 * average.buffer.nbytes * (world - 1) // world

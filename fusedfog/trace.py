@@ -128,6 +128,12 @@ def report(trace: dict[str, Any], rank: str) -> Report:
     if not ranges:
         raise ValueError("no fusedfog:: ranges in this trace; record optimizer steps inside torch.profiler.profile()")
     waits, passes = (_union(at for match, at in ranges if match["what"] == what) for what in ("wait", "pass"))
+    # A wrapper's step holds its inner optimizer's: together they are one.
+    steps = [
+        _interval(event)
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith(_STEP)
+    ]
     kernels = [(event["name"], _interval(event)) for event in events if event.get("cat") == "kernel"]
     nccl = _union(at for name, at in kernels if "nccl" in name.lower())
     whole = _union([(min(map(_start, events)), max(_interval(event)[1] for event in events))])
@@ -139,7 +145,7 @@ def report(trace: dict[str, Any], rank: str) -> Report:
     return Report(
         rank=str(trace.get("distributedInfo", {}).get("rank", rank)),
         measured_by="NCCL kernels" if nccl else "host waits",
-        steps=sum(event.get("cat") == "user_annotation" and event["name"].startswith(_STEP) for event in events),
+        steps=len(_union(steps)),
         total=_length(whole),
         communication=_length(communication),
         exposed=_length(exposed),
