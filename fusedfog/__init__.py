@@ -5,7 +5,14 @@ from fusedfog.algorithms import Outer
 from fusedfog.checkpoint import load_checkpoint, save_checkpoint
 from fusedfog.data_parallel import local_gradients
 from fusedfog.decentralized import Decentralized
-from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StorageReplacedError, TornMessageWarning
+from fusedfog.errors import (
+    ExchangeError,
+    MismatchError,
+    PeerTimeout,
+    RankLeft,
+    StorageReplacedError,
+    TornMessageWarning,
+)
 from fusedfog.ops import (
     Work,
     allreduce_parameters,
@@ -30,6 +37,7 @@ __all__ = [
     "MismatchError",
     "Outer",
     "PeerTimeout",
+    "RankLeft",
     "StorageReplacedError",
     "Topology",
     "TornMessageWarning",

@@ -100,7 +100,12 @@ class GradientAverage:
     def finish(self) -> tuple[Gradients, Tensor]:
         """Wait for the mean; returns it with the flag (0-d, fp32) that is positive if any rank found a non-finite one."""
         assert self._work is not None
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            failure = self.link.failure(error, "averaging gradients with all ranks")
+            self.link.give_up(failure)
+            raise failure from error
         self._work = None
         first, last = self.bucket.first, self.bucket.last
         flags = self.buffer[self.length : -1]

@@ -13,6 +13,21 @@ class ExchangeError(RuntimeError):
     """A message was lost because its peer exited or the connection broke; names the peer, the step and the bucket."""
 
 
+class RankLeft(ExchangeError):
+    """A rank ended its part with `opt.leave()`, so an exchange with it cannot be; names it and its last step.
+
+    Attributes:
+        ranks: the group ranks that have left, as far as they are known yet.
+    """
+
+    def __init__(self, text: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(text, ranks)
+        self.ranks = ranks
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class StorageReplacedError(RuntimeError):
     """A parameter no longer lives in the optimizer's flat buffer (`p.data = ...`, `.to(...)`); names the parameter."""
 

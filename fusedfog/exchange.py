@@ -29,13 +29,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._autograd import _enable_record_function
 
-from fusedfog.errors import ExchangeError, PeerTimeout
+from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 from fusedfog.world import World
 
 log = logging.getLogger("fusedfog")
 
 _LAST_MOMENT = 5.0
-"""Seconds that messages in flight get when the process ends."""
+"""Seconds that messages in flight get when the process ends, or its part in training."""
+
+_LATE = 2.0
+"""Seconds after which it is asked, on GPUs, whether the sender of a message has left."""
 
 Parcel = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
@@ -94,6 +97,7 @@ class Message:
             self._await_works()
         if self.failure is not None:
             self.link.keep(self)
+            self.link.give_up(self.failure)
             raise self.failure
         self.keep_alive.clear()
 
@@ -108,20 +112,11 @@ class Message:
                     work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except RuntimeError as error:
                 self.fail(error, peers)
-            self.pending.pop(0)
+            del self.pending[:1]  # Nothing, if the link was closed while this thread waited.
 
     def fail(self, error: Exception, peers: str) -> None:
         """Note why this message will never be complete; the wait that needs it raises."""
-        where = f"rank {self.link.world.rank}: {self.label}: {peers}"
-        if "imed out" in str(error):
-            limit = f"{self.link.timeout.total_seconds():g} s"
-            self.failure = PeerTimeout(
-                f"{where}: nothing within the process group's timeout of {limit}. That rank is stuck, far behind or gone; "
-                f"raise init_process_group(timeout=...) if it is only slow"
-            )
-        else:
-            self.failure = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
-        self.failure.__cause__ = error
+        self.failure = self.link.failure(error, f"{self.label}: {peers}")
 
 
 class Link:
@@ -129,8 +124,8 @@ class Link:
 
     Attributes:
         world: this rank's place among them.
-        group: the dedicated group, created with the parent's timeout.
         timeout: how long a wait may last.
+        ended: why nothing can be exchanged any more, once that is so.
     """
 
     def __init__(self, world: World, device: torch.device) -> None:
@@ -141,15 +136,24 @@ class Link:
         whole = world.size == dist.get_world_size()
         if not whole:
             _level_group_counts(world, self.timeout)
-        self.group: dist.ProcessGroup = dist.new_group(
+        self._group: dist.ProcessGroup | None = dist.new_group(
             list(world.ranks), timeout=self.timeout, use_local_synchronization=not whole, group_desc="fusedfog"
         )
+        self.ended: Exception | None = None
+        self._notes = next_agreement(world)
         self._channels = 0
         self._abandoned: list[Message] = []
         self._started: weakref.WeakSet[Message] = weakref.WeakSet()
         self._watchdog = Watchdog(self) if self.on_gpu else None
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The dedicated group, created with the parent's timeout; raises `ended`, once that is there."""
+        if self._group is None or self.ended is not None:
+            raise self.ended or RuntimeError("the process is ending")
+        return self._group
 
     def open_channel(self) -> int:
         """A number that keeps one user's tags apart from the others'; ranks open channels in the same order."""
@@ -180,6 +184,9 @@ class Link:
         self._retire()
         message = Message(self, label)
         self._started.add(message)
+        if self.ended is not None:
+            message.failure = self.ended
+            return message
         message.keep_alive = [tensor for _, tensor in (*sends, *recvs)]
         if self.on_gpu:
             self._start_grouped(message, sends, recvs)
@@ -223,26 +230,83 @@ class Link:
         if message.pending:
             self._abandoned.append(message)
 
-    def close(self) -> None:
-        """Let go of works, tensors and group while Python still runs; for the end of the process.
+    def failure(self, error: Exception, what: str) -> Exception:
+        """The exception for an exchange that will never be complete; `what` names it and its peers."""
+        where = f"rank {self.world.rank}: {what}"
+        notes = self._read_notes()
+        found: Exception
+        if notes:
+            gone = ", ".join(f"rank {rank} after {steps} steps" for rank, steps in notes.items())
+            rest = [rank for rank in range(self.world.size) if rank not in notes]
+            found = RankLeft(
+                f"{where}: left with opt.leave(): {gone}. A group cannot go on without a member: end here too, or build a new "
+                f"optimizer with group= the ranks {rest} and sync_init=False",
+                tuple(notes),
+            )
+        elif "imed out" in str(error):
+            limit = f"{self.timeout.total_seconds():g} s"
+            found = PeerTimeout(
+                f"{where}: nothing within the process group's timeout of {limit}. That rank is stuck, far behind or gone; "
+                f"raise init_process_group(timeout=...) if it is only slow"
+            )
+        else:
+            found = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
+        found.__cause__ = error
+        return found
+
+    def _read_notes(self) -> dict[int, str]:
+        """Ranks that have left and their numbers of steps. Asks the store, so only for what has failed already."""
+        # The store may have gone with the rank that hosted it.
+        with contextlib.suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            keys = {rank: f"{self._notes}/left/{rank}" for rank in range(self.world.size)}
+            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        return {}
+
+    def leave(self, steps: int) -> None:
+        """Tell the other ranks that this one exchanges nothing more, deliver what was sent, and end the link.
+
+        Links among some of these ranks, those of a mesh, end with it.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        reason = RuntimeError(f"rank {self.world.rank} has left (opt.leave()); to train on, build a new optimizer")
+        for link in _current().links.values():
+            if set(link.world.ranks) <= set(self.world.ranks):
+                store.set(f"{link._notes}/left/{link.world.rank}", str(steps))
+                link._end(reason, _LAST_MOMENT)
+
+    def give_up(self, failure: Exception) -> None:
+        """End the link if a rank has left, so that those who wait for this one are told in their turn."""
+        if isinstance(failure, RankLeft):
+            self._end(failure, 0.0)
+
+    def _end(self, reason: Exception, patience: float) -> None:
+        if self.ended is None:
+            self.ended = reason
+            # Destroying an NCCL group may wait for its peers; there the watchdog reads the notes.
+            if not self.on_gpu:
+                self.close(patience)
+
+    def close(self, patience: float = _LAST_MOMENT) -> None:
+        """Let go of works, tensors and group while Python still runs; for the end of the process, or of this rank's part.
 
         A gloo thread that drops a tensor while the interpreter shuts down aborts the process, and optimizers at module
-        level live until then. What is in flight gets a moment to complete, for the sake of peers that need it.
+        level live until then. What is in flight gets `patience` seconds to complete, for the sake of peers that need it.
         """
-        deadline = time.monotonic() + _LAST_MOMENT
+        deadline = time.monotonic() + patience
         for message in list(self._started):
             if message.waiter is not None:
                 message.waiter.join(max(0.0, deadline - time.monotonic()))
             while message.pending and not self.on_gpu and message.failure is None:
                 with contextlib.suppress(RuntimeError):
                     message.pending[0][0].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-                message.pending.pop(0)
+                del message.pending[:1]
             message.pending.clear()
             message.keep_alive.clear()
         self._abandoned.clear()
-        if self.group in dist.distributed_c10d._world.pg_map:
-            dist.destroy_process_group(self.group)
-        del self.group
+        if self._group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(self._group)
+        self._group = None
 
     def _retire(self) -> None:
         # A failed message keeps its other works for good: its connections are broken, but dropping them breaks more.
@@ -273,7 +337,9 @@ class Watchdog:
                 self._watched.append((time.monotonic() + self._patience, what, works))
 
     def _run(self, link: weakref.ref[Link]) -> None:
-        while link() is not None:
+        while (living := link()) is not None:
+            self._look_for_notes(living)
+            del living
             time.sleep(min(1.0, self._patience / 4))
             now = time.monotonic()
             with self._lock:
@@ -282,6 +348,14 @@ class Watchdog:
                 self._watched = [entry for entry in pending if entry[0] >= now]
             for _, what, _ in overdue:
                 log.error("rank %d: %s: still waiting after %.0f s", self._rank, what, self._patience)
+
+    def _look_for_notes(self, link: Link) -> None:
+        """End the link if somebody has left; the store is asked only while a message takes seconds."""
+        with self._lock:
+            late = [what for at, what, _ in self._watched if at - self._patience + _LATE < time.monotonic()]
+        if late and link.ended is None and link._read_notes():
+            link.give_up(link.failure(RuntimeError("the message has not come"), late[0]))
+            log.error("%s", link.ended)
 
 
 @atexit.register
@@ -312,7 +386,7 @@ def link_for(world: World, device: torch.device) -> Link:
     """The link of this world's ranks for tensors on `device`; made at its first use, by all of them together."""
     links = _current().links
     key = (world.ranks, device.type)
-    if key not in links:
+    if key not in links or links[key].ended is not None:
         links[key] = Link(world, device)
     return links[key]
 

@@ -48,6 +48,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
             does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
+        measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
+            disagreement.
         sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
         model: the module being trained: names parameters in errors, orders buckets, has its buffers broadcast.
 
@@ -112,6 +114,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
+            RankLeft: another rank has called `leave()`.
             StorageReplacedError: a parameter was moved or given a new storage.
         """
         engine = self._engine
@@ -272,12 +275,17 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
         part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
         torn_messages, buckets edited by the user while they were being sent.
+
+        With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
+        was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all
+        mixed parameters, how far the neighbours pull this rank, 0 without an exchange.
         """
         engine = self._engine
         return {
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
             **vars(engine.figures),
+            **engine.measured(),
         }
 
     def drain(self) -> None:
@@ -287,6 +295,28 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             PeerTimeout, ExchangeError: a message did not come or could not be delivered.
         """
         self._engine.drain()
+
+    def leave(self) -> None:
+        """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.
+
+        What it has sent is delivered, and used by the neighbours' next step. Whoever needs more of it raises `RankLeft` at
+        once instead of waiting for the timeout, and then in turn those who wait for that rank. All ranks may leave, in any
+        order. Afterwards `state_dict()` works and `step()` raises RuntimeError; whatever else exchanges among the same
+        ranks has ended too. On NCCL the others see it, within seconds, when they next call `step()`; a stream that waits
+        already is only freed by torch's own timeout, and the log says who left.
+
+        Ranks stop at different steps, so those that go on together without the clock of the saved state:
+
+            except fusedfog.RankLeft as left:
+                rest = [rank for rank in range(n) if rank not in left.ranks]
+                group = torch.distributed.new_group(rest, use_local_synchronization=True)
+                saved = opt.state_dict(); del saved["fusedfog"]
+                opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
+        """
+        engine = self._engine
+        if engine.link is not None:
+            engine.link.leave(engine.clock.steps)
+            engine.discard()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

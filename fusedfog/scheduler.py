@@ -74,12 +74,13 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """Which steps exchange, and when passes run."""
+    """Which steps exchange, when passes run, and whether they measure."""
 
     communicate_every: int = 1
     global_average_every: int | None = None
     fused_backward: bool = False
     max_grad_norm: float | None = None
+    measure: bool = False
 
     def averages(self, step: int) -> bool:
         """Whether this step averages over all ranks."""
@@ -297,6 +298,8 @@ class Scheduler:
     def _begin(self) -> None:
         if self.held is not None:
             raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
+        if self.link is not None and self.link.ended is not None:
+            raise self.link.ended
         for segment in self.segments:
             segment.check_storage()
 
@@ -393,6 +396,7 @@ class Scheduler:
                 found_inf=self._inputs.found_inf if grads is not None else None,
                 missing=stage.missing,
                 extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
+                figures=segment.figures(first_half, sweep.region) if self.rhythm.measure else None,
             )
         counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
         if grads is not None and counts:
@@ -405,6 +409,21 @@ class Scheduler:
                 missing=stage.missing,
             )
         sweep.bump_versions()
+
+    def measured(self) -> dict[str, float]:
+        """What the last step's passes have measured; waits for the device."""
+        if not self.rhythm.measure:
+            return {}
+        mixing = [segment.figures(False) for segment in self.segments]
+        updating = [segment.figures(self.algorithm.before is not None) for segment in self.segments]
+        sums = torch.stack(
+            [
+                torch.cat([figures[:, 1] for figures in updating]).sum(dtype=torch.float64),
+                torch.cat([figures[:, 0] for figures in mixing]).sum(dtype=torch.float64),
+            ]
+        )
+        gradient_norm, disagreement = sums.sqrt().tolist()
+        return {"gradient_norm": gradient_norm, "disagreement": disagreement}
 
     def _extra(self, segment: FlatSegment) -> Tensor:
         """1 / (||s|| + 1e-8), s being this rank's whole `normalized` state; 0 while it is zero."""
