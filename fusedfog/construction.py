@@ -46,6 +46,7 @@ class Keywords(TypedDict, total=False):
     bucket_mb: float
     max_grad_norm: float | None
     cpu_compile: bool
+    measure: bool
     sync_init: bool
     model: torch.nn.Module | None
 
@@ -65,6 +66,7 @@ class Options:
     bucket_mb: float = 25
     max_grad_norm: float | None = None
     cpu_compile: bool = False
+    measure: bool = False
     sync_init: bool = True
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Options:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {every!r}")
         if options.outer is not None and (options.communicate_every != 1 or options.global_average_every is not None):
             raise ValueError("outer= has a rhythm of its own: give outer=Outer(every=...) and no other rhythm")
+        if options.cpu_compile and options.measure:
+            raise ValueError("compiled passes measure nothing: leave out cpu_compile=True or measure=True")
         if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
             raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
         clip = options.max_grad_norm
@@ -276,6 +280,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
             global_average_every=options.global_average_every,
             fused_backward=options.fused_backward,
             max_grad_norm=options.max_grad_norm,
+            measure=options.measure,
         ),
         hierarchy,
     )

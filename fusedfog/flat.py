@@ -70,6 +70,7 @@ class FlatSegment:
         self.param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
+        self._figures: dict[bool, Tensor] = {}
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         self.touched = [False] * len(params)
         self._shown = [False] * len(params)
@@ -130,6 +131,22 @@ class FlatSegment:
         if self._message is None:
             self._message = torch.zeros_like(self.param)
         return self._message
+
+    def figures(self, before: bool, region: Region | None = None) -> Tensor:
+        """Where passes over a region (None: over all) write `run_pass`'s figures, those before an exchange apart."""
+        blocks = self.whole.blocks
+        if before not in self._figures:
+            shape = (len(self.params), 2) if blocks is None else (len(blocks), 2)
+            dtype = torch.float64 if blocks is None else torch.float32
+            self._figures[before] = torch.zeros(shape, dtype=dtype, device=self.param.device)
+        figures = self._figures[before]
+        if region is None:
+            return figures
+        if region.blocks is None:
+            return figures[region.first : region.first + len(region.spans)]
+        # A bucket's rows are a piece of the segment's table.
+        first = region.blocks.storage_offset() // region.blocks.shape[1]
+        return figures[first : first + len(region.blocks)]
 
     def touch_all(self) -> None:
         """Count every parameter as having state: methods whose correction goes on without a gradient."""

@@ -53,6 +53,7 @@ def run_pass(
     found_inf: torch.Tensor | None = None,
     missing: Literal["skip", "zero"] = "skip",
     extra: torch.Tensor | None = None,
+    figures: torch.Tensor | None = None,
 ) -> None:
     """Mix, update and write back the parameters of a region, in place.
 
@@ -86,6 +87,10 @@ def run_pass(
         missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
         extra: fp32 scalar tensor on the device (fp64 with fp64 parameters), a number that the host need not know, which
             is appended to `hyper`.
+        figures: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
+            of (mixed[0] - row_sum*sent[0])^2, how much neighbours disagree with this rank, and of (gradient*grad_scale)^2,
+            which is not finite if a gradient is not. One row per row of `region.blocks` on CUDA, per parameter of the
+            region on the CPU.
 
     Raises:
         ValueError: for an unknown rule or `missing`, lengths of sent, inbox and weights or of states and messages that
@@ -113,6 +118,7 @@ def run_pass(
         found_inf,
         missing,
         extra,
+        figures,
     )
 
 

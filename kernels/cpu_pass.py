@@ -119,6 +119,7 @@ def run_pass(
     found_inf: Tensor | None,
     missing: str,
     extra: Tensor | None,
+    figures: Tensor | None = None,
 ) -> None:
     """`fusedfog.kernels.run_pass` on CPU tensors.
 
@@ -132,8 +133,9 @@ def run_pass(
     single = all(tensor.dtype == torch.float32 for tensor in (param, *states, *(tensor for tensor, _ in received)))
     left = _left_by_decay(rule, hyper) if received else 1.0
     possible = all(_shares([w for _, w in received], part) is not None for part in (left, 1.0))
+    possible = possible and not (region.compiled and figures is not None)
     if not (plain and known and (single or region.compiled) and possible):
-        arguments = (sent, inbox, weights, row_sum, messages, grad_scale, found_inf, missing, extra)
+        arguments = (sent, inbox, weights, row_sum, messages, grad_scale, found_inf, missing, extra, figures)
         reference.run_pass(rule, param, states, hyper, region, grads, steps, *arguments)
         return
     found = reference.in_memory_order(region, grads)
@@ -152,7 +154,7 @@ def run_pass(
     for position in plan.compiled:
         start, numel = region.spans[position]
         _run_compiled(job, *tensors, position, slice(start, start + numel))
-    _run_batches(job, *tensors, plan.cut)
+    _run_batches(job, *tensors, plan.cut, figures.zero_() if figures is not None else None)
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def _run_compiled(
     compiled.update(job.rule, param[here], gradient, kept, received, job.weights, step, job.hyper, job.scale)
 
 
-def _run_batches(job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], cut: Cut) -> None:
+def _run_batches(
+    job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], cut: Cut, figures: Tensor | None
+) -> None:
     x, kept, received = cut.views(param), [cut.views(state) for state in states], [cut.views(flat) for flat in inbox]
     gradients = [_part(job.gradients[p], offset, x[i].numel()) for i, (_, p, offset) in enumerate(cut.pieces)]
     ahead = job.ahead.unbind() if job.ahead is not None else ()
@@ -195,6 +199,8 @@ def _run_batches(job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tup
     decay, sign = _coupled(job.rule, job.hyper)
     scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and inbox) else None
     for batch in cut.batches:
+        for i in batch if figures is not None else ():
+            _measure(figures[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
         idle = [i for i in batch if gradients[i] is None]
         _mix([x[i] for i in idle], [[views[i] for i in idle] for views in received], fresh or ())
         live = [i for i in batch if gradients[i] is not None]
@@ -206,6 +212,16 @@ def _run_batches(job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tup
         _mix(here, [[views[i] for i in live] for views in received], decayed or ())
         steps = [ahead[cut.pieces[i][1]] for i in live]
         _UPDATES[job.rule](here, g, [[views[i] for i in live] for views in kept], steps, job.hyper, scratch is None)
+
+
+def _measure(sums: Tensor, x: Tensor, inbox: Views, gradient: Tensor | None, job: Job) -> None:
+    """Add a piece's part of `run_pass`'s figures, just before it is in the caches anyway."""
+    apart, between = torch.zeros_like(x), torch.empty_like(x)
+    for received, weight in zip(inbox, job.weights, strict=True):
+        apart.add_(torch.sub(received, x, out=between), alpha=weight)
+    sums[0] += reference.square_sum(apart)
+    if gradient is not None:
+        sums[1] += reference.square_sum(gradient).double() * job.scale**2
 
 
 def _shares(weights: Sequence[float], left: float) -> list[float] | None:

@@ -74,6 +74,7 @@ def fused_pass(
     grad_scale,
     found_inf,
     extra,
+    figures,
     row_sum,
     weights,
     hyper,
@@ -92,6 +93,7 @@ def fused_pass(
     at = tl.multiple_of(tl.load(row + 3), _ALIGNMENT) + lanes
     inside = lanes < (n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
     x = tl.load(param + at, mask=inside).to(tl.float32)
+    first = x
     if len(sent) == 0:
         mixed = (mix_one(x, inbox, weights, row_sum, 0, at, inside),)
     else:
@@ -99,6 +101,8 @@ def fused_pass(
         mixed = ()
         for m in tl.static_range(len(sent)):
             base = x if sent[m] is None else tl.load(sent[m] + at, mask=inside).to(tl.float32)
+            if m == 0:
+                first = base
             mixed = mixed + (mix_one(base, inbox, weights, row_sum, m * len(weights), at, inside),)  # noqa: RUF005
     old_states = ()
     for s in tl.static_range(len(states)):
@@ -117,6 +121,12 @@ def fused_pass(
             g *= tl.where(present, tl.load(grad_scale), 0.0)
         if not ZERO_MISSING:
             update = present
+    if figures is not None:
+        # Sums over a block go through shared memory, a few hundred bytes: only passes that were asked for them do that.
+        apart = tl.where(lanes < n, mixed[0] - row_sum * first, 0.0)
+        place = figures + tl.program_id(0).to(tl.int64) * 2
+        tl.store(place, tl.sum(apart * apart))
+        tl.store(place + 1, tl.sum(g * g))
     step = 1.0
     if steps is not None:
         step = tl.load(steps + index) + 1.0
@@ -182,6 +192,7 @@ def launch(
     found_inf: torch.Tensor | None,
     missing: str,
     extra: torch.Tensor | None,
+    figures: torch.Tensor | None = None,
 ) -> None:
     """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
 
@@ -208,6 +219,7 @@ def launch(
             grad_scale,
             found_inf,
             extra,
+            figures,
             # float(): an int would be part of the compile key.
             float(row_sum),
             tuple(map(float, weights)),

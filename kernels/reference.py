@@ -366,6 +366,7 @@ def run_pass(
     found_inf: Tensor | None,
     missing: str,
     extra: Tensor | None,
+    figures: Tensor | None = None,
 ) -> None:
     """`fusedfog.kernels.run_pass` on CPU tensors, parameter by parameter, in chunks that stay in cache.
 
@@ -379,6 +380,8 @@ def run_pass(
     skip = found_inf is not None and found_inf.item() != 0
     scale = 1.0 if grad_scale is None else grad_scale.item()
     width = CHUNK * torch.get_num_threads()
+    if figures is not None:
+        figures.zero_()
     gradients = in_memory_order(region, None if skip else grads)
     for index, ((start, numel), gradient) in enumerate(zip(region.spans, gradients, strict=True), region.first):
         step = 1.0 if steps is None else steps[index].item() + 1.0
@@ -393,6 +396,8 @@ def run_pass(
                 mix_messages(base, [tensor[here] for tensor in received], weights, row_sum)
                 for base, received in zip(bases, inbox, strict=True)
             )
+            if figures is not None:
+                figures[index - region.first, 0] += square_sum(mixed[0] - row_sum * bases[0])
             if missing == "skip" and grads is not None and gradient is None:
                 _store(rule, "messages", out, tuple(mixed[m] if m < len(mixed) else mixed[0] for m in range(len(out))))
                 home.copy_(mixed[0])
@@ -402,11 +407,18 @@ def run_pass(
             else:
                 g = gradient[low:high].to(dtype)
                 g = g if scale == 1 else g * scale
+                if figures is not None:
+                    figures[index - region.first, 1] += square_sum(g)
             x_new, states_new, made = function(x, mixed, g, kept, step, hyper)
             _store(rule, "states", kept, states_new)
             _store(rule, "messages", out, made if out else ())
             # Last: x, mixed or a message may be a view of param.
             home.copy_(x_new)
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """Sum of squares of a flat tensor, in its dtype."""
+    return torch.dot(values, values)
 
 
 @torch.no_grad()

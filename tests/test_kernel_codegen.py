@@ -279,3 +279,17 @@ def test_bits_do_not_depend_on_contraction(compiler):
     (kernel,) = compiler.compiled()
     fused = [line for line in kernel.asm["ptx"].splitlines() if re.search(r"\bfma\.rn(\.ftz)?\.f32", line)]
     assert fused == []
+
+
+@pytest.mark.parametrize("compiler", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
+def test_figures_cost_a_little_shared_memory_and_two_stores(name, compiler, tmp_path):
+    plain, measured = [], []
+    for found, options in ((plain, {}), (measured, {"figures": torch.zeros(2, 2)})):
+        launch(name, 1, torch.float32, **options)
+        found.append(compiler.compiled()[-1])
+    usage = resources(measured[0], tmp_path)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0) and usage["REG"] <= 80
+    assert 0 < measured[0].metadata.shared <= 256
+    before, after = accesses(plain[0]), accesses(measured[0])
+    assert after - before == Counter({"st b32": 2}) and not before - after

@@ -321,3 +321,22 @@ def test_missing_tables_and_strange_dtypes_are_refused():
         fused_pass.launch("mix", torch.zeros(64), (), (), sent=(), messages=(), **case.arguments)
     with pytest.raises(ValueError, match="address table"):
         fused_pass.launch_advance(torch.zeros(1), Gradients((), None, torch.float32))
+
+
+@pytest.mark.parametrize("options", [{}, {"found_inf": torch.ones(())}, {"grad_scale": torch.tensor(0.5)}], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "sgd-momentum-all", "mix", "exact-diffusion", "tracking"])
+def test_figures_are_the_references_sums(name, options):
+    absent = frozenset({1}) if ROWS[name].grads else frozenset()
+    case = Case(ROWS[name], torch.float32, 2, numels=(65, 130, 2500), absent=absent, options=dict(options))
+    if name == "exact-diffusion":
+        case.arguments["row_sum"] = 0.0
+    by_block = torch.full((len(case.region.blocks), 2), math.nan)
+    by_parameter = torch.full((3, 2), math.nan, dtype=torch.float64)
+    case.arguments["figures"] = by_block
+    case.run(fused_pass.launch)
+    case.arguments["figures"] = by_parameter
+    case.run(reference.run_pass)
+    summed = torch.zeros(3, 2).index_add_(0, case.region.blocks[:, 0], by_block)
+    torch.testing.assert_close(summed.double(), by_parameter, rtol=1e-5, atol=1e-9)
+    assert (by_parameter[:, 0] > 0).all()
+    assert not absent or by_parameter[1, 1] == 0
