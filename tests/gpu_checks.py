@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
-from fusedfog.scheduler import Rhythm, Scheduler
+from fusedfog.rhythm import Rhythm
+from fusedfog.scheduler import Scheduler
 from fusedfog.world import World
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -48,7 +49,7 @@ class EchoLink:
 
     def __init__(self, device: torch.device, size: int, *, silent: bool = False) -> None:
         self.world, self.on_gpu, self.timeout = World(0, size, None), device.type == "cuda", timedelta(minutes=1)
-        self.silent = silent
+        self.silent, self.ended = silent, None
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
 
     def tag(self, channel: int, number: int) -> int:
@@ -226,6 +227,26 @@ def check_echoes(device: torch.device) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
             assert_same(among, alone, **({"rtol": 1e-3, "atol": 1e-4} if fused else {"rtol": 0.0, "atol": 0.0}))
+
+
+def check_a_wrapped_optimizer(device: torch.device) -> None:
+    """Any optimizer among echoes equals itself alone; neighbours that send zeros pull by their weights, 2/3 on a ring."""
+    for algorithm in ("awc", "atc"):
+        for silent in (False, True):
+            among, alone = convnet(device), convnet(device)
+            bare = torch.optim.RMSprop(alone.parameters(), lr=1e-2)
+            wrapped = fusedfog.Decentralized(
+                torch.optim.RMSprop(among.parameters(), lr=1e-2), algorithm="local", bucket_mb=1e-3
+            )
+            among_echoes(wrapped, algorithm, 4, silent=silent)
+            for step in range(1 if silent else 3):  # A silent link never clears an inbox, which the mixing writes to.
+                before = [param.detach().clone() for param in alone.parameters()]
+                for model, optimizer in ((among, wrapped), (alone, bare)):
+                    give_gradients(model, step, absent=2)
+                    optimizer.step()
+                for param, old in zip(alone.parameters(), before, strict=True) if silent else ():
+                    param.data -= 2 / 3 * (old if algorithm == "awc" else param.data)
+            assert_same(among, alone)
 
 
 def check_checkpoint(device: torch.device) -> None:
