@@ -22,7 +22,8 @@ from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import FlatSegment, dense_stride
 from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, Segment, plan
-from fusedfog.scheduler import Rhythm, Scheduler
+from fusedfog.rhythm import Rhythm
+from fusedfog.scheduler import Scheduler
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 

@@ -28,7 +28,7 @@ from fusedfog.algorithms import Algorithm, Outer, Stage, algorithm_for, check_op
 from fusedfog.construction import Keywords, Options, check_finite
 from fusedfog.kernels.reference import RULES
 from fusedfog.layout import ALIGN
-from fusedfog.scheduler import Clock, Rhythm
+from fusedfog.rhythm import Clock, Rhythm
 from fusedfog.topology import Round, Topology
 
 __all__ = ["ModuleProblem", "Problem", "Quadratics", "Trajectory", "simulate"]

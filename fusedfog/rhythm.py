@@ -1,0 +1,40 @@
+"""When things happen, as plain data: the rhythm an optimizer was given, and the clock that says where in it a rank is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Clock:
+    """Where a rank is in time; what a checkpoint restores, beside states, to keep ranks in phase.
+
+    Attributes:
+        steps, exchanges: how many were made.
+        previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
+        push_sum: all ranks' push-sum scalars.
+    """
+
+    steps: int = 0
+    exchanges: int = 0
+    previous_lr: dict[int, float] = field(default_factory=dict)
+    push_sum: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Which steps exchange, when passes run, and whether they measure."""
+
+    communicate_every: int = 1
+    global_average_every: int | None = None
+    fused_backward: bool = False
+    max_grad_norm: float | None = None
+    measure: bool = False
+
+    def averages(self, step: int) -> bool:
+        """Whether this step averages over all ranks."""
+        return self.global_average_every is not None and (step + 1) % self.global_average_every == 0
+
+    def turns(self, step: int) -> bool:
+        """Whether this step counts as an exchange with neighbours."""
+        return (step + 1) % self.communicate_every == 0
