@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fusedfog.optim import DecentralizedOptimizer
@@ -44,10 +46,10 @@ def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     for key, state in states.items():
         entries |= {f"rank{rank}/state/{key}/{name}": value for name, value in state.items()}
     entries[f"rank{rank}/rest"] = {"optimizer": saved, "extra": extra}
-    dcp.save(
+    state_dict_saver.save(
         entries,
         checkpoint_id=path,
-        planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         no_dist=not dist.is_initialized(),
     )
 
@@ -67,7 +69,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
         CheckpointException: a part cannot be read (from torch.distributed.checkpoint).
     """
     world = find_world()
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     ranks = sum(key.endswith("/rest") for key in stored)
     if not ranks:
         raise ValueError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
@@ -117,10 +119,10 @@ def _read(path: str | Path, stored: Mapping[str, Any], rank: int) -> dict[str, A
 def _load(path: str | Path, entries: dict[str, Any]) -> None:
     # Ranks read different parts, each alone: nothing to plan together, and nothing amiss, as torch would warn. Flattened,
     # the planner would put what is no tensor into a copy of `entries`.
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(entries, checkpoint_id=path, planner=planner, no_dist=True)
+        state_dict_loader.load(entries, checkpoint_id=path, planner=planner, no_dist=True)
 
 
 def _average(

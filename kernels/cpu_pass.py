@@ -199,8 +199,9 @@ def _run_batches(
     decay, sign = _coupled(job.rule, job.hyper)
     scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and inbox) else None
     for batch in cut.batches:
-        for i in batch if figures is not None else ():
-            _measure(figures[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
+        if figures is not None:
+            for i in batch:
+                _measure(figures[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
         idle = [i for i in batch if gradients[i] is None]
         _mix([x[i] for i in idle], [[views[i] for i in idle] for views in received], fresh or ())
         live = [i for i in batch if gradients[i] is not None]
