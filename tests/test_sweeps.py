@@ -36,9 +36,9 @@ class Net(nn.Module):
         return loss + self.spare(x).pow(2).mean() if (step + dist.get_rank()) % 3 else loss
 
 
-def by_segment(opt: Any) -> Any:
-    """Make an optimizer on the CPU sweep its segments, as one on a GPU does."""
-    opt._engine._by_segment = True
+def sweeping(opt: Any, sweeps: bool) -> Any:
+    """Make an optimizer pass whole segments in step mode, or bucket by bucket as it does elsewhere."""
+    opt._engine._by_segment = sweeps
     return opt
 
 
@@ -59,7 +59,7 @@ def train(kind: str, sweeps: bool, keywords: dict[str, Any], micro: int = 1) -> 
         mixed = [p for name, p in net.named_parameters() if name != "own"]
         groups = [{"params": mixed}, {"params": [net.own], "mix": False}]
         opt = getattr(fusedfog, kind)(groups, lr=0.03, bucket_mb=TINY, **keywords)
-        opt = by_segment(opt) if sweeps else opt
+        opt = sweeping(opt, sweeps)
         path = []
         for step in range(7):
             opt.zero_grad()
@@ -124,7 +124,7 @@ def test_on_a_mesh(ranks: Pool, algorithm: str) -> None:
 def edit_between_steps(sweeps: bool) -> int:
     net = Net()
     opt = fusedfog.SGD(net.parameters(), lr=0.1, topology="ring", bucket_mb=TINY)
-    opt = by_segment(opt) if sweeps else opt
+    opt = sweeping(opt, sweeps)
     for step in range(4):
         opt.step()
         if step == 1:
