@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.exchange import Link
+from fusedfog.exchange import Link, Message
 from fusedfog.flat import FlatSegment
 from fusedfog.kernels import Gradients
 from fusedfog.layout import Bucket
@@ -74,7 +74,7 @@ class GradientAverage:
         self.slots = segment.layout.slots[bucket.first : bucket.last]
         self.length = bucket.stop - bucket.start
         self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1)
-        self._work: dist.Work | None = None
+        self._message: Message | None = None
         self._homes = torch.tensor(
             [self.buffer.data_ptr() + (slot.start - bucket.start) * self.buffer.element_size() for slot in self.slots],
             device=self.buffer.device,
@@ -95,18 +95,15 @@ class GradientAverage:
         self.buffer[self.length :].copy_(flags, non_blocking=True)
         if found_inf is not None:
             self.buffer[-1] = found_inf.reshape(()) * share
-        self._work = dist.all_reduce(self.buffer, group=self.link.group, async_op=True)
+        self._message = Message(self.link, "gradients")
+        work = dist.all_reduce(self.buffer, group=self.link.group, async_op=True)
+        self._message.pending.append((work, "averaging with all ranks"))
 
     def finish(self) -> tuple[Gradients, Tensor]:
         """Wait for the mean; returns it with the flag (0-d, fp32) that is positive if any rank found a non-finite one."""
-        assert self._work is not None
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            failure = self.link.failure(error, "averaging gradients with all ranks")
-            self.link.give_up(failure)
-            raise failure from error
-        self._work = None
+        assert self._message is not None
+        self._message.wait()
+        self._message = None
         first, last = self.bucket.first, self.bucket.last
         flags = self.buffer[self.length : -1]
         tensors: list[Tensor | None] = [None] * len(self.segment.params)

@@ -18,6 +18,7 @@ from fusedfog.scheduler import Scheduler
 _REFUSED = {
     "fused_backward": "the wrapped optimizer makes its step over all parameters at once, not bucket by bucket",
     "outer": "use algorithm='atc' with communicate_every, or a fusedfog optimizer for the inner steps",
+    "measure": "only the passes of fusedfog's own optimizers see gradients",
     "cpu_compile": "only the passes of fusedfog's own optimizers can be compiled",
 }
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")

@@ -68,6 +68,7 @@ class Message:
         self.keep_alive: list[Tensor] = []
         self.failure: Exception | None = None
         self.waiter: threading.Thread | None = None
+        link._started.add(self)
 
     def done(self) -> bool:
         """Whether `wait` would return (or raise) at once; on gloo, asking for the first time starts a thread that finds out.
@@ -183,7 +184,6 @@ class Link:
         """
         self._retire()
         message = Message(self, label)
-        self._started.add(message)
         if self.ended is not None:
             message.failure = self.ended
             return message
@@ -251,7 +251,8 @@ class Link:
             )
         else:
             found = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
-        found.__cause__ = error
+        # Its traceback would keep gloo's works alive, and with them the connections that `close` closes.
+        found.__cause__ = error.with_traceback(None)
         return found
 
     def _read_notes(self) -> dict[int, str]:

@@ -345,6 +345,7 @@ def test_one_rank_is_the_wrapped_optimizer_and_may_be_copied() -> None:
         ({"fused_backward": True}, "fused_backward.*all parameters at once"),
         ({"outer": fusedfog.Outer()}, "outer"),
         ({"cpu_compile": True}, "cpu_compile"),
+        ({"measure": True}, "measure"),
         ({"communicate_every": 0}, "communicate_every must be"),
     ],
 )

@@ -30,8 +30,12 @@ def iterate(model: nn.Module, opt: Any) -> None:
     opt.step()
 
 
+def wait_until_all_are_told() -> None:
+    dist.distributed_c10d._get_default_store().wait([f"told/{rank}" for rank in (0, 2, 3, 4)])
+
+
 def stop_early(keywords: dict[str, Any]) -> int:
-    """The leaver lives on until the others, who train on, have been told; not by a timeout, and not by its death."""
+    """All live on until all have been told: not by a timeout, and not by the end of a neighbour's process."""
     model, opt = build(**keywords)
     dist.barrier()
     if dist.get_rank() == FIRST:
@@ -44,7 +48,7 @@ def stop_early(keywords: dict[str, Any]) -> int:
         with pytest.raises(RuntimeError, match=f"rank {FIRST} has left"):
             opt.consensus_distance()
         opt.leave()
-        dist.distributed_c10d._get_default_store().wait([f"told/{rank}" for rank in (0, 2, 3, 4)])
+        wait_until_all_are_told()
         return LAST
     try:
         for _ in range(1000):
@@ -56,6 +60,7 @@ def stop_early(keywords: dict[str, Any]) -> int:
         with pytest.raises(fusedfog.RankLeft):
             opt.step()
         steps = opt.state_dict()["fusedfog"]["steps"]
+        wait_until_all_are_told()
         raise fusedfog.RankLeft(f"{steps} steps; {left}", left.ranks) from None
     return 1000
 
