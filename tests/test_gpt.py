@@ -299,20 +299,16 @@ def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[st
 
 def launch(folder: Path, saved: Path, restarts: int) -> subprocess.Popen[bytes]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    example = [f"--max-restarts={restarts}", "-m", "fusedfog.examples.gpt", "--text", str(folder), *TINY]
     options = ["--steps=200", "--checkpoint-every=20", "--dropout=0.1", "--checkpoint", str(saved), "--resume"]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # Else torchrun hands restarted ranks the old store, with the addresses of the dead (pytorch issue 135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     return subprocess.Popen(
-        [
-            *launcher,
-            f"--max-restarts={restarts}",
-            "-m",
-            "fusedfog.examples.gpt",
-            "--text",
-            str(folder),
-            *TINY,
-            *options,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stderr=subprocess.DEVNULL,
+        [*launcher, *example, *options], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
     )
 
 

@@ -2,11 +2,13 @@
 
     torchrun --standalone --nproc-per-node 4 -m fusedfog.examples.gpt
     torchrun --standalone --nproc-per-node 4 -m fusedfog.examples.gpt --algorithm ddp
-    torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m fusedfog.examples.gpt --checkpoint run --resume
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 4 --max-restarts 3 \\
+        -m fusedfog.examples.gpt --checkpoint run --resume
 
 The text is read byte by byte; one file in twenty is kept for validation, the others are dealt out to the ranks. What
 differs between the first two commands is `prepare()`. The third goes on after crashes, kill -9 included, bit for bit as an
 undisturbed run (where kernels are deterministic; and DistributedDataParallel may sum in another order in its first step).
+Its variable has torchrun give restarted ranks a store of their own: in the old one they find the addresses of the dead.
 On GPUs nothing changes but the defaults: NCCL, and bf16 autocast. `python -m fusedfog.examples.gpt` trains one rank.
 """
 
