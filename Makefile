@@ -5,6 +5,7 @@ RANKS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FRAMEWORKS := $(VENV)/.frameworks
 TYPED := build/typed
 
 .PHONY: demo test test-all lint bench clean
@@ -19,7 +20,7 @@ test: lint
 	$(BIN)/python -m pytest tests -m "not slow"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -m "not slow"
 
-test-all: lint
+test-all: lint $(FRAMEWORKS)
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
@@ -41,4 +42,9 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,examples]'
+	touch $@
+
+# transformers, accelerate and Lightning, whose tests `make test` skips.
+$(FRAMEWORKS): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[frameworks]'
 	touch $@

@@ -1,0 +1,40 @@
+"""A tiny GPT-2 and its data for the scripts of transformers and accelerate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from by_hand import LENGTH, VOCABULARY, tokens
+from torch import Tensor, nn
+from transformers import GPT2Config
+
+config = GPT2Config(
+    vocab_size=VOCABULARY,
+    n_positions=LENGTH,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    resid_pdrop=0,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+# The first label predicts nothing, but Trainer.evaluate would count it when it divides the loss.
+data = [{**one, "labels": one["labels"].where(torch.arange(LENGTH) > 0, -100)} for one in tokens(128)]
+
+
+def loss_of(model: nn.Module, **batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def _set_device(self: PartialState, original: Any = PartialState.set_device) -> None:
+    original(self)
+    self.device = torch.device(self.device.type)
+
+
+# accelerate names the CPU "cpu:0". No tensor keeps that index, so every module.to("cpu:0") finds its parameters elsewhere
+# and gives them new storages, also those that an optimizer of fusedfog has laid out. A GPU's index is kept.
+PartialState.set_device = _set_device  # type: ignore[method-assign]
