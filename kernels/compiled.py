@@ -96,19 +96,20 @@ def update(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if gradient is None:
         if inbox:
-            _function("mix", x.dtype, 0, len(inbox))(x, inbox, torch.tensor(weights, dtype=dtype))
+            _function("mix", x.dtype, 0, len(inbox), torch.get_num_threads())(x, inbox, torch.tensor(weights, dtype=dtype))
         return
     numbers = torch.tensor([*_LOWERED[rule][1](step, hyper, scale), *weights], dtype=dtype)
-    _function(rule, x.dtype, len(states), len(inbox))(x, gradient, states, inbox, numbers)
+    _function(rule, x.dtype, len(states), len(inbox), torch.get_num_threads())(x, gradient, states, inbox, numbers)
 
 
 @functools.cache
-def _function(rule: str, dtype: torch.dtype, states: int, neighbours: int) -> Callable[..., None]:
+def _function(rule: str, dtype: torch.dtype, states: int, neighbours: int, threads: int) -> Callable[..., None]:
     # Dynamo counts recompilations by code object and gives up at eight: each variant gets a code object of its own.
     plain = _mix if rule == "mix" else _LOWERED[rule][0]
-    name = f"{rule}_{str(dtype).removeprefix('torch.')}_{states}_{neighbours}"
+    name = f"{rule}_{str(dtype).removeprefix('torch.')}_{states}_{neighbours}_{threads}"
     own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
-    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True)
+    # Inductor writes the number of threads into the code.
+    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.threads": threads})
     return compiled
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from . import compiled, reference
 from .region import Gradients, Region
 
-# Elements of a batch: 2 MB of parameters stay in a 32 MB L3, and 25M parameters are 48 batches of 25 us dispatch each.
-# AdamW with one neighbour on one thread took, relative to torch's fused AdamW after lerp_: 1.08 at 65,536, 0.97 at
-# 131,072, 0.91 at 262,144, 0.87 at 524,288, 0.90 at 1,048,576.
-WIDTH = 1 << 19
+# Elements of a batch: 4 MB of parameters, and as much of each neighbour, stay in a 32 MB L3; 25M parameters are 24 batches
+# of 25 us dispatch each. AdamW with one neighbour, relative to torch's fused AdamW after lerp_, on one thread and on two:
+# 0.96 and 1.00 at 524,288, 0.93 and 0.89 at 1,048,576, 0.95 and 1.00 at 2,097,152; on one thread 1.08 at 65,536.
+WIDTH = 1 << 20
 
 # Of x, once neighbours and decay are mixed in by lerps; with less, x drowns in rounding.
 _SMALLEST_REMAINDER = 1e-3
