@@ -8,14 +8,17 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def local_gradients(ddp: DistributedDataParallel) -> DistributedDataParallel:
+
+def local_gradients(ddp: Module) -> Module:
     """Make a DistributedDataParallel leave each rank its own gradients, by a communication hook that sends nothing.
 
     Call it once DDP is built, before the first backward. Two things that DDP sends besides remain: at every forward the
@@ -25,13 +28,15 @@ def local_gradients(ddp: DistributedDataParallel) -> DistributedDataParallel:
     backward. Either makes all ranks wait for the slowest. `gradient_as_bucket_view=True` saves DDP's copies of gradients.
 
     Returns:
-        `ddp`. A second call does nothing.
+        `ddp`. A second call does nothing, nor does one in a world of one rank, where frameworks wrap nothing.
 
     Raises:
         TypeError: not a DistributedDataParallel (a plain module's gradients are local already).
         RuntimeError: another communication hook is there, or backward has begun.
     """
     if not isinstance(ddp, DistributedDataParallel):
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return ddp
         raise TypeError(
             f"local_gradients takes a DistributedDataParallel, got {type(ddp).__name__}; gradients of a module that is in "
             f"none are local already"

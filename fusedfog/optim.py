@@ -249,6 +249,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         model = model if model is not None else self._options.model
         buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
         flats = [segment.param for segment in engine.segments if segment.layout.mix]
+        engine.check_storage()  # Or the model inside would not be the average.
         engine.drain(keep_failures=True)
         edits = engine.count_edits()
         before = [tensor.clone() for tensor in (*flats, *buffers)]
@@ -267,6 +268,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
+        self._engine.check_storage()
         return consensus_distance(self._engine.segments, construction.measuring_link(self._engine, self._options))
 
     def stats(self) -> dict[str, float]:

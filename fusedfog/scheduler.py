@@ -169,6 +169,11 @@ class Scheduler:
         for lane, count in zip(self._lanes, counts, strict=True):
             lane.versions += lane.edits() - count
 
+    def check_storage(self) -> None:
+        """Raise `StorageReplacedError` if a parameter has left the flat buffers."""
+        for segment in self.segments:
+            segment.check_storage()
+
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""
         for sweep in self._wholes:
@@ -267,8 +272,7 @@ class Scheduler:
             raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
         if self.link is not None and self.link.ended is not None:
             raise self.link.ended
-        for segment in self.segments:
-            segment.check_storage()
+        self.check_storage()
 
     def _tick(self) -> None:
         if self._exchanging(self.clock.steps) and self.rhythm.turns(self.clock.steps):

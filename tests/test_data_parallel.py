@@ -128,7 +128,7 @@ def test_fused_backward_inside_ddp_is_refused(ranks: Pool) -> None:
 
 def add_another_hook() -> None:
     with pytest.raises(TypeError, match="got Linear"):
-        fusedfog.local_gradients(nn.Linear(2, 2))  # type: ignore[arg-type]
+        fusedfog.local_gradients(nn.Linear(2, 2))
     ddp = DistributedDataParallel(nn.Linear(4, 2))
     ddp.register_comm_hook(None, lambda state, bucket: torch.futures.Future())
     fusedfog.local_gradients(ddp)
@@ -136,3 +136,8 @@ def add_another_hook() -> None:
 
 def test_a_second_hook_is_torchs_own_error(ranks: Pool) -> None:
     assert {outcome.error_type for outcome in ranks.outcomes(2, add_another_hook)} == {"RuntimeError"}
+
+
+def test_alone_there_is_nothing_to_keep_local() -> None:
+    model = nn.Linear(2, 2)
+    assert fusedfog.local_gradients(model) is model

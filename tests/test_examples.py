@@ -34,13 +34,24 @@ def test_readme_blocks_run_alone(code: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_readme_scripts_run_on_two_ranks(ranks: Pool, tmp_path: Path) -> None:
     scripts = [code for code in BLOCKS if "fusedfog.init()" in code]
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     for number, code in enumerate(scripts):
         folder = tmp_path / str(number)
         folder.mkdir()
         ranks.run(2, run_block, code, str(folder), init=False)
     assert (tmp_path / "0" / "model.pt").exists()
     assert {path.name for path in (tmp_path / "1").iterdir()} == {"checkpoint-0.pt", "checkpoint-1.pt"}
+    assert (tmp_path / "2" / "checkpoint" / ".metadata").exists()
+
+
+def test_snippets_for_frameworks_are_lines_of_scripts_that_are_tested() -> None:
+    scripts = (Path(__file__).parent / "framework_scripts").glob("*.py")
+    tested = {line.strip() for script in scripts for line in script.read_text().splitlines()}
+    tested |= {line.removesuffix(",") for line in tested}
+    snippets = re.findall(r"^```py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 3
+    for line in "\n".join(snippets).splitlines():
+        assert line.strip() in tested or line.startswith("..."), line
 
 
 def test_the_readme_shows_a_picture_that_is_there() -> None:

@@ -135,3 +135,13 @@ def test_parameters_that_share_memory_without_being_one_object_are_refused() -> 
     base = torch.randn(10)
     with pytest.raises(ValueError, match="parameters 0 and 1 share memory"):
         fusedfog.SGD([nn.Parameter(base[:6]), nn.Parameter(base[4:])], lr=0.1)
+
+
+def test_evaluation_of_a_parameter_that_left_is_refused_too() -> None:
+    model = torch.nn.Linear(3, 2)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1)
+    model.weight.data = model.weight.data.clone()
+    with pytest.raises(fusedfog.StorageReplacedError), opt.averaged(model):
+        pass
+    with pytest.raises(fusedfog.StorageReplacedError):
+        opt.consensus_distance()
