@@ -96,7 +96,9 @@ def update(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if gradient is None:
         if inbox:
-            _function("mix", x.dtype, 0, len(inbox), torch.get_num_threads())(x, inbox, torch.tensor(weights, dtype=dtype))
+            _function("mix", x.dtype, 0, len(inbox), torch.get_num_threads())(
+                x, inbox, torch.tensor(weights, dtype=dtype)
+            )
         return
     numbers = torch.tensor([*_LOWERED[rule][1](step, hyper, scale), *weights], dtype=dtype)
     _function(rule, x.dtype, len(states), len(inbox), torch.get_num_threads())(x, gradient, states, inbox, numbers)
