@@ -1,21 +1,21 @@
-"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 3 minutes; full: about 45, and it writes results)
+"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 4 minutes; full: about 45)
 
 Hosts are network namespaces on this machine, one process each, joined by links that are shaped so that one transfer of
 the model takes a given fraction of a step; see network_hosts.py. It needs root and iproute2, and without them says so and
 ends. Efficiency is the time of a `local` step (torch's fused SGD, no communication) over that of a method. All methods
 live in the same processes and take turns, so that a slow minute hits them alike: the ratio is taken within each round, and
-tables give its median and range over rounds.
+tables give its median and range over rounds. A run of all methods writes results/network.json, .md and .png.
 
 Networks: `4 hosts`, `8 hosts` (a shaped link each) and `2 x 4 hosts` (two machines of four hosts; the link between machines
 is shaped, links inside are not). Two kinds of compute, see network_models.py: in `device-like` compute a layer waits with
 the CPU free, in `real` compute the hosts share this machine's cores with the network's own work, which is charged to the
 method that causes it.
 
-    --full             all networks, fractions 0.3, 0.6 and 0.9, six rounds; writes results/network.json, .md and .png
+    --full             all networks, fractions 0.3, 0.6 and 0.9, six rounds
     --networks 4 8 2x4 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
-                       a choice of one's own (a round is `steps` steps of each method); nothing is written
+                       a choice of one's own (a round is `steps` steps of each method)
     --runs 3           everything so often, with new processes and a new calibration each time
-    --timelines FILE   also write what was measured, in seconds and bytes, as JSON: layers, links, turns
+    --timelines FILE   write what was measured, in seconds and bytes, as JSON: layers, links, turns
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def main() -> None:
                     results += [{"run": run + 1, **r} for r in measure_kind(network, crew, kind, options)]
             print(f"{name(network)}: {time.monotonic() - begin:.0f} s", flush=True)
     show_targets(results)
-    if options.full:
+    if set(options.methods) >= set(METHODS):
         write(results)
     if options.timelines:
         options.timelines.write_text(json.dumps(results, indent=1) + "\n")

@@ -98,7 +98,7 @@ def write(results: Sequence[Result]) -> None:
     save("network", rows(results), targets=targets(results), results=list(results))
     words = ", ".join(f"{key} {value}" for key, value in machine().items())
     parts = [
-        f"Scaling efficiency by `bench/network.py --full` ({words}).",
+        f"Scaling efficiency by `bench/network.py` ({words}).",
         table(rows(results)),
         table(targets(results)),
     ]
