@@ -18,7 +18,11 @@ from fusedfog.algorithms import TABLE
 
 TINY = 2e-4
 KINDS = {"SGD": "SGD", "Adam": "AdamW", "AccumAdam": "AccumAdamW"}
-EVERY = [(KINDS[family], name) for family, rows in TABLE.items() for name in rows]
+QUICK = [("AdamW", "awc"), ("SGD", "push_sum"), ("SGD", "exact_diffusion"), ("AdamW", "gradient_tracking")]
+EVERY = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in [(KINDS[family], name) for family, rows in TABLE.items() for name in rows]
+]
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,11 @@ def train(kind: str, sweeps: bool, keywords: dict[str, Any], micro: int = 1) -> 
         scheduler.run_pass = run_pass
 
 
-EVERY = [(kind, name) for kind, family in (("SGD", "SGD"), ("AdamW", "Adam")) for name in TABLE[family]]
+EVERY = [
+    pytest.param(kind, name, marks=pytest.mark.slow if kind == "AdamW" else ())
+    for kind, family in (("SGD", "SGD"), ("AdamW", "Adam"))
+    for name in TABLE[family]
+]
 
 
 def check(ranks: Pool, n: int, kind: str, keywords: dict[str, Any], micro: int = 1) -> tuple[int, int]:
