@@ -94,7 +94,7 @@ def show_targets(results: Sequence[Result]) -> None:
 
 
 def write(results: Sequence[Result]) -> None:
-    """Write `results/network.json` (measurements included), `.md` and `.png`, and print the table."""
+    """Write `results/network.json` (measurements included), `.md` and, for several fractions, `.png`; print the table."""
     save("network", rows(results), targets=targets(results), results=list(results))
     words = ", ".join(f"{key} {value}" for key, value in machine().items())
     parts = [
@@ -103,7 +103,8 @@ def write(results: Sequence[Result]) -> None:
         table(targets(results)),
     ]
     (RESULTS / "network.md").write_text("\n\n".join(parts) + "\n")
-    _plot(results)
+    if len({r["transfer"] for r in results}) > 1:  # a curve needs points
+        _plot(results)
 
 
 def _plot(results: Sequence[Result]) -> None:

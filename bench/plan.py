@@ -114,8 +114,9 @@ def against_measurements(path: Path) -> Comparison | None:
     results = [one for one in json.loads(path.read_text())["results"] if one["kind"] == "device-like"]
     rows = [row for result in results for row in _measured_rows(result)]
     given = (
-        "Nothing fitted. Given: the payload rate that the links are shaped to, the time that 4 bytes take (alpha), layer and "
-        "bucket sizes, and the measured step of `local`, of which forward, backward and update have their measured shares. "
+        "Nothing fitted. Given: the payload rate that the links are shaped to, the latency that a lone all-reduce of a bucket "
+        "shows beyond its bytes, layer and bucket sizes, and the measured step of `local`, of which forward, backward and "
+        "update have their measured shares. "
         f"Assumed: {LOOPBACK / 1e9:g} GB/s inside a machine. Measured: milliseconds per step, medians over rounds "
         "(`bench/network.py`, device-like compute)."
     )
@@ -125,7 +126,11 @@ def against_measurements(path: Path) -> Comparison | None:
 def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
     medians = {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
     workload = _measured_workload(result, medians["local"])
-    alpha = result["transfer_4_bytes_s"]
+    # A lone message of 4 bytes mostly waits for its process to wake up: 3 ms among eight processes on two cores. What an
+    # all-reduce of one bucket takes beyond its bytes tells a hop's latency while gloo's threads are awake.
+    ranks = result["machines"] * result["local"]
+    moved = 2 * (ranks - 1) / ranks * result["bucket_bytes"] / result["rate_bytes_s"]
+    alpha = max(0.0, result["allreduce_bucket_s"] - moved) / (2 * (ranks - 1))
     card = Link(alpha, result["rate_bytes_s"])
     local = result["local"]
     network = Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
