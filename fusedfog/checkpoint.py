@@ -148,8 +148,9 @@ def _average(
             dist.all_reduce(moved)
             total = moved.cpu()
         result[name] = total.to(names[name].properties.dtype)
-        if name.startswith("state/"):
-            result.setdefault(name.rsplit("/", 1)[0] + "/step", _most_steps(path, stored, name.rsplit("/", 1)[0]))
+        state = name.rsplit("/", 1)[0]
+        if name.startswith("state/") and f"{state}/step" not in result:
+            result[f"{state}/step"] = _most_steps(path, stored, state)
     result["rest"]["optimizer"]["fusedfog"]["push_sum"] = None
     return result
 

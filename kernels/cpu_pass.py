@@ -95,9 +95,9 @@ _plans: weakref.WeakKeyDictionary[Region, Plan] = weakref.WeakKeyDictionary()
 def _plan(region: Region, dtype: torch.dtype) -> Plan:
     if region not in _plans:
         smallest = compiled.SMALLEST if dtype == torch.float32 else 1
-        chosen = [p for p, (_, numel) in enumerate(region.spans) if region.compiled and numel >= smallest]
-        others = [p for p in range(len(region.spans)) if p not in set(chosen)]
-        _plans[region] = Plan(tuple(chosen), cut(region.spans, others, WIDTH))
+        chosen = [region.compiled and numel >= smallest for _, numel in region.spans]
+        others = [p for p, own in enumerate(chosen) if not own]
+        _plans[region] = Plan(tuple(p for p, own in enumerate(chosen) if own), cut(region.spans, others, WIDTH))
     return _plans[region]
 
 
