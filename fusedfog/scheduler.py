@@ -38,7 +38,7 @@ from fusedfog.exchange import Link, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, multiplier
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.kernels import Gradients, advance_steps, run_pass
+from fusedfog.kernels import Gradients, Pass, advance_steps, run_pass
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
@@ -244,15 +244,17 @@ class Scheduler:
         (received,), param = inbox.tensors, sweep.segment.param
         with span("pass", sweep.numbers, "mix"):
             run_pass(
-                "mix",
-                received[0],
-                (),
-                (),
-                region=sweep.region,
-                sent=(param,),
-                inbox=(received,),
-                weights=inbox.weights,
-                row_sum=0.0,
+                Pass(
+                    "mix",
+                    received[0],
+                    (),
+                    (),
+                    sweep.region,
+                    sent=(param,),
+                    inbox=(received,),
+                    weights=inbox.weights,
+                    row_sum=0.0,
+                )
             )
         return received[0]
 
@@ -351,23 +353,25 @@ class Scheduler:
         takes_message = not first_half and self.algorithm.messages != ("param",)
         with span("pass", sweep.numbers, stage.rule):
             run_pass(
-                stage.rule,
-                segment.param,
-                tuple(segment.state(name) for name in stage.states(group)),
-                self._inputs.numbers[number, stage.rule],
-                region=sweep.region,
-                grads=grads,
-                steps=segment.steps,
-                sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
-                inbox=inbox.tensors,
-                weights=inbox.weights,
-                row_sum=0.0 if stage.differences else inbox.row_sum,
-                messages=(segment.tensor("message"),) if makes_message else (),
-                grad_scale=self._inputs.grad_scale if grads is not None else None,
-                found_inf=self._inputs.found_inf if grads is not None else None,
-                missing=stage.missing,
-                extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
-                figures=segment.figures(first_half, sweep.region) if self.rhythm.measure else None,
+                Pass(
+                    stage.rule,
+                    segment.param,
+                    tuple(segment.state(name) for name in stage.states(group)),
+                    self._inputs.numbers[number, stage.rule],
+                    sweep.region,
+                    grads=grads,
+                    steps=segment.steps,
+                    sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
+                    inbox=inbox.tensors,
+                    weights=inbox.weights,
+                    row_sum=0.0 if stage.differences else inbox.row_sum,
+                    messages=(segment.tensor("message"),) if makes_message else (),
+                    grad_scale=self._inputs.grad_scale if grads is not None else None,
+                    found_inf=self._inputs.found_inf if grads is not None else None,
+                    missing=stage.missing,
+                    extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
+                    figures=segment.figures(first_half, sweep.region) if self.rhythm.measure else None,
+                )
             )
         counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
         if grads is not None and counts:

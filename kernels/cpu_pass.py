@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import compiled, reference
-from .region import Gradients, Region
+from .passes import Pass
+from .region import Region
 
 # Elements of a batch: 4 MB of parameters, and as much of each neighbour, stay in a 32 MB L3; 25M parameters are 24 batches
 # of 25 us dispatch each. AdamW with one neighbour, relative to torch's fused AdamW after lerp_, on one thread and on two:
@@ -102,59 +103,52 @@ def _plan(region: Region, dtype: torch.dtype) -> Plan:
 
 
 @torch.no_grad()
-def run_pass(
-    rule: str,
-    param: Tensor,
-    states: Sequence[Tensor],
-    hyper: Sequence[float],
-    region: Region,
-    grads: Gradients | None,
-    steps: Tensor | None,
-    sent: Sequence[Tensor],
-    inbox: Sequence[Sequence[Tensor]],
-    weights: Sequence[float],
-    row_sum: float,
-    messages: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    missing: str,
-    extra: Tensor | None,
-    figures: Tensor | None = None,
-) -> None:
+def run_pass(work: Pass) -> None:
     """`fusedfog.kernels.run_pass` on CPU tensors.
 
     Raises:
         ValueError: as `reference.run_pass`.
     """
-    received = [(tensor, float(w)) for tensor, w in zip(inbox[0] if inbox else (), weights, strict=True) if w]
-    plain = row_sum == 1 and not sent and not messages and extra is None and missing == "skip"
-    # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
-    known = (rule == "mix" and len(received) <= 1) or (rule in _UPDATES and grads is not None and steps is not None)
-    single = all(tensor.dtype == torch.float32 for tensor in (param, *states, *(tensor for tensor, _ in received)))
-    left = _left_by_decay(rule, hyper) if received else 1.0
-    possible = all(_shares([w for _, w in received], part) is not None for part in (left, 1.0))
-    possible = possible and not (region.compiled and figures is not None)
-    if not (plain and known and (single or region.compiled) and possible):
-        arguments = (sent, inbox, weights, row_sum, messages, grad_scale, found_inf, missing, extra, figures)
-        reference.run_pass(rule, param, states, hyper, region, grads, steps, *arguments)
+    work = work.with_numbers_at_hand()
+    inbox = work.inbox[0] if work.inbox else ()
+    received = [(tensor, float(w)) for tensor, w in zip(inbox, work.weights, strict=True) if w]
+    if not _knows(work, received):
+        reference.run_pass(work)
         return
-    found = reference.in_memory_order(region, grads)
-    if rule == "mix" or (found_inf is not None and found_inf.item() != 0):
+    region, param, states = work.region, work.param, tuple(work.states)
+    found = reference.in_memory_order(region, work.grads)
+    if work.rule == "mix" or (work.found_inf is not None and work.found_inf.item() != 0):
         found = [None] * len(found)
     job = Job(
-        rule,
-        tuple(hyper),
+        work.rule,
+        tuple(work.hyper),
         tuple(w for _, w in received),
         found,
-        None if steps is None else steps[region.first : region.first + len(found)] + 1,
-        1.0 if grad_scale is None else grad_scale.item(),
+        None if work.steps is None else work.steps[region.first : region.first + len(found)] + 1,
+        1.0 if work.grad_scale is None else work.grad_scale.item(),
     )
-    tensors = (param, tuple(states), tuple(tensor for tensor, _ in received))
+    tensors = (param, states, tuple(tensor for tensor, _ in received))
     plan = _plan(region, param.dtype)
     for position in plan.compiled:
         start, numel = region.spans[position]
         _run_compiled(job, *tensors, position, slice(start, start + numel))
-    _run_batches(job, *tensors, plan.cut, figures.zero_() if figures is not None else None)
+    _run_batches(job, *tensors, plan.cut, work.figures.zero_() if work.figures is not None else None)
+
+
+def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:
+    """Whether a pass is one that torch's fused optimizers, or compiled loops, can make."""
+    plain = work.row_sum == 1 and not work.sent and not work.messages and work.extra is None and work.missing == "skip"
+    plain = plain and work.rest is None and work.seed is None and not work.taken and not work.given
+    # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
+    known = (work.rule == "mix" and len(received) <= 1) or (
+        work.rule in _UPDATES and work.grads is not None and work.steps is not None
+    )
+    tensors = (work.param, *work.states, *(tensor for tensor, _ in received))
+    single = all(tensor.dtype == torch.float32 for tensor in tensors)
+    left = _left_by_decay(work.rule, work.hyper) if received and known else 1.0
+    possible = all(_shares([w for _, w in received], part) is not None for part in (left, 1.0))
+    possible = possible and not (work.region.compiled and work.figures is not None)
+    return plain and known and (single or work.region.compiled) and possible
 
 
 @dataclass(frozen=True)

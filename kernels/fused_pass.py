@@ -6,7 +6,7 @@ is masked at the next multiple of 64 instead of at its length: lanes between the
 bit for bit as loaded. And a full block reads its gradient, which has no padding, without a mask.
 
 Scalars arrive as floats, which never become part of the compile key; the rule, the number of neighbours, states and
-messages, and the dtypes do. No autotuning: passes work in place.
+messages, and the dtypes do. Passes that are recorded read them from the device. No autotuning: passes work in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 
 from . import rules
-from .region import ALIGNMENT, BLOCK, Gradients, Region
+from .lossy import give, held, mix_wired, nearest, stochastic
+from .passes import Pass
+from .region import ALIGNMENT, BLOCK, Gradients
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -43,13 +45,22 @@ def load_gradient(address, offset, lanes, n, present, DTYPE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def mix_one(base, inbox, weights, row_sum, FIRST: tl.constexpr, at, inside):
-    """`row_sum*base + sum_k weights[k]*(inbox[FIRST + k] - base)` without the neighbours of weight zero."""
+def mix_one(base, sent, inbox, weights, row_sum, FIRST: tl.constexpr, at, inside):
+    """`row_sum*base + sum_k weights[k]*(inbox[FIRST + k] - sent)` without the neighbours of weight zero."""
     mixed = row_sum * base
     for k in tl.static_range(len(weights)):
         received = tl.load(inbox[FIRST + k] + at, mask=inside).to(tl.float32)
-        mixed += tl.where(weights[k] != 0.0, weights[k] * (received - base), 0.0)
+        mixed += tl.where(weights[k] != 0.0, weights[k] * (received - sent), 0.0)
     return mixed
+
+
+@triton.jit
+def loaded(numbers, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """A tuple of consecutive numbers."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + (tl.load(numbers + (FIRST + i)),)  # noqa: RUF005
+    return values
 
 
 @triton.jit
@@ -64,10 +75,16 @@ def store(pointer, at, value, lanes, n, inside, BLOCK: tl.constexpr):
 @triton.jit
 def fused_pass(
     param,
+    rest,
     states,
     sent,
     inbox,
     messages,
+    taken,
+    gaps,
+    inbox_scales,
+    given,
+    replicas,
     blocks,
     steps,
     addresses,
@@ -75,6 +92,8 @@ def fused_pass(
     found_inf,
     extra,
     figures,
+    numbers,
+    seed,
     row_sum,
     weights,
     hyper,
@@ -85,28 +104,54 @@ def fused_pass(
 ):
     """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on.
 
-    A None in `sent` is `param` itself, which is read but once.
+    A None in `sent` is `param` itself, which is read but once. `taken` and `given` hold codes and scales in turn.
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     index, offset, n = tl.load(row), tl.multiple_of(tl.load(row + 1), 16), tl.load(row + 2).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     at = tl.multiple_of(tl.load(row + 3), _ALIGNMENT) + lanes
-    inside = lanes < (n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
-    x = tl.load(param + at, mask=inside).to(tl.float32)
+    inside, real = lanes < (n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT, lanes < n
+    K: tl.constexpr = len(weights)
+    HYPER: tl.constexpr = len(hyper)
+    if numbers is not None:
+        row_sum = tl.load(numbers)
+        weights, hyper = loaded(numbers, 1, K), loaded(numbers, 1 + K, HYPER)
+        if seed is not None:
+            seed = tl.load(numbers + (1 + K + HYPER))
+    if seed is not None:
+        seed = seed.to(tl.int32)
+
+    stored = tl.load(param + at, mask=inside)
+    x = held(stored, rest, at, inside)
     first = x
-    if len(sent) == 0:
-        mixed = (mix_one(x, inbox, weights, row_sum, 0, at, inside),)
-    else:
-        # Device code has no `(*mixed, ...)`.
-        mixed = ()
-        for m in tl.static_range(len(sent)):
-            base = x if sent[m] is None else tl.load(sent[m] + at, mask=inside).to(tl.float32)
-            if m == 0:
-                first = base
-            mixed = mixed + (mix_one(base, inbox, weights, row_sum, m * len(weights), at, inside),)  # noqa: RUF005
+    # Device code has no `(*mixed, ...)`.
+    mixed = ()
+    for m in tl.static_range(len(sent)):
+        base = x if sent[m] is None else tl.load(sent[m] + at, mask=inside).to(tl.float32)
+        if m == 0:
+            first = base
+        if len(gaps) != 0:
+            one = mix_wired(
+                base,
+                taken[2 * m],
+                taken[2 * m + 1],
+                gaps[m],
+                inbox,
+                inbox_scales,
+                weights,
+                row_sum,
+                m * K,
+                at,
+                real,
+                inside,
+            )
+        else:
+            got = stored.to(tl.float32) if sent[m] is None else base
+            one = mix_one(base, got, inbox, weights, row_sum, m * K, at, inside)
+        mixed = mixed + (one,)  # noqa: RUF005
     old_states = ()
     for s in tl.static_range(len(states)):
-        old_states = old_states + (tl.load(states[s] + at, mask=inside),)  # noqa: RUF005
+        old_states = old_states + (tl.load(states[s] + at, mask=inside).to(tl.float32),)  # noqa: RUF005
 
     update = True
     g = tl.zeros([BLOCK], tl.float32)
@@ -123,7 +168,7 @@ def fused_pass(
             update = present
     if figures is not None:
         # Sums over a block go through shared memory, a few hundred bytes: only passes that were asked for them do that.
-        apart = tl.where(lanes < n, mixed[0] - row_sum * first, 0.0)
+        apart = tl.where(real, mixed[0] - row_sum * first, 0.0)
         place = figures + tl.program_id(0).to(tl.int64) * 2
         tl.store(place, tl.sum(apart * apart))
         tl.store(place + 1, tl.sum(g * g))
@@ -135,14 +180,33 @@ def fused_pass(
 
     x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
     if x_new is not None:
-        store(param, at, tl.where(update, x_new, mixed[0]), lanes, n, inside, BLOCK)
+        x_new = tl.where(update, x_new, mixed[0])
+        if rest is not None:
+            kept = nearest(x_new, stored.dtype)
+            store(param, at, kept, lanes, n, inside, BLOCK)
+            if rest.dtype.element_ty == tl.float32:
+                store(rest, at, x_new, lanes, n, inside, BLOCK)
+            else:
+                store(rest, at, nearest(x_new - kept, stored.dtype), lanes, n, inside, BLOCK)
+        elif seed is not None and stored.dtype != tl.float32:
+            store(param, at, stochastic(x_new, stored.dtype, seed, 0, at), lanes, n, inside, BLOCK)
+        else:
+            store(param, at, x_new, lanes, n, inside, BLOCK)
     for s in tl.static_range(len(states)):
         if new_states[s] is not None:
-            store(states[s], at, new_states[s], lanes, n, inside & update, BLOCK)
+            state = new_states[s]
+            if seed is not None and states[s].dtype.element_ty != tl.float32:
+                state = stochastic(state, states[s].dtype.element_ty, seed, 1 + s, at)
+            store(states[s], at, state, lanes, n, inside & update, BLOCK)
     tl.static_assert(len(messages) == 0 or len(messages) == len(made), "one buffer per message of the rule, or none")
+    tl.static_assert(len(replicas) == 0 or len(replicas) == len(made), "one wire per message of the rule, or none")
     for m in tl.static_range(len(messages)):
         unmade = mixed[m] if m < len(mixed) else mixed[0]
         store(messages[m], at, tl.where(update, made[m], unmade), lanes, n, inside, BLOCK)
+    for m in tl.static_range(len(replicas)):
+        unmade = mixed[m] if m < len(mixed) else mixed[0]
+        value = tl.where(update, made[m], unmade)
+        give(value, given[2 * m], given[2 * m + 1], replicas[m], at, lanes, real, inside, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -175,60 +239,53 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: Sequence[torch.dtyp
     return 4 if len(widths) == 1 and states <= 1 and sum(dtype.itemsize for dtype in others) <= 8 else 8
 
 
-def launch(
-    rule: str,
-    param: torch.Tensor,
-    states: Sequence[torch.Tensor],
-    hyper: Sequence[float],
-    region: Region,
-    grads: Gradients | None,
-    steps: torch.Tensor | None,
-    sent: Sequence[torch.Tensor],
-    inbox: Sequence[Sequence[torch.Tensor]],
-    weights: Sequence[float],
-    row_sum: float,
-    messages: Sequence[torch.Tensor],
-    grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    missing: str,
-    extra: torch.Tensor | None,
-    figures: torch.Tensor | None = None,
-) -> None:
+def launch(work: Pass) -> None:
     """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
 
     Raises:
         ValueError: for parameters or gradients that are not fp32, bf16 or fp16, or a missing block or address table.
     """
+    param, grads, region = work.param, work.grads, work.region
     grad_dtype = param.dtype if grads is None else grads.dtype
     if param.dtype not in DTYPES or grad_dtype not in DTYPES:
         raise ValueError(f"the GPU pass takes fp32, bf16 and fp16, not {param.dtype} with {grad_dtype} gradients")
     if region.blocks is None or (grads is not None and grads.addresses is None):
         raise ValueError("the GPU pass needs the region's block table and the gradients' address table")
-    received = tuple(tensor for message in inbox for tensor in message)
-    others = [tensor.dtype for tensor in (*states, *sent, *received, *messages)]
+    received = tuple(tensor for message in work.inbox for tensor in message)
+    rest = () if work.rest is None else (work.rest,)
+    wires = tuple(tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica))
+    others = [tensor.dtype for tensor in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)]
     with _on(param):
         fused_pass[(region.blocks.shape[0],)](
             param,
-            tuple(states),
-            tuple(None if tensor is param else tensor for tensor in sent),
+            work.rest,
+            tuple(work.states),
+            tuple(None if tensor is param else tensor for tensor in work.sent) or (None,),
             received,
-            tuple(messages),
+            tuple(work.messages),
+            tuple(tensor for wire in work.taken for tensor in (wire.codes, wire.scales)),
+            tuple(wire.gap for wire in work.taken),
+            tuple(tensor for message in work.scales for tensor in message),
+            tuple(tensor for wire in work.given for tensor in (wire.codes, wire.scales)),
+            tuple(wire.replica for wire in work.given),
             region.blocks,
-            steps,
+            work.steps,
             None if grads is None else grads.addresses,
-            grad_scale,
-            found_inf,
-            extra,
-            figures,
+            work.grad_scale,
+            work.found_inf,
+            work.extra,
+            work.figures,
+            work.numbers,
             # float(): an int would be part of the compile key.
-            float(row_sum),
-            tuple(map(float, weights)),
-            tuple(map(float, hyper)),
-            RULE=getattr(rules, rule),
-            ZERO_MISSING=missing == "zero",
+            None if work.seed is None else float(work.seed),
+            float(work.row_sum),
+            tuple(map(float, work.weights)),
+            tuple(map(float, work.hyper)),
+            RULE=getattr(rules, work.rule),
+            ZERO_MISSING=work.missing == "zero",
             GRAD_DTYPE=DTYPES[grad_dtype],
             BLOCK=BLOCK,
-            num_warps=num_warps(param.dtype, grad_dtype, others, len(states)),
+            num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states)),
             enable_fp_fusion=FP_FUSION,
         )
 

@@ -18,7 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .passes import Pass
 from .region import Gradients, Region
+from .rounding import held, keep, noise
+from .wire import cut, give, scales_of, take
 
 Tensors = tuple[Tensor, ...]
 Hyper = tuple[float, ...]
@@ -321,17 +324,24 @@ RULES: dict[str, Rule] = {
 """Every rule by name; the device twin of each has the same name in `rules.py`."""
 
 
-def mix_messages(base: Tensor, inbox: Sequence[Tensor], weights: Sequence[float], row_sum: float = 1.0) -> Tensor:
-    """`row_sum*base + sum_k weights[k]*(inbox[k] - base)`, summed in the order given.
+def mix_messages(
+    base: Tensor,
+    inbox: Sequence[Tensor],
+    weights: Sequence[float],
+    row_sum: float = 1.0,
+    sent: Tensor | None = None,
+) -> Tensor:
+    """`row_sum*base + sum_k weights[k]*(inbox[k] - sent)`, summed in the order given.
 
     The difference form keeps a consensus exactly (equal messages give base, whatever the rounding of the weights). A
     neighbour of weight zero is skipped, so a NaN in its buffer stays there.
 
     Args:
-        base: what the neighbours got from us, any shape, in the arithmetic dtype.
+        base: the rank's own value, any shape, in the arithmetic dtype.
         inbox: K tensors of that shape, of the same or a narrower dtype.
         weights: K floats.
         row_sum: the sum of a row of the mixing matrix, our own weight included.
+        sent: what the neighbours got from us, if that is not base to the last bit.
 
     Returns:
         A tensor like base; base itself if nothing is mixed in and row_sum is 1.
@@ -340,80 +350,110 @@ def mix_messages(base: Tensor, inbox: Sequence[Tensor], weights: Sequence[float]
         ValueError: if inbox and weights differ in length.
     """
     mixed = base if row_sum == 1 else base * row_sum
+    own = base if sent is None else sent
     for received, weight in zip(inbox, weights, strict=True):
         if weight:
             # Not add(alpha=weight), which fuses multiplication and addition where the CPU can: this gives the kernel's
             # bits on every machine.
-            mixed = (received - base).mul_(weight).add_(mixed)
+            mixed = (received - own).mul_(weight).add_(mixed)
     return mixed
 
 
 @torch.no_grad()
-def run_pass(
-    rule: str,
-    param: Tensor,
-    states: Sequence[Tensor],
-    hyper: Sequence[float],
-    region: Region,
-    grads: Gradients | None,
-    steps: Tensor | None,
-    sent: Sequence[Tensor],
-    inbox: Sequence[Sequence[Tensor]],
-    weights: Sequence[float],
-    row_sum: float,
-    messages: Sequence[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    missing: str,
-    extra: Tensor | None,
-    figures: Tensor | None = None,
-) -> None:
+def run_pass(work: Pass) -> None:
     """`fusedfog.kernels.run_pass` on CPU tensors, parameter by parameter, in chunks that stay in cache.
 
     Raises:
         ValueError: if a gradient has not its parameter's number of elements, or states or messages (unless empty) are
             not as many as the rule makes.
     """
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    function, hyper = RULES[rule], (*hyper,) if extra is None else (*hyper, extra.item())
-    inbox = tuple(inbox) or ((),) * max(len(sent), 1)
-    skip = found_inf is not None and found_inf.item() != 0
-    scale = 1.0 if grad_scale is None else grad_scale.item()
+    work = work.with_numbers_at_hand()
+    hyper = (*work.hyper,) if work.extra is None else (*work.hyper, work.extra.item())
+    skip = work.found_inf is not None and work.found_inf.item() != 0
+    scale = 1.0 if work.grad_scale is None else work.grad_scale.item()
     width = CHUNK * torch.get_num_threads()
-    if figures is not None:
-        figures.zero_()
-    gradients = in_memory_order(region, None if skip else grads)
-    for index, ((start, numel), gradient) in enumerate(zip(region.spans, gradients, strict=True), region.first):
-        step = 1.0 if steps is None else steps[index].item() + 1.0
+    if work.figures is not None:
+        work.figures.zero_()
+    gradients = in_memory_order(work.region, None if skip else work.grads)
+    for position, ((start, numel), gradient) in enumerate(zip(work.region.spans, gradients, strict=True)):
+        steps = work.steps
+        step = 1.0 if steps is None else steps[work.region.first + position].item() + 1.0
+        sums = None if work.figures is None else work.figures[position]
         for low in range(0, numel, width):
             high = min(low + width, numel)
-            here = slice(start + low, start + high)
-            home, kept = param[here], tuple(state[here] for state in states)
-            out = tuple(message[here] for message in messages)
-            x = home.to(dtype)
-            bases = tuple(tensor[here].to(dtype) for tensor in sent) or (x,)
-            mixed = tuple(
-                mix_messages(base, [tensor[here] for tensor in received], weights, row_sum)
-                for base, received in zip(bases, inbox, strict=True)
-            )
-            if figures is not None:
-                figures[index - region.first, 0] += square_sum(mixed[0] - row_sum * bases[0])
-            if missing == "skip" and grads is not None and gradient is None:
-                _store(rule, "messages", out, tuple(mixed[m] if m < len(mixed) else mixed[0] for m in range(len(out))))
-                home.copy_(mixed[0])
-                continue
-            if gradient is None:
-                g = torch.zeros_like(x)  # Not scaled: the scale of gradients that overflowed may be NaN.
-            else:
-                g = gradient[low:high].to(dtype)
-                g = g if scale == 1 else g * scale
-                if figures is not None:
-                    figures[index - region.first, 1] += square_sum(g)
-            x_new, states_new, made = function(x, mixed, g, kept, step, hyper)
-            _store(rule, "states", kept, states_new)
-            _store(rule, "messages", out, made if out else ())
-            # Last: x, mixed or a message may be a view of param.
-            home.copy_(x_new)
+            piece = None if gradient is None else gradient[low:high]
+            _run_chunk(work, start + low, start + high, piece, scale, step, hyper, sums)
+
+
+def _run_chunk(
+    work: Pass,
+    start: int,
+    stop: int,
+    gradient: Tensor | None,
+    scale: float,
+    step: float,
+    hyper: Hyper,
+    sums: Tensor | None,
+) -> None:
+    """A pass over elements [start, stop) of one parameter; `sums` is the parameter's row of figures."""
+    here = slice(start, stop)
+    home, rest = work.param[here], None if work.rest is None else work.rest[here]
+    x = held(home, rest)
+    bases, mixed = _mixed(work, x, start, stop)
+    kept, out = tuple(state[here] for state in work.states), tuple(message[here] for message in work.messages)
+    given = tuple(cut(wire, start, stop) for wire in work.given)
+    if sums is not None:
+        sums[0] += square_sum(mixed[0] - work.row_sum * bases[0])
+    if work.missing == "skip" and work.grads is not None and gradient is None:
+        x_new, states_new = mixed[0], None
+        made = tuple(mixed[m] if m < len(mixed) else mixed[0] for m in range(max(len(out), len(given))))
+    else:
+        if gradient is None:
+            g = torch.zeros_like(x)  # Not scaled: the scale of gradients that overflowed may be NaN.
+        else:
+            g = gradient.to(x.dtype)
+            g = g if scale == 1 else g * scale
+            if sums is not None:
+                sums[1] += square_sum(g)
+        x_new, states_new, made = RULES[work.rule](x, mixed, g, tuple(map(_wide, kept)), step, hyper)
+
+    def bits(stream: int, target: Tensor) -> Tensor | None:
+        narrow = target.dtype in (torch.bfloat16, torch.float16)
+        return None if work.seed is None or not narrow else noise(work.seed, stream, start, stop - start)
+
+    if states_new is not None:
+        _check_number(work.rule, "states", kept, states_new)
+        for s, (state, value) in enumerate(zip(kept, states_new, strict=True)):
+            keep(value, state, None, bits(1 + s, state))
+    for what, targets in (("messages", out), ("messages", given)):
+        _check_number(work.rule, what, targets, made if targets else ())
+    for message, value in zip(out, made, strict=False):
+        message.copy_(value)
+    for wire, value in zip(given, made, strict=False):
+        give(wire, value)
+    # Last: x, mixed or a message may be a view of param.
+    if x_new is not x:
+        keep(x_new, home, rest, bits(0, home) if rest is None else None)
+
+
+def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tensors]:
+    """What each message is compared with, and each message mixed."""
+    here = slice(start, stop)
+    sent = work.sent or (work.param,)
+    inbox = tuple(work.inbox) or ((),) * len(sent)
+    bases, mixed = [], []
+    for m, (tensor, received) in enumerate(zip(sent, inbox, strict=True)):
+        base = x if tensor is work.param else tensor[here].to(x.dtype)
+        if work.taken:
+            scales = [scales_of(found, start, stop) for found in work.scales[m]]
+            gap = take(cut(work.taken[m], start, stop), [codes[here] for codes in received], scales, work.weights)
+            result = gap + (base if work.row_sum == 1 else base * work.row_sum)
+        else:
+            own = work.param[here].to(x.dtype) if tensor is work.param and work.rest is not None else base
+            result = mix_messages(base, [codes[here] for codes in received], work.weights, work.row_sum, own)
+        bases.append(base)
+        mixed.append(result)
+    return tuple(bases), tuple(mixed)
 
 
 def square_sum(values: Tensor) -> Tensor:
@@ -445,8 +485,10 @@ def in_memory_order(region: Region, grads: Gradients | None) -> list[Tensor | No
     return found
 
 
-def _store(rule: str, what: str, targets: Sequence[Tensor], values: Tensors) -> None:
+def _wide(state: Tensor) -> Tensor:
+    return state.float() if state.dtype in (torch.bfloat16, torch.float16) else state
+
+
+def _check_number(rule: str, what: str, targets: Sequence[object], values: Sequence[object]) -> None:
     if len(targets) != len(values):
         raise ValueError(f"rule {rule!r} makes {len(values)} {what}, but {len(targets)} were given")
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fusedfog.kernels import BLOCK, Gradients, Region, reference, run_pass
+from fusedfog.kernels import BLOCK, Gradients, Pass, Region, reference, run_pass
 from kernel_rules import ROWS, SHAPES
 from torch import Tensor
 
@@ -142,25 +142,28 @@ class Case:
         def scalar(value: float | None) -> Tensor | None:
             return None if value is None else torch.tensor(value, device=device)
 
+        region = Region(
+            self.first, tuple(self._spans()[self.first :]), torch.tensor(blocks).to(device) if on_gpu else None
+        )
         run(
-            row.rule,
-            written[0],
-            tuple(written[1 : 1 + row.states]),
-            row.hyper,
-            region=Region(
-                self.first, tuple(self._spans()[self.first :]), torch.tensor(blocks).to(device) if on_gpu else None
-            ),
-            grads=grads if row.grads else None,
-            steps=torch.arange(len(NUMELS), dtype=torch.float32, device=device),
-            sent=self._sent(written, message),
-            inbox=tuple(tuple(tensor.to(device) for tensor in received) for received in inbox),
-            weights=tuple(0.5 / 2**k for k in range(self.neighbours)),
-            row_sum=self.row_sum,
-            messages=tuple(written[1 + row.states :]),
-            grad_scale=scalar(self.grad_scale),
-            found_inf=scalar(self.found_inf),
-            missing=self.missing,
-            extra=scalar(row.extra),
+            Pass(
+                row.rule,
+                written[0],
+                tuple(written[1 : 1 + row.states]),
+                row.hyper,
+                region,
+                grads=grads if row.grads else None,
+                steps=torch.arange(len(NUMELS), dtype=torch.float32, device=device),
+                sent=self._sent(written, message),
+                inbox=tuple(tuple(tensor.to(device) for tensor in received) for received in inbox),
+                weights=tuple(0.5 / 2**k for k in range(self.neighbours)),
+                row_sum=self.row_sum,
+                messages=tuple(written[1 + row.states :]),
+                grad_scale=scalar(self.grad_scale),
+                found_inf=scalar(self.found_inf),
+                missing=self.missing,
+                extra=scalar(row.extra),
+            )
         )
         return [tensor.cpu() for tensor in written]
 
@@ -206,7 +209,7 @@ def check_beyond_int32(device: torch.device) -> None:
     param = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     received = torch.ones(numel, dtype=torch.bfloat16, device=device)
     region = Region(0, ((0, numel),), blocks)
-    run_pass("mix", param, (), (), region=region, inbox=((received,),), weights=(0.5,))
+    run_pass(Pass("mix", param, (), (), region, inbox=((received,),), weights=(0.5,)))
     inside = torch.cat([param[end : end + BLOCK] for end in ends.tolist()])
     assert (inside == 0.5).all(), "blocks at both ends of a tensor of more than 2^31 elements were not mixed"
     assert param.count_nonzero() == 4 * BLOCK, "elements outside the region were changed"

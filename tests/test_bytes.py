@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusedfog.kernels import BLOCK
+from fusedfog.kernels import BLOCK, Pass
 from pool import Pool
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,7 +144,7 @@ def one_step(algorithm: str) -> dict[str, Any]:
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
     opt = fusedfog.AdamW(net.parameters(), lr=0.01, algorithm=algorithm, topology="ring", bucket_mb=0.002)
     (segment,) = opt._engine.segments
-    passes: list[dict[str, Any]] = []
+    passes: list[Pass] = []
     sent: list[tuple[int, int]] = []
     start = Link.start
 
@@ -162,7 +162,7 @@ def one_step(algorithm: str) -> dict[str, Any]:
         step()
         step()
         Link.start = watched_start
-        scheduler.run_pass = lambda *args, **named: passes.append({"args": args, **named})
+        scheduler.run_pass = passes.append
         net(torch.ones(2, 16)).sum().backward()
         homes = [p.grad.data_ptr() for p in net.parameters()]
         with Watch() as watch:
@@ -171,16 +171,16 @@ def one_step(algorithm: str) -> dict[str, Any]:
         Link.start, scheduler.run_pass = start, run_pass
     return {
         "operations": [name for name in watch.seen if not name.startswith("c10d")],
-        "regions": [call["region"].first for call in passes],
+        "regions": [work.region.first for work in passes],
         "buckets": [bucket.first for bucket in segment.layout.buckets],
         "flat tensors": [
-            1 + len(call["args"][2]) + sum(map(len, call["inbox"])) + len(call["messages"]) for call in passes
+            1 + len(work.states) + sum(map(len, work.inbox)) + len(work.messages) for work in passes
         ],
         "gradients": sorted(
             (p, grad.data_ptr() == homes[p])
-            for call in passes
-            if call["grads"] is not None
-            for p, grad in enumerate(call["grads"].tensors)
+            for work in passes
+            if work.grads is not None
+            for p, grad in enumerate(work.grads.tensors)
             if grad is not None
         ),
         "sent from": [home == segment.param.untyped_storage().data_ptr() for home, _ in sent],

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import Gradients, Region, compile_now, cpu_pass, reference, run_pass
+from fusedfog.kernels import Gradients, Pass, Region, compile_now, cpu_pass, reference, run_pass
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_rules import ROWS
@@ -53,16 +53,13 @@ class Case:
 
     def run(self, region: Region) -> list[torch.Tensor]:
         param, states = self.param.clone(), tuple(state.clone() for state in self.states)
-        run_pass(self.row.rule, param, states, self.row.hyper, region=region, **self.arguments)
+        run_pass(Pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
         return [param, *states]
 
     def expected(self) -> list[torch.Tensor]:
         param, states = self.param.clone(), tuple(state.clone() for state in self.states)
-        given = {name: self.arguments.get(name) for name in ("grads", "steps", "grad_scale", "found_inf")}
-        reference.run_pass(
-            self.row.rule, param, states, self.row.hyper, Region(0, self.spans, None), given["grads"], given["steps"], (),
-            self.arguments["inbox"], self.arguments["weights"], 1.0, (), given["grad_scale"], given["found_inf"], "skip", None,
-        )  # fmt: skip
+        region = Region(0, self.spans, None)
+        reference.run_pass(Pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
         return [param, *states]
 
     def check(self, region: Region) -> None:
@@ -110,7 +107,7 @@ def test_a_consensus_stays_to_the_last_bit(weights):
     x, nothing = case.param.clone(), (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
     grads = case.arguments["grads"]
     options = {"inbox": ((x.clone(),) * len(weights),), "weights": weights, "grads": grads}
-    run_pass("sgd", x, (), nothing, region=case.region(), steps=torch.zeros(5), **options)
+    run_pass(Pass("sgd", x, (), nothing, case.region(), steps=torch.zeros(5), **options))
     assert torch.equal(x[case.valid], case.param[case.valid])
 
 
@@ -194,7 +191,7 @@ def test_schedules_compile_nothing_anew(monkeypatch):
         hyper[0] *= step
         case.arguments["weights"], case.arguments["steps"] = (0.1 * step,), torch.full((5,), float(step))
         param, states = case.param.clone(), tuple(state.clone() for state in case.states)
-        run_pass(case.row.rule, param, states, hyper, region=case.region(True), **case.arguments)
+        run_pass(Pass(case.row.rule, param, states, hyper, case.region(True), **case.arguments))
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[2:] == counts[2:3] * 4
 

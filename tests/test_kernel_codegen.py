@@ -18,7 +18,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass  # noqa: E402
+from fusedfog.kernels import BLOCK, Gradients, Pass, Region, fused_pass  # noqa: E402
 from kernel_rules import ROWS, SHAPES, Row  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
@@ -135,7 +135,7 @@ def launch(
         "extra": None if row.extra is None else torch.tensor(row.extra),
         **options,
     }
-    fused_pass.launch(row.rule, param, states, row.hyper if hyper is None else hyper, **arguments)
+    fused_pass.launch(Pass(row.rule, param, states, row.hyper if hyper is None else hyper, **arguments))
 
 
 def accesses(kernel) -> Counter[str]:

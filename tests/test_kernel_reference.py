@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Region, adam_hyper, reference, sgd_hyper
+from fusedfog.kernels import Gradients, Pass, Region, adam_hyper, reference, sgd_hyper
 from kernel_rules import ROWS
 
 from fusedfog import kernels
@@ -61,7 +61,7 @@ class Segment:
         grads = Gradients(gradients, None, self.param.dtype)
         counts = {key: options[key] for key in ("found_inf", "missing") if key in options}
         kernels.run_pass(
-            rule, self.param, self.states, hyper, region=self.region, grads=grads, steps=self.steps, **options
+            Pass(rule, self.param, self.states, hyper, self.region, grads=grads, steps=self.steps, **options)
         )
         kernels.advance_steps(self.steps, grads, **counts)
         for tensor in (self.param, *self.states):
@@ -157,7 +157,7 @@ def test_after_pass_averages_what_was_sent_and_ignores_gradients():
     segment = Segment([torch.ones(100), torch.ones(3)])
     sent, received, message = segment.like(0), segment.like(1), segment.like(2, torch.bfloat16)
     arguments = {"sent": (sent,), "inbox": ((received,),), "weights": (0.25,), "row_sum": 2.0, "messages": (message,)}
-    kernels.run_pass("mix", segment.param, (), (), region=segment.region, **arguments)
+    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, **arguments))
     expected = 2 * sent + 0.25 * (received - sent)
     torch.testing.assert_close(segment.param, expected, equal_nan=True)
     assert torch.equal(message[segment.valid], segment.param[segment.valid].bfloat16())
@@ -177,7 +177,7 @@ def test_mixing_small_integers_by_dyadic_weights_is_exact(dtype):
     segment = Segment([torch.arange(-60.0, 61.0) * 2], dtype=dtype)
     received = [(segment.like(k).mul(8).round() * 2).nan_to_num() for k in range(2)]
     x, (a, b) = segment.param.double().clone(), (tensor.double() for tensor in received)
-    kernels.run_pass("mix", segment.param, (), (), region=segment.region, inbox=(received,), weights=(0.5, 0.25))
+    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, inbox=(received,), weights=(0.5, 0.25)))
     expected = (x + 0.5 * (a - x) + 0.25 * (b - x)).to(dtype)
     assert torch.equal(segment.param[segment.valid], expected[segment.valid])
 
@@ -185,7 +185,7 @@ def test_mixing_small_integers_by_dyadic_weights_is_exact(dtype):
 def test_a_zero_weight_keeps_its_neighbours_nans_out():
     segment = Segment([torch.ones(70)])
     inbox = ((torch.full((128,), math.nan), torch.full((128,), 3.0)),)
-    kernels.run_pass("mix", segment.param, (), (), region=segment.region, inbox=inbox, weights=(0.0, 0.5))
+    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, inbox=inbox, weights=(0.0, 0.5)))
     assert (segment.param[:70] == 2).all()
 
 
@@ -234,7 +234,7 @@ def test_a_region_leaves_the_rest_of_its_segment_alone():
     region = Region(1, segment.spans[1:2], None)
     grads = Gradients([None, torch.ones(70), None], None, torch.float32)
     hyper = sgd_hyper(torch.optim.SGD([torch.zeros(1)], lr=1.0).param_groups[0])
-    kernels.run_pass("sgd", segment.param, (), hyper, region=region, grads=grads, steps=segment.steps)
+    kernels.run_pass(Pass("sgd", segment.param, (), hyper, region=region, grads=grads, steps=segment.steps))
     assert [view.unique().tolist() for view in segment.views()] == [[1], [0], [1]]
 
 
@@ -291,7 +291,7 @@ def test_an_extra_number_comes_from_a_tensor(monkeypatch, dtype):
     monkeypatch.setitem(reference.RULES, "scale", lambda x, mixed, g, states, step, hyper: (x * hyper[1], states, ()))
     segment = Segment([torch.ones(70)], dtype=dtype)
     value = torch.tensor([1 / 3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    kernels.run_pass("scale", segment.param, (), (0.0,), region=segment.region, extra=value)
+    kernels.run_pass(Pass("scale", segment.param, (), (0.0,), region=segment.region, extra=value))
     assert torch.equal(segment.param[:70], value.expand(70).to(dtype))
 
 
@@ -300,15 +300,17 @@ def test_messages_may_be_of_several_dtypes():
     segment, u, before = Segment([param], 0, torch.bfloat16), torch.zeros(64), y.clone()
     received, messages = (param * 2, y + 2**-20), (torch.empty(64, dtype=torch.bfloat16), torch.empty(64))
     kernels.run_pass(
-        "tracking",
-        segment.param,
-        (y, u),
-        (0.5, 0.0, 0.0, 1.0),
-        region=segment.region,
-        sent=(segment.param, y),
-        inbox=tuple((tensor,) for tensor in received),
-        weights=(0.5,),
-        messages=messages,
+        Pass(
+            "tracking",
+            segment.param,
+            (y, u),
+            (0.5, 0.0, 0.0, 1.0),
+            segment.region,
+            sent=(segment.param, y),
+            inbox=tuple((tensor,) for tensor in received),
+            weights=(0.5,),
+            messages=messages,
+        )
     )
     assert torch.equal(y, before + 0.5 * (received[1] - before)) and not torch.equal(y, before)
     assert torch.equal(segment.param, (1.5 * param.float() - 0.5 * y).bfloat16())
@@ -326,7 +328,11 @@ def test_hyper_tuples_form_differences_in_double():
 
 def test_bad_input_is_named():
     segment, other = Segment([torch.ones(10)]), torch.ones(64)
-    run, region = kernels.run_pass, segment.region
+    region = segment.region
+
+    def run(*arguments, **named) -> None:
+        kernels.run_pass(Pass(*arguments, **named))
+
     with pytest.raises(ValueError, match="unknown update rule 'lion'; there are mix, sgd, adam"):
         run("lion", segment.param, (), (), region=region)
     with pytest.raises(ValueError, match='missing is "skip" or "zero", not \'ignore\''):

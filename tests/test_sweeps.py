@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fusedfog.kernels import Pass
 from pool import Pool
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,10 +47,10 @@ def train(kind: str, sweeps: bool, keywords: dict[str, Any], micro: int = 1) -> 
     """Seven steps with a checkpoint loaded in between: parameters after each, and the number of passes."""
     passes = 0
 
-    def count(*args: Any, **named: Any) -> None:
+    def count(work: Pass) -> None:
         nonlocal passes
         passes += 1
-        run_pass(*args, **named)
+        run_pass(work)
 
     run_pass, scheduler.run_pass = scheduler.run_pass, count
     if "mesh" in keywords:
@@ -147,7 +148,7 @@ def test_what_hooks_have_passed_is_not_passed_again(monkeypatch: pytest.MonkeyPa
     net = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
     opt = fusedfog.SGD(net.parameters(), lr=0.1, bucket_mb=TINY, fused_backward=True)
     passes: list[Any] = []
-    monkeypatch.setattr(scheduler, "run_pass", lambda *args, **named: passes.append(named["region"]))
+    monkeypatch.setattr(scheduler, "run_pass", lambda work: passes.append(work.region))
     net(torch.ones(2, 20)).sum().backward()
     assert passes == [sweep.region for sweep in opt._engine._singles]
     opt.step()

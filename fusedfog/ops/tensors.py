@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedfog.kernels import BLOCK, Region, reference, run_pass
+from fusedfog.kernels import BLOCK, Pass, Region, reference, run_pass
 from fusedfog.layout import align
 
 ROUNDING = 1e-12
@@ -104,7 +104,7 @@ def _apply(own: Tensor, base: Sequence[Tensor], inbox: Sequence[Tensor], weights
         own.copy_(reference.mix_messages(base[0] if base else own, inbox, weights))
     elif count:
         region = Region(0, ((0, count),), _blocks(count, own.device) if own.is_cuda else None)
-        run_pass("mix", own, (), (), region=region, sent=base, inbox=(tuple(inbox),), weights=tuple(weights))
+        run_pass(Pass("mix", own, (), (), region, sent=base, inbox=(tuple(inbox),), weights=tuple(weights)))
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from fusedfog.kernels import fused_pass, run_pass
+from fusedfog.kernels import Pass, fused_pass, run_pass
 from torch import nn
 
 import fusedfog
@@ -41,14 +39,10 @@ def train(kernel: bool, whole: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     engine = opt._engine
     passes = 0
 
-    def launch(*args: Any, **named: Any) -> None:
+    def launch(work: Pass) -> None:
         nonlocal passes
         passes += 1
-        if not kernel:
-            run_pass(*args, **named)
-            return
-        missing = {"sent": (), "inbox": (), "weights": (), "messages": (), "extra": None, "row_sum": 1.0}
-        fused_pass.launch(*args, **missing | named)
+        (fused_pass.launch if kernel else run_pass)(work)
 
     monkeypatch.setattr(scheduler, "run_pass", launch)
     if kernel:

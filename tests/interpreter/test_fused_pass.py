@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass, reference, rules
+from fusedfog.kernels import BLOCK, Gradients, Pass, Region, fused_pass, reference, rules
 from kernel_rules import ROWS, Row
 
 NUMELS = (1, 63, 64, 65, 1000, 1024, 1025, 2500)
@@ -100,13 +100,15 @@ class Case:
         """The pass on copies: parameters, states and messages after it; NaN wherever nothing belongs."""
         written, states = [tensor.clone() for tensor in self.written], self.row.states
         run(
-            self.row.rule,
-            written[0],
-            tuple(written[1 : 1 + states]),
-            self.row.hyper,
-            sent=self.sent(written),
-            messages=tuple(written[1 + states :]),
-            **self.arguments,
+            Pass(
+                self.row.rule,
+                written[0],
+                tuple(written[1 : 1 + states]),
+                self.row.hyper,
+                sent=self.sent(written),
+                messages=tuple(written[1 + states :]),
+                **self.arguments,
+            )
         )
         for tensor, before in zip(written, self.written, strict=True):
             bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
@@ -315,10 +317,10 @@ def test_steps_advance_where_there_is_a_gradient(count, found_inf):
 def test_missing_tables_and_strange_dtypes_are_refused():
     case = Case(ROWS["mix"])
     with pytest.raises(ValueError, match=r"takes fp32, bf16 and fp16, not torch\.float64"):
-        fused_pass.launch("mix", torch.zeros(64).double(), (), (), sent=(), messages=(), **case.arguments)
+        fused_pass.launch(Pass("mix", torch.zeros(64).double(), (), (), **case.arguments))
     case.arguments["region"] = Region(0, case.spans, None)
     with pytest.raises(ValueError, match="block table"):
-        fused_pass.launch("mix", torch.zeros(64), (), (), sent=(), messages=(), **case.arguments)
+        fused_pass.launch(Pass("mix", torch.zeros(64), (), (), **case.arguments))
     with pytest.raises(ValueError, match="address table"):
         fused_pass.launch_advance(torch.zeros(1), Gradients((), None, torch.float32))
 

@@ -1,0 +1,121 @@
+"""What one pass does, as data: the tensors it goes over, what neighbours sent, and how results are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from .region import Gradients, Region
+from .wire import Wire
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """Mix, update and write back the parameters of a region, in place.
+
+        mixed_m = row_sum*base_m + sum_k weights[k]*(inbox[m][k] - sent_m)
+        x, states, messages = RULE(x, mixed, gradient*grad_scale, states, steps[p] + 1, (*hyper, extra))
+
+    base_m is sent_m, but x where sent_m is `param`: the two differ if x is more precise than `param` can hold (`rest`).
+    Arithmetic is fp32 (fp64 for fp64 parameters, CPU only) whatever the storage. A neighbour of weight 0 is skipped,
+    NaNs and all. Padding is left as it is.
+
+    A gradient is missing where there is none, and everywhere if `found_inf` is not zero; its values are not read. The
+    parameter is then mixed but not updated: it becomes mixed[0], its states stay, and message m is mixed[m]. Methods
+    that correct the network's mean, as tracking does, need `missing="zero"`, which applies the rule with g = 0.
+
+    Attributes:
+        rule: one of `RULES`.
+        param: flat parameters [N], fp32, bf16 or fp16, or fp64 on the CPU.
+        states: flat states [N] of the rule, fp32 or bf16 (fp64 with fp64 parameters).
+        hyper: the rule's floats, in the order that its function in `reference` documents.
+        region: the parameters to go over.
+        grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
+        steps: fp32 [P], per parameter of the segment, how many updates were made before this one; None counts as 0.
+        sent: M flat tensors [N], what the neighbours got from us, of any dtype that `param` may have; () means (param,).
+            They may be `param` and states themselves.
+        inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours. A rule that leaves
+            the parameters alone, as some that come before an exchange do, takes none.
+        weights: K floats.
+        row_sum: sum of the mixing matrix's row; 1 is exact.
+        messages: flat tensors [N] that the rule's messages are written to, in their own dtype; () writes none.
+        grad_scale: fp32 scalar tensor on the device that multiplies gradients; None means 1.
+        found_inf: fp32 scalar tensor on the device; not zero means that all gradients are missing.
+        missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
+        extra: fp32 scalar tensor on the device (fp64 with fp64 parameters), a number that the host need not know, which
+            is appended to `hyper`.
+        figures: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
+            of (mixed[0] - row_sum*base[0])^2, how much neighbours disagree with this rank, and of (gradient*grad_scale)^2,
+            which is not finite if a gradient is not. One row per row of `region.blocks` on CUDA, per parameter of the
+            region on the CPU.
+        rest: flat [N], what bf16 or fp16 parameters lack of x: fp32, a master copy (x = rest), or of param's dtype, a
+            Kahan compensation (x = param + rest). Where x does not round to `param`, somebody has written `param`, and
+            x = param. None: x = param.
+        seed: in [0, 2^24), for bf16 states, and without `rest` for bf16 and fp16 parameters, which are then rounded
+            stochastically; see `rounding`. None rounds to nearest.
+        taken: per message, if it travels compressed, this rank's end of the exchange that came in `inbox` (of codes) and
+            `scales`; sent_m is then what its codes mean, and differences add up in its gap:
+            gap += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + gap.
+        scales: M tuples of K, the scales of the codes in `inbox`; None for formats without.
+        given: per message, if it is to travel compressed, where its codes are written; see `wire`.
+        numbers: (row_sum, *weights, *hyper, seed) on the device, fp32 (fp64 on the CPU), read in the place of those given
+            here, of which only how many there are counts: for passes that are recorded once and replayed.
+    """
+
+    rule: str
+    param: Tensor
+    states: Sequence[Tensor]
+    hyper: Sequence[float]
+    region: Region
+    grads: Gradients | None = None
+    steps: Tensor | None = None
+    sent: Sequence[Tensor] = ()
+    inbox: Sequence[Sequence[Tensor]] = ()
+    weights: Sequence[float] = ()
+    row_sum: float = 1.0
+    messages: Sequence[Tensor] = ()
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    missing: Literal["skip", "zero"] = "skip"
+    extra: Tensor | None = None
+    figures: Tensor | None = None
+    rest: Tensor | None = None
+    seed: int | None = None
+    taken: Sequence[Wire] = ()
+    scales: Sequence[Sequence[Tensor | None]] = ()
+    given: Sequence[Wire] = ()
+    numbers: Tensor | None = None
+
+    def check(self, rules: Sequence[str]) -> None:
+        """Raise ValueError for an unknown rule or `missing`, or lengths that disagree with each other."""
+        if self.rule not in rules:
+            raise ValueError(f"unknown update rule {self.rule!r}; there are {', '.join(rules)}")
+        if self.missing not in ("skip", "zero"):
+            raise ValueError(f'missing is "skip" or "zero", not {self.missing!r}')
+        messages = max(len(self.sent), 1)
+        if self.inbox and len(self.inbox) != messages:
+            raise ValueError(f"{len(self.inbox)} inboxes for {messages} messages sent")
+        if any(len(received) != len(self.weights) for received in self.inbox or ((),)):
+            raise ValueError(
+                f"{len(self.weights)} weights for inboxes of {[len(received) for received in self.inbox]} neighbours"
+            )
+        if self.taken and (len(self.taken) != messages or len(self.scales) != len(self.inbox)):
+            raise ValueError(f"{len(self.taken)} wires and {len(self.scales)} scales for {messages} messages")
+
+    def with_numbers_at_hand(self) -> Pass:
+        """The same pass with `numbers` read; for the CPU, where reading them costs nothing."""
+        if self.numbers is None:
+            return self
+        row_sum, *others = self.numbers.tolist()
+        neighbours, last = len(self.weights), len(self.weights) + len(self.hyper)
+        return replace(
+            self,
+            row_sum=row_sum,
+            weights=tuple(others[:neighbours]),
+            hyper=tuple(others[neighbours:last]),
+            seed=None if self.seed is None else int(others[last]),
+            numbers=None,
+        )

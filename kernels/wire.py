@@ -1,0 +1,152 @@
+"""Message formats of fewer bits, and what makes lossy messages exact in the limit: neighbours' replicas.
+
+What travels is not the value but its difference from what the neighbours know already (CHOCO-SGD, Koloskova et al. 2019):
+
+    difference = value - replica;  codes = encode(difference);  replica += decode(codes)        sender
+    gap += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + gap                  receiver
+
+Every rank so carries its own replica, and in `gap` the weighted sum of its neighbours' replicas less its own. What the
+format cannot say stays in the difference and is said later: that is the error feedback. As the ranks settle, differences
+and with them all errors vanish, and the limit is that of exact messages. In doubly stochastic rounds gaps sum to zero
+over the ranks, so that the mean of the values is as without compression. (CHOCO's consensus step size is 1 here, which
+formats as fine as these allow.)
+
+Eight-bit codes share a scale, a power of two, so that scaling is exact. Sixteen elements share one: of every 64 elements
+at a multiple of 64, those of equal place modulo 4. Four scales in a row belong to 64 elements: a GPU thread that holds
+four consecutive elements reads and writes them at once, and finds their maxima without shared memory. A group with
+values that are not finite has scale 255, which means no difference: they are not spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+"""Elements at a multiple of this share four scales."""
+
+SPOILT = 255
+"""The scale of a group with values that are not finite."""
+
+FORMATS: dict[torch.dtype, tuple[int, float] | None] = {
+    torch.bfloat16: None,
+    torch.float8_e4m3fn: (8, 448.0),
+    torch.int8: (6, 127.0),
+}
+"""dtype of codes -> (exponent of the largest power of two among them, largest code); None for formats without scales."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wire:
+    """A rank's end of one compressed message.
+
+    Attributes:
+        codes: [N], what was last sent, of a dtype in `FORMATS`.
+        scales: uint8 [N/16], the codes' exponents, biased as fp32's; None for formats without.
+        replica: [N], in the arithmetic dtype, the sum of all that was sent: what the neighbours know of this rank.
+        gap: [N], in the arithmetic dtype, the weighted sum of the differences of the neighbours' replicas from `replica`.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    replica: Tensor
+    gap: Tensor
+
+    @staticmethod
+    def zeros(like: Tensor, dtype: torch.dtype) -> Wire:
+        """A wire of codes `dtype` for a flat tensor; nobody knows anything yet."""
+        arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
+        scales = torch.zeros(like.numel() // 16, dtype=torch.uint8, device=like.device)
+        return Wire(
+            torch.zeros_like(like, dtype=dtype),
+            None if FORMATS[dtype] is None else scales,
+            torch.zeros_like(like, dtype=arithmetic),
+            torch.zeros_like(like, dtype=arithmetic),
+        )
+
+    def spoilt(self) -> Tensor:
+        """bool [], whether the last codes left out values that were not finite."""
+        return (self.scales == SPOILT).any() if self.scales is not None else ~self.codes.isfinite().all()
+
+
+def encode(difference: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Codes and scales of a flat tensor that starts at a multiple of 64.
+
+    Args:
+        difference: [n], in the arithmetic dtype.
+        dtype: of the codes, one of `FORMATS`.
+
+    Returns:
+        [n] codes and the scales, uint8 [ceil(n/64)*4], or None for formats without.
+    """
+    fine = difference.isfinite()
+    form = FORMATS[dtype]
+    if form is None:
+        return torch.where(fine, difference, torch.nan).to(dtype), None
+    top, largest = form
+    count = difference.numel()
+    places = torch.nn.functional.pad(difference, (0, -count % GROUP)).view(-1, GROUP // 4, 4)
+    sizes = torch.where(places.isfinite(), places.abs(), torch.inf).amax(1, keepdim=True).float()
+    exponents = (sizes.view(torch.int32) >> 23) - top
+    scales = torch.where(sizes.isinf(), SPOILT, exponents.clamp(min=1))
+    scaled = torch.where(sizes.isinf(), 0.0, places * _power(254 - scales)).clamp(-largest, largest)
+    codes = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+    return codes.view(-1)[:count], scales.view(-1).to(torch.uint8)
+
+
+def decode(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The difference that codes mean, [n] in `dtype`; see `encode`."""
+    values = codes.to(dtype)
+    if scales is None:
+        return torch.where(values.isfinite(), values, 0.0)
+    count = codes.numel()
+    places = torch.nn.functional.pad(values, (0, -count % GROUP)).view(-1, GROUP // 4, 4)
+    exponents = scales.view(-1, 1, 4).int()
+    return torch.where(exponents == SPOILT, 0.0, places * _power(exponents)).view(-1)[:count]
+
+
+def scales_of(scales: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """The scales of elements [start, stop); start is a multiple of 64."""
+    return None if scales is None else scales[start // 16 : -(-stop // GROUP) * 4]
+
+
+def take(wire: Wire, inbox: Sequence[Tensor], scales: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
+    """Add to a wire's gap what an exchange has brought, and return it.
+
+    Args:
+        wire: this rank's end, cut to a flat tensor that starts at a multiple of 64.
+        inbox, scales: K neighbours' codes and scales, cut likewise; weights: K floats, those of 0 are skipped.
+    """
+    own = decode(wire.codes, wire.scales, wire.gap.dtype)
+    for codes, exponents, weight in zip(inbox, scales, weights, strict=True):
+        if weight:
+            wire.gap.add_((decode(codes, exponents, own.dtype) - own).mul_(weight))
+    return wire.gap
+
+
+def give(wire: Wire, value: Tensor) -> None:
+    """Write the codes that tell the neighbours `value`, and what they will know then.
+
+    Args:
+        wire: this rank's end, cut to a flat tensor that starts at a multiple of 64.
+        value: of that size, in the arithmetic dtype.
+    """
+    codes, scales = encode(value - wire.replica, wire.codes.dtype)
+    wire.codes.copy_(codes)
+    if wire.scales is not None and scales is not None:
+        wire.scales.copy_(scales)
+    wire.replica.add_(decode(codes, scales, value.dtype))
+
+
+def cut(wire: Wire, start: int, stop: int) -> Wire:
+    """The part of a wire that belongs to elements [start, stop); start is a multiple of 64."""
+    here = slice(start, stop)
+    return Wire(wire.codes[here], scales_of(wire.scales, start, stop), wire.replica[here], wire.gap[here])
+
+
+def _power(biased: Tensor) -> Tensor:
+    """2^(biased - 127), from fp32's exponent field."""
+    return (biased.int() << 23).view(torch.float32)
