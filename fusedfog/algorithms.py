@@ -174,9 +174,19 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             MIX,
             settles=True,
             graph="any",
-            refuses={"global_average_every": "a full average would need the ranks' push-sum scalars; use atc"},
+            refuses={
+                "global_average_every": "a full average would need the ranks' push-sum scalars; use atc",
+                "wire_dtype": "its sums must be conserved exactly; use atc",
+                "low_precision": "its sums must be conserved exactly; use atc",
+            },
         ),
-        "allreduce": Algorithm("allreduce", None, inner, exchanges="gradients"),
+        "allreduce": Algorithm(
+            "allreduce",
+            None,
+            inner,
+            exchanges="gradients",
+            refuses={"wire_dtype": "it sends gradients, and what is compressed are parameters; use awc or atc"},
+        ),
         "local": Algorithm("local", None, inner, exchanges="nothing"),
     }
 
@@ -342,12 +352,14 @@ def check_options(algorithm: Algorithm, options: Mapping[str, Any]) -> None:
             raise ValueError(f"algorithm {algorithm.name!r} does not work with {name}={value!r}: {reason}")
 
 
-def resolve_topology(algorithm: Algorithm, topology: Topology | str | None, size: int) -> Topology | None:
+def resolve_topology(
+    algorithm: Algorithm, topology: Topology | str | None, size: int, *, static: bool = False
+) -> Topology | None:
     """The topology an algorithm will use among `size` ranks: the given one, checked, or its default.
 
     The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
     every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
-    methods that need one static symmetric matrix.
+    methods that need one static symmetric matrix, and if `static` asks for one round.
 
     Raises:
         ValueError: the topology is of another size, unknown, or outside the algorithm's theory; says what to use instead.
@@ -356,7 +368,7 @@ def resolve_topology(algorithm: Algorithm, topology: Topology | str | None, size
     if algorithm.exchanges != "parameters":
         return None
     if topology is None:
-        topology = _default(algorithm, size)
+        topology = symmetric_exponential(size) if static else _default(algorithm, size)
     if isinstance(topology, str):
         topology = named(topology, size)
     if not isinstance(topology, Topology):

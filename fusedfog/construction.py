@@ -24,6 +24,7 @@ from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
+from fusedfog.storage import WAYS, Storage, Way
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 
@@ -31,6 +32,16 @@ Groups = list[dict[str, Any]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WARM_ROUNDS = 64
+_WIRES: dict[object, torch.dtype | None] = {
+    None: None,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    torch.bfloat16: torch.bfloat16,
+    torch.float8_e4m3fn: torch.float8_e4m3fn,
+    torch.int8: torch.int8,
+}
+_FP8_CAPABILITY = (8, 9)
 
 
 class Keywords(TypedDict, total=False):
@@ -45,6 +56,9 @@ class Keywords(TypedDict, total=False):
     outer: Outer | None
     fused_backward: bool
     bucket_mb: float
+    wire_dtype: torch.dtype | str | None
+    low_precision: Way | None
+    state_dtype: torch.dtype
     max_grad_norm: float | None
     cpu_compile: bool
     measure: bool
@@ -65,6 +79,9 @@ class Options:
     outer: Outer | None = None
     fused_backward: bool = False
     bucket_mb: float = 25
+    wire_dtype: torch.dtype | str | None = None
+    low_precision: Way | None = None
+    state_dtype: torch.dtype = torch.float32
     max_grad_norm: float | None = None
     cpu_compile: bool = False
     measure: bool = False
@@ -86,10 +103,33 @@ class Options:
             raise ValueError("compiled passes measure nothing: leave out cpu_compile=True or measure=True")
         if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
             raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
+        if options.low_precision not in (None, *WAYS):
+            ways = ", ".join(map(repr, WAYS))
+            raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}")
+        if options.state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
+        if options.cpu_compile and (options.low_precision or options.wire_dtype or options.state_dtype != torch.float32):
+            raise ValueError("compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True")
+        if options.mesh is not None and options.codes is not None:
+            raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
         return options
+
+    @property
+    def codes(self) -> torch.dtype | None:
+        """dtype of compressed messages, or None; ValueError for formats that there are not."""
+        given = self.wire_dtype
+        name = given.lower() if isinstance(given, str) else given
+        if name not in _WIRES:
+            raise ValueError(f"wire_dtype is 'bf16', 'fp8' (e4m3), 'int8', their torch dtypes, or None; got {given!r}")
+        return _WIRES[name]
+
+    @property
+    def storage(self) -> Storage:
+        """How 16-bit parameters and states are kept."""
+        return Storage(self.low_precision, self.state_dtype)
 
     def portable(self, clock: Mapping[str, Any]) -> Options:
         """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0."""
@@ -243,11 +283,13 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         check_mesh(mesh, world)
         if algorithm.graph == "any":
             raise ValueError(f"{algorithm.name} works on the ranks' own edges and not on a mesh; use awc or atc")
-    topology = resolve_topology(algorithm, options.topology, world.size if mesh is None else mesh.size(0))
+    size = world.size if mesh is None else mesh.size(0)
+    topology = resolve_topology(algorithm, options.topology, size, static=options.codes is not None)
     if world.size == 1:
         algorithm = algorithm_for("local", family)
     specs = describe(groups, 0, options.model)
     device = groups[0]["params"][0].device
+    _check_precision(algorithm, specs, topology, device, options)
     layouts = plan(specs, int(options.bucket_mb * 2**20))
     link, channel, hierarchy = None, 0, None
     passes = _passes_to_compile(algorithm, groups, layouts, topology, world, options) if device.type == "cpu" else []
@@ -264,7 +306,8 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     compiled = bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
     params = [param for group in groups for param in group["params"]]
     segments = [
-        FlatSegment(layout, [params[slot.index] for slot in layout.slots], compiled=compiled) for layout in layouts
+        FlatSegment(layout, [params[slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage)
+        for layout in layouts
     ]
     if options.sync_init:
         broadcast([segment.param for segment in segments], link)
@@ -284,7 +327,39 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
             measure=options.measure,
         ),
         hierarchy,
+        options.codes,
     )
+
+
+def _check_precision(
+    algorithm: Algorithm, specs: Sequence[ParamSpec], topology: Topology | None, device: torch.device, options: Options
+) -> None:
+    """Raise ValueError for ways of storing and sending that these parameters, this device or this algorithm do not allow."""
+    if options.low_precision is not None and not any(spec.dtype.itemsize == 2 for spec in specs):
+        dtypes = ", ".join(sorted({str(spec.dtype) for spec in specs}))
+        raise ValueError(
+            f"low_precision={options.low_precision!r} is for bf16 and fp16 parameters, and these are {dtypes}: convert the "
+            f"model first (model.bfloat16()), or leave it out"
+        )
+    if options.state_dtype != torch.float32 and not algorithm.plain:
+        raise ValueError(
+            f"the states of {algorithm.name} carry sums over ranks that must be exact: state_dtype is for awc, atc, "
+            f"allreduce, local and push_sum"
+        )
+    if options.codes is None:
+        return
+    if topology is not None and topology.period is None:
+        raise ValueError(
+            f"wire_dtype keeps replicas for each round of the topology's period, and {topology.name} has none: use a static "
+            f"graph, 'one_peer_exponential' or another periodic sequence"
+        )
+    if options.codes == torch.float8_e4m3fn and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            raise ValueError(
+                f"{device} has compute capability {capability[0]}.{capability[1]} and cannot make fp8 (e4m3) messages, which "
+                f"takes 8.9: use wire_dtype='int8', as many bits, or 'bf16'"
+            )
 
 
 def _passes_to_compile(
@@ -322,7 +397,9 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
     layouts = plan(specs, int(options.bucket_mb * 2**20))
     compiled = any(region.compiled for region in engine.segments[0].regions)
     segments = [
-        FlatSegment(layout, [group["params"][slot.index] for slot in layout.slots], compiled=compiled)
+        FlatSegment(
+            layout, [group["params"][slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage
+        )
         for layout in layouts
     ]
     if options.sync_init:
@@ -343,7 +420,9 @@ def measuring_link(engine: Scheduler, options: Options) -> Link | None:
 def change_topology(kind: str, engine: Scheduler, topology: Topology | str | None) -> None:
     """Give a running scheduler another topology; all ranks together."""
     size = engine.topology.size if engine.topology is not None else 1
-    chosen = resolve_topology(engine.algorithm, topology, size)
+    chosen = resolve_topology(engine.algorithm, topology, size, static=engine.wires is not None)
+    if engine.wires is not None and chosen is not None:
+        chosen.finite_period("wire_dtype")
     if engine.link is not None:
         world = engine.link.world
         fields = {"topology": _name_topology(chosen)}

@@ -32,5 +32,9 @@ class StorageReplacedError(RuntimeError):
     """A parameter no longer lives in the optimizer's flat buffer (`p.data = ...`, `.to(...)`); names the parameter."""
 
 
+class NonFiniteError(RuntimeError):
+    """Parameters are not finite where messages cannot say so (`wire_dtype`); names rank and parameters."""
+
+
 class TornMessageWarning(UserWarning):
     """A parameter was edited in place while its value was being sent; wrap such edits in `with opt.paused():`."""

@@ -17,7 +17,9 @@ from torch.utils.dlpack import from_dlpack
 
 from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region
+from fusedfog.kernels.rounding import held
 from fusedfog.layout import Bucket, Segment, Slot, block_table
+from fusedfog.storage import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
 
 # Looping over parameters is most of what a step costs the host: `map` halves it.
 _grad_of, _dtype_of, _version_of = attrgetter("grad"), attrgetter("dtype"), attrgetter("_version")
@@ -52,7 +54,8 @@ class FlatSegment:
 
     Attributes:
         param: `[N]`, the parameters; read by neighbours while a message is in flight.
-        states: name -> `[N]`, float32 (float64 beside float64 parameters), zero until first used.
+        states: name -> `[N]`, float32 (float64 beside float64 parameters, bfloat16 where `storage` says so), zero until
+            first used.
         steps: float32 `[P]`, how often each parameter was updated, as torch.optim counts.
         touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
@@ -60,10 +63,18 @@ class FlatSegment:
 
     Args:
         compiled: whether passes over it on the CPU are to be compiled.
+        storage: how 16-bit parameters, and states, are kept.
     """
 
-    def __init__(self, layout: Segment, params: Sequence[torch.nn.Parameter], *, compiled: bool = False) -> None:
-        self.layout = layout
+    def __init__(
+        self,
+        layout: Segment,
+        params: Sequence[torch.nn.Parameter],
+        *,
+        compiled: bool = False,
+        storage: Storage = EXACT,
+    ) -> None:
+        self.layout, self.storage = layout, storage
         self._compiled = compiled
         self.params = list(params)
         device = params[0].device
@@ -89,6 +100,10 @@ class FlatSegment:
         self.regions, self.whole = self._regions()
         self._grad_homes = [0] * len(params)
         self._grad_table: Tensor | None = None
+        self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
+        self.rest_name = storage.rest if self.narrow else None
+        if self.rest_name == MASTER:
+            self.state(MASTER).copy_(self.param)
         if device.type == "cuda":
             self._make_tables()
 
@@ -119,6 +134,10 @@ class FlatSegment:
         """The flat state `name`, made (zero) at its first use."""
         if name not in self.states:
             dtype = torch.float64 if self.layout.dtype == torch.float64 else torch.float32
+            if name == COMPENSATION:
+                dtype = self.layout.dtype
+            elif name in MOMENTS and dtype == torch.float32:
+                dtype = self.storage.states
             self.states[name] = torch.zeros(self.layout.numel, dtype=dtype, device=self.param.device)
         return self.states[name]
 
@@ -129,8 +148,24 @@ class FlatSegment:
         if name != "message":
             return self.state(name)
         if self._message is None:
-            self._message = torch.zeros_like(self.param)
+            # Rounded to 16 bits, the message would lose the update that the parameters' rest keeps.
+            precise = self.narrow and self.storage.way is not None
+            self._message = torch.zeros_like(self.param, dtype=torch.float32 if precise else None)
         return self._message
+
+    @property
+    def rest(self) -> Tensor | None:
+        """What 16-bit parameters lack of the values they stand for; see `kernels.Pass.rest`."""
+        return None if self.rest_name is None else self.state(self.rest_name)
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Whether passes need a seed."""
+        return (self.narrow and self.storage.way == "stochastic") or self.storage.states != torch.float32
+
+    def value(self, name: str) -> Tensor:
+        """`tensor(name)`, and for "param" the values that the parameters stand for."""
+        return held(self.param, self.rest) if name == "param" else self.tensor(name)
 
     def figures(self, before: bool, region: Region | None = None) -> Tensor:
         """Where passes over a region (None: over all) write `run_pass`'s figures, those before an exchange apart."""
@@ -175,8 +210,8 @@ class FlatSegment:
                 view = self.state_view(name, position)
                 if name in present:
                     view.copy_(state[name])
-                elif name == "outer_param":
-                    view.copy_(self.params[position].detach())  # the anchor of a run that had not begun
+                elif name in ("outer_param", MASTER):
+                    view.copy_(self.params[position].detach())  # a run that had none yet
                 else:
                     view.zero_()
             # torch's SGD stores no count; what matters is whether its momentum buffer has begun.

@@ -10,17 +10,22 @@ from torch import Tensor
 from fusedfog.averaging import GradientAverage
 from fusedfog.exchange import Message
 from fusedfog.flat import FlatSegment
-from fusedfog.kernels import Region
+from fusedfog.kernels import Region, Wire
 from fusedfog.layout import Bucket, backward_order
 
 
 @dataclass(frozen=True)
 class Inbox:
-    """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent."""
+    """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent.
+
+    Compressed messages are codes, with `scales`, and belong to `wires`, this rank's own ends.
+    """
 
     tensors: tuple[tuple[Tensor, ...], ...] = ()
     weights: tuple[float, ...] = ()
     row_sum: float = 1.0
+    scales: tuple[tuple[Tensor | None, ...], ...] = ()
+    wires: tuple[Wire, ...] = ()
 
 
 EMPTY = Inbox()

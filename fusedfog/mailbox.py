@@ -21,6 +21,7 @@ from fusedfog.hierarchy import Hierarchy
 from fusedfog.lanes import Inbox, Lane
 from fusedfog.topology import Round, Topology
 from fusedfog.trace import span
+from fusedfog.wires import Wires
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Mailbox:
     Attributes:
         messages: names of the flat tensors that travel.
         hierarchy: this rank's place on a mesh; rounds are then between machines.
+        wires: this rank's ends of compressed messages, if they are to be compressed.
         in_flight: every message not yet waited for, for whoever must finish them.
     """
 
@@ -49,6 +51,7 @@ class Mailbox:
     messages: tuple[str, ...]
     figures: Figures
     hierarchy: Hierarchy | None = None
+    wires: Wires | None = None
     in_flight: list[Message] = field(default_factory=list)
     _inboxes: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     _turn: tuple[Topology, int, Round] | None = None
@@ -60,18 +63,29 @@ class Mailbox:
             self._send_by_machine(lane, self.hierarchy, topology, exchange, label)
             return
         turn = self._round(topology, self.link.world.rank, exchange)
+        ends = self.wires.of(lane.segment, exchange) if self.wires is not None else ()
         sends: list[Parcel] = []
         recvs: list[Parcel] = []
-        inboxes = []
-        for name in self.messages:
-            flat = lane.segment.tensor(name)
-            inbox = self._inbox(lane.segment, name, len(turn.recv))
-            sends += [(peer, flat[lane.whole]) for peer in turn.send]
-            recvs += [(peer, buffer[lane.whole]) for peer, buffer in zip(turn.recv, inbox, strict=True)]
-            inboxes.append(inbox)
-        lane.inbox, lane.sources = Inbox(tuple(inboxes), tuple(turn.recv.values())), turn.recv
-        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same.
-        number = (2 * lane.number + exchange % 2) * len(self.messages)
+        inboxes: list[tuple[Tensor, ...]] = []
+        scales: list[tuple[Tensor | None, ...]] = []
+        for m, name in enumerate(self.messages):
+            if not ends:
+                flat = lane.segment.tensor(name)
+                inboxes.append(self._inbox(lane.segment, name, flat, len(turn.recv)))
+                _post(sends, recvs, turn, flat, inboxes[-1], lane.whole)
+                continue
+            codes, own = ends[m].codes, ends[m].scales
+            inboxes.append(self._inbox(lane.segment, f"{name} codes", codes, len(turn.recv)))
+            _post(sends, recvs, turn, codes, inboxes[-1], lane.whole)
+            scales.append((None,) * len(turn.recv))
+            if own is not None:
+                scales[-1] = self._inbox(lane.segment, f"{name} scales", own, len(turn.recv))
+                _post(sends, recvs, turn, own, scales[-1], slice(lane.whole.start // 16, lane.whole.stop // 16))
+        lane.inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()), scales=tuple(scales), wires=ends)
+        lane.sources = turn.recv
+        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
+        # message is one parcel to a peer, or codes and their scales.
+        number = (2 * lane.number + exchange % 2) * 2 * len(self.messages)
         with span("exchange", (lane.number,), to=turn.send, sources=turn.recv):
             message = self.link.start(sends, recvs, tag=self.link.tag(self.channel, number), label=label)
         self._launch(lane, message)
@@ -80,7 +94,7 @@ class Mailbox:
 
     def _send_by_machine(self, lane: Lane, hierarchy: Hierarchy, topology: Topology, exchange: int, label: str) -> None:
         turn = self._round(topology, hierarchy.machine, exchange)
-        inboxes = tuple(self._inbox(lane.segment, name, 1) for name in self.messages)
+        inboxes = tuple(self._inbox(lane.segment, name, lane.segment.tensor(name), 1) for name in self.messages)
         sent = [lane.segment.tensor(name)[lane.whole] for name in self.messages]
         pairs = list(zip(sent, (inbox[0][lane.whole] for inbox in inboxes), strict=True))
         number = (2 * lane.number + exchange % 2) * len(self.messages)
@@ -102,7 +116,7 @@ class Mailbox:
         inboxes = []
         with span("exchange", (lane.number,), to=("all",), sources=("all",)):
             for name in self.messages:
-                inbox = self._inbox(lane.segment, name, 1)
+                inbox = self._inbox(lane.segment, name, lane.segment.tensor(name), 1)
                 buffer = inbox[0][lane.whole]
                 torch.mul(lane.segment.tensor(name)[lane.whole], 1.0 / size, out=buffer)
                 with unrecorded():
@@ -127,10 +141,10 @@ class Mailbox:
             lane.count_edits()
         self.in_flight.append(message)
 
-    def _inbox(self, segment: FlatSegment, name: str, neighbours: int) -> tuple[Tensor, ...]:
+    def _inbox(self, segment: FlatSegment, name: str, like: Tensor, neighbours: int) -> tuple[Tensor, ...]:
         inbox = self._inboxes.setdefault((id(segment), name), [])
         while len(inbox) < neighbours:
-            inbox.append(torch.zeros_like(segment.tensor(name)))
+            inbox.append(torch.zeros_like(like))
         return tuple(inbox[:neighbours])
 
     def receive(self, lane: Lane) -> Inbox:
@@ -141,7 +155,8 @@ class Mailbox:
         """
         self.wait(lane)
         lane.message = None
-        if lane.count_edits():
+        # Codes are no part of the parameters, so edits of these cannot tear them.
+        if lane.count_edits() and not lane.inbox.wires:
             self._report_torn(lane)
         return lane.inbox
 
@@ -178,6 +193,19 @@ class Mailbox:
                 TornMessageWarning,
                 stacklevel=2,
             )
+
+
+def _post(
+    sends: list[Parcel], recvs: list[Parcel], turn: Round, flat: Tensor, inbox: Sequence[Tensor | None], here: slice
+) -> None:
+    """Add what a round sends of a flat tensor, and where it receives the same of others."""
+    sends += [(peer, _portable(flat[here])) for peer in turn.send]
+    recvs += [(peer, _portable(got[here])) for peer, got in zip(turn.recv, inbox, strict=True) if got is not None]
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    """The tensor as a dtype that gloo and NCCL know."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def abandon(link: Link, in_flight: list[Message]) -> None:

@@ -91,8 +91,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if self._scheduler is None:
             saved, clock = dict(self.state), self._options.clock
             engine = self._build()
-            self._adopt_states(saved)
             engine.set_clock(dict(clock))
+            self._adopt_states(saved)
         assert self._scheduler is not None
         return self._scheduler
 
@@ -163,11 +163,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         Messages are not saved: they are a pure function of the parameters and are sent again on resume.
         """
         self._engine.drain(keep_failures=True)
+        clock = self._saved_clock()
         saved = super().state_dict()
         for state in saved["state"].values():
             if "step" in state:
                 state["step"] = state["step"].cpu()
-        saved["fusedfog"] = self._saved_clock()
+        saved["fusedfog"] = clock
         return saved
 
     def _saved_clock(self) -> dict[str, Any]:
@@ -192,8 +193,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         engine.groups = self.param_groups
         engine.discard()
         pairs = construction.pair_parameters(self.param_groups, state_dict)
-        self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
         engine.set_clock(clock)
+        self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
 
     def _loaded_clock(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         clock = dict(state_dict.get("fusedfog", {}))
@@ -219,7 +220,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """Let `self.state[p]` show, as torch.optim does, the states of every parameter that has had a gradient."""
         engine = self._engine
         for segment in engine.segments:
-            names = engine.algorithm.state_names(self.param_groups[segment.layout.group])
+            names = engine.state_names(segment)
             for position, param in segment.unshown(names):
                 views = {name: segment.state_view(name, position) for name in names}
                 if "exp_avg" in views or not engine.algorithm.plain:
@@ -232,8 +233,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         engine = self._engine
         self.state.clear()
         for segment in engine.segments:
-            names = engine.algorithm.state_names(self.param_groups[segment.layout.group])
+            names = engine.state_names(segment)
             segment.load_states(names, [saved.get(param) or {} for param in segment.params])
+        if engine.wires is not None:
+            # A checkpoint of exact messages knows no replicas.
+            engine.adopt_wires(all(name in state for state in saved.values() for name in engine.wires.names()[:1]))
         self._show_states()
 
     # -- decentralized -----------------------------------------------------------------------------------------------

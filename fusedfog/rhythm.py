@@ -13,12 +13,14 @@ class Clock:
         steps, exchanges: how many were made.
         previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
         push_sum: all ranks' push-sum scalars.
+        said: the next exchange has compressed messages already.
     """
 
     steps: int = 0
     exchanges: int = 0
     previous_lr: dict[int, float] = field(default_factory=dict)
     push_sum: list[float] | None = None
+    said: bool = False
 
 
 @dataclass(frozen=True)

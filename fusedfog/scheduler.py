@@ -38,13 +38,15 @@ from fusedfog.exchange import Link, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, multiplier
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.kernels import Gradients, Pass, advance_steps, run_pass
+from fusedfog.kernels import Gradients, Pass, Wire, advance_steps, run_pass
+from fusedfog.kernels.rounding import hash32
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
 from fusedfog.rhythm import Clock, Rhythm
 from fusedfog.topology import Topology
 from fusedfog.trace import span
+from fusedfog.wires import Wires
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Scheduler:
         link: the ranks' link; None for a rank that is alone.
         channel: this optimizer's channel on the link.
         hierarchy: this rank's place on a mesh, where `topology` is between machines.
+        codes: dtype of compressed messages; None sends the flat tensors themselves.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Scheduler:
         channel: int,
         rhythm: Rhythm,
         hierarchy: Hierarchy | None = None,
+        codes: torch.dtype | None = None,
     ) -> None:
         self.groups, self.segments = groups, segments
         self.algorithm, self.topology, self.link, self.rhythm = algorithm, topology, link, rhythm
@@ -96,8 +100,11 @@ class Scheduler:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._mailbox: Mailbox | None = None
         self._push_sum: PushSum | None = None
+        self.wires: Wires | None = None
         if link is not None:
-            self._mailbox = Mailbox(link, channel, algorithm.messages, self.figures, hierarchy)
+            if codes is not None and algorithm.exchanges == "parameters":
+                self.wires = Wires(segments, codes, algorithm.messages, link, ahead=algorithm.before is None)
+            self._mailbox = Mailbox(link, channel, algorithm.messages, self.figures, hierarchy, self.wires)
             # The finalizer must not hold the scheduler, so it holds the one list of what is in flight.
             weakref.finalize(self, abandon, link, self._mailbox.in_flight)
         self.lay_lanes()
@@ -108,6 +115,8 @@ class Scheduler:
     def lay_lanes(self) -> None:
         """Order all buckets of all segments, and hook their parameters; call again after adding segments."""
         self.discard()
+        if self.wires is not None:
+            self.wires.forget()
         self._lanes, self._singles, self._wholes = lanes_of(self.segments)
         if self.algorithm.exchanges == "gradients" and self.link is not None:
             for lane in self._lanes:
@@ -127,6 +136,8 @@ class Scheduler:
     def follow_topology(self, topology: Topology | None) -> None:
         """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
         self.topology = topology
+        if self.wires is not None:
+            self.wires.follow_topology(topology)
         if self.algorithm.name == "push_sum" and topology is not None and self.link is not None:
             old = self._push_sum
             self._push_sum = PushSum(topology, self.link.world.rank)
@@ -137,6 +148,8 @@ class Scheduler:
         """The clock as plain data."""
         if self._push_sum is not None:
             self.clock.push_sum = self._push_sum.scalars.tolist()
+        if self.wires is not None:
+            self.clock.said = self.wires.pending(self.clock.exchanges)
         return {**vars(self.clock), "previous_lr": dict(self.clock.previous_lr)}
 
     def set_clock(self, saved: dict[str, Any]) -> None:
@@ -198,8 +211,9 @@ class Scheduler:
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        for segment in self.segments if not self.algorithm.plain else ():
-            segment.touch_all()
+        for segment in self.segments:
+            if not self.algorithm.plain or self.own_names(segment):
+                segment.touch_all()
         self._inputs.found_inf = found_inf
         if self.algorithm.exchanges == "gradients" and self.link is not None:
             self._lead_all()
@@ -306,6 +320,22 @@ class Scheduler:
             self._lead(sweep)
         self._led = len(self._lanes)
 
+    def state_names(self, segment: FlatSegment) -> tuple[str, ...]:
+        """All states of a segment's parameters that a checkpoint has to hold."""
+        return (*self.algorithm.state_names(self.groups[segment.layout.group]), *self.own_names(segment))
+
+    def own_names(self, segment: FlatSegment) -> tuple[str, ...]:
+        """Those that are neither the algorithm's nor the inner optimizer's, and that parameters without gradients have too."""
+        rest = () if segment.rest_name is None else (segment.rest_name,)
+        return (*rest, *self.wires.names()) if self.wires is not None and segment.layout.mix else rest
+
+    def adopt_wires(self, known: bool) -> None:
+        """Take up compressed messages from loaded states and clock, or forget them if those do not know them."""
+        if self.wires is not None and known:
+            self.wires.resume(self._lanes, self.clock.exchanges, self.clock.said)
+        elif self.wires is not None:
+            self.wires.forget()
+
     def _send_missing(self) -> None:
         """Start this step's exchange of buckets for which none was started ahead."""
         for lane in self._lanes[self._led :]:
@@ -319,14 +349,17 @@ class Scheduler:
             self._start_average(sweep.lanes[0], grads)
         elif self.algorithm.before is not None:
             pushes = self._push_sum is not None and sweep.segment.layout.mix
-            self._pass(sweep, self.algorithm.before, grads, Inbox(row_sum=self._shares().scale) if pushes else EMPTY)
+            inbox = Inbox(row_sum=self._shares().scale) if pushes else EMPTY
+            self._pass(sweep, self.algorithm.before, grads, inbox, (step, self.clock.exchanges) if exchanging else None)
             if exchanging:
                 self._send_all(sweep, step, self.clock.exchanges)
         else:
-            self._pass(sweep, self.algorithm.after, grads, self._receive(sweep) if exchanging else EMPTY)
-            if self._exchanging(step + 1):
-                done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
-                self._send_all(sweep, step + 1, done)
+            inbox = self._receive(sweep) if exchanging else EMPTY
+            done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
+            following = (step + 1, done) if self._exchanging(step + 1) else None
+            self._pass(sweep, self.algorithm.after, grads, inbox, following)
+            if following is not None:
+                self._send_all(sweep, *following)
         if self.rhythm.fused_backward:
             for param in sweep.segment.params[sweep.first : sweep.last]:
                 param.grad = None
@@ -342,13 +375,21 @@ class Scheduler:
             if sweep.segment.layout.mix or self.algorithm.settles:
                 self._pass(sweep, self.algorithm.after, None, inbox)
 
-    def _pass(self, sweep: Sweep, stage: Stage, grads: Gradients | None, inbox: Inbox) -> None:
+    def _pass(
+        self,
+        sweep: Sweep,
+        stage: Stage,
+        grads: Gradients | None,
+        inbox: Inbox,
+        following: tuple[int, int] | None = None,
+    ) -> None:
+        """One pass over a sweep; `following` is the step and exchange that its messages are for, if it makes them."""
         segment, number = sweep.segment, sweep.segment.layout.group
         group = self.groups[number]
         if (number, stage.rule) not in self._inputs.numbers:
             previous = self.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
             self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
-        first_half = stage is self.algorithm.before
+        first_half, given = stage is self.algorithm.before, self._codes_for(sweep, following)
         makes_message = first_half and "message" in self.algorithm.messages
         takes_message = not first_half and self.algorithm.messages != ("param",)
         with span("pass", sweep.numbers, stage.rule):
@@ -371,6 +412,11 @@ class Scheduler:
                     missing=stage.missing,
                     extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
                     figures=segment.figures(first_half, sweep.region) if self.rhythm.measure else None,
+                    rest=segment.rest,
+                    seed=self._seed(segment, first_half) if segment.rounds_stochastically else None,
+                    taken=inbox.wires,
+                    scales=inbox.scales,
+                    given=given,
                 )
             )
         counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
@@ -384,6 +430,24 @@ class Scheduler:
                 missing=stage.missing,
             )
         sweep.bump_versions()
+        if self.wires is not None and following is not None and given:
+            for lane in sweep.lanes:
+                self.wires.said(lane, following[1])
+
+    def _seed(self, segment: FlatSegment, first_half: bool) -> int:
+        """Of this pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
+        rank = self.link.world.rank if self.link is not None else 0
+        seed = 0
+        for part in (rank, self.clock.steps, 2 * self.segments.index(segment) + first_half):
+            seed = hash32((seed + part) & 0xFFFFFFFF)
+        return seed & 0xFFFFFF
+
+    def _codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+        """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""
+        if self.wires is None or following is None or not sweep.segment.layout.mix:
+            return ()
+        step, exchange = following
+        return () if self.rhythm.averages(step) else self.wires.of(sweep.segment, exchange)
 
     def measured(self) -> dict[str, float]:
         """What the last step's passes have measured; waits for the device."""
@@ -420,6 +484,8 @@ class Scheduler:
         if self.rhythm.averages(step):
             self._mailbox.send_to_all(lane, label)
         else:
+            if self.wires is not None:
+                self.wires.say(lane, exchange)
             self._mailbox.send(lane, self.topology, exchange, label)
 
     def _send_all(self, sweep: Sweep, step: int, exchange: int) -> None:

@@ -1,0 +1,168 @@
+"""Compressed messages of one optimizer: what neighbours know of each bucket, and what was said to them last.
+
+Between `scheduler`, which makes codes in its passes, and `mailbox`, which sends them; `kernels.wire` explains the scheme.
+Each round of the topology's period has replicas of its own, for in each round a rank speaks to other neighbours: a
+time-varying graph is then as exact as a static one, for 8 bytes an element and round.
+
+Replicas must agree between sender and receivers, so they begin, at the first exchange and after every change of topology
+or parameters, as rank 0's values, which are broadcast. A message said is never lost: codes that were sent, or would have
+been, are part of `replica` already, so after a pause or on resume the very same codes are sent (again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedfog.averaging import broadcast
+from fusedfog.errors import NonFiniteError
+from fusedfog.exchange import Link
+from fusedfog.flat import FlatSegment
+from fusedfog.kernels import Wire, wire
+from fusedfog.lanes import Lane
+from fusedfog.topology import Topology
+
+
+class Wires:
+    """All wires of one optimizer.
+
+    Args:
+        segments: the optimizer's, a list that may grow.
+        dtype: of the codes.
+        messages: names of the flat tensors that travel.
+        ahead: messages are made a step ahead, and so are in flight at the end of a step.
+    """
+
+    def __init__(
+        self, segments: list[FlatSegment], dtype: torch.dtype, messages: tuple[str, ...], link: Link, *, ahead: bool
+    ) -> None:
+        self.segments, self.dtype, self.messages, self.link, self.ahead = segments, dtype, messages, link, ahead
+        self.period = 1
+        self._settled = False
+        self._wires: dict[tuple[FlatSegment, str, int], Wire] = {}
+        self._said: dict[int, int] = {}
+        self._reports: list[tuple[torch.cuda.Event, Tensor, Lane]] = []
+
+    def follow_topology(self, topology: Topology | None) -> None:
+        """Forget all replicas, and keep one for each round of this topology from now on."""
+        self.period = topology.finite_period("wire_dtype") if topology is not None else 1
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew from rank 0's values at the next exchange."""
+        self._settled = False
+        self._said.clear()
+        for segment, name, number in self._wires:
+            for kind in ("replica", "gap"):
+                segment.states.pop(f"{name}_{kind}{number}", None)
+        self._wires.clear()
+
+    def names(self) -> tuple[str, ...]:
+        """The states that a checkpoint has to hold."""
+        kinds = [f"{kind}{number}" for number in range(self.period) for kind in ("replica", "gap")]
+        return tuple(f"{name}_{kind}" for name in self.messages for kind in [*kinds, *["said"] * self.ahead])
+
+    def _settle(self) -> None:
+        """Agree with the other ranks on replicas."""
+        for segment in self.segments:
+            for name in self.messages if segment.layout.mix else ():
+                first, *others = (self._wire(segment, name, number) for number in range(self.period))
+                first.replica.copy_(segment.tensor(name))
+                broadcast([first.replica], self.link)
+                for other in others:
+                    other.replica.copy_(first.replica)
+                for end in (first, *others):
+                    end.gap.zero_()
+        self._settled = True
+
+    def of(self, segment: FlatSegment, exchange: int) -> tuple[Wire, ...]:
+        """A segment's wires in exchange number `exchange`, one per message. The first call is collective."""
+        if not self._settled:
+            self._settle()
+        return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
+
+    def say(self, lane: Lane, exchange: int) -> None:
+        """Have codes for a bucket's part in an exchange, if no pass has made them."""
+        if self._said.get(lane.number) == exchange:
+            return
+        here = lane.whole
+        for name, end in zip(self.messages, self.of(lane.segment, exchange), strict=True):
+            part = wire.cut(end, here.start, here.stop)
+            wire.give(part, lane.segment.value(name)[here].to(part.replica.dtype))
+        self.said(lane, exchange)
+
+    def said(self, lane: Lane, exchange: int) -> None:
+        """A bucket's codes for this exchange have been made.
+
+        Raises:
+            NonFiniteError: they leave out values that are not finite. On GPUs it is raised by a later call, once the
+                device has got there.
+        """
+        self._said[lane.number] = exchange
+        here = lane.whole
+        for end in self.of(lane.segment, exchange):
+            flag = wire.cut(end, here.start, here.stop).spoilt()
+            if not flag.is_cuda:
+                self._refuse(lane, flag)
+                continue
+            report = torch.empty((), dtype=torch.bool, pin_memory=True)
+            report.copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._reports.append((event, report, lane))
+        while self._reports and self._reports[0][0].query():
+            _, report, earlier = self._reports.pop(0)
+            self._refuse(earlier, report)
+
+    def _refuse(self, lane: Lane, flag: Tensor) -> None:
+        if not flag:
+            return
+        segment, bucket = lane.segment, lane.bucket
+        slots = segment.layout.slots[bucket.first : bucket.last]
+        bad = [(slot.spec.name, int((~segment.param[slot.start : slot.stop].isfinite()).sum())) for slot in slots]
+        names = ", ".join(f"{name} ({count})" for name, count in bad if count) or "a message"
+        raise NonFiniteError(
+            f"rank {self.link.world.rank}: values that are not finite in {names}; {self.dtype} messages cannot carry them, and "
+            f"neighbours were not sent them. Lower the learning rate, clip gradients or use a GradScaler, and go back to a "
+            f"checkpoint"
+        )
+
+    def pending(self, exchange: int) -> bool:
+        """Whether exchange number `exchange`, the next one, has codes already; they are then decoded to the "said" states."""
+        found = self.ahead and exchange in self._said.values()
+        for segment, name, end in self._ends(exchange) if found else ():
+            segment.state(f"{name}_said").copy_(wire.decode(end.codes, end.scales, end.gap.dtype))
+        return found
+
+    def _ends(self, exchange: int) -> list[tuple[FlatSegment, str, Wire]]:
+        return [
+            (segment, name, end)
+            for segment in self.segments
+            if segment.layout.mix
+            for name, end in zip(self.messages, self.of(segment, exchange), strict=True)
+        ]
+
+    def resume(self, lanes: Sequence[Lane], exchange: int, pending: bool) -> None:
+        """Go on with the replicas that were loaded into the states; what was said and not taken is said again."""
+        self._settled = True
+        self._said = {lane.number: exchange for lane in lanes if pending}
+        for segment, name, end in self._ends(exchange) if pending else ():
+            # Exact: what was decoded has the same codes.
+            codes, scales = wire.encode(segment.state(f"{name}_said"), self.dtype)
+            end.codes.copy_(codes)
+            if end.scales is not None and scales is not None:
+                end.scales.copy_(scales)
+
+    def _wire(self, segment: FlatSegment, name: str, number: int) -> Wire:
+        key = (segment, name, number)
+        if key not in self._wires:
+            scales = segment.param.new_zeros(segment.layout.numel // 16, dtype=torch.uint8)
+            self._wires[key] = Wire(
+                torch.zeros_like(segment.param, dtype=self.dtype),
+                None if wire.FORMATS[self.dtype] is None else scales,
+                segment.state(f"{name}_replica{number}"),
+                segment.state(f"{name}_gap{number}"),
+            )
+        return self._wires[key]
