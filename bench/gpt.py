@@ -45,8 +45,10 @@ Report = dict[str, Any]
 Settings = Mapping[str, float]
 
 
-def start(method: str, out: Path, settings: Settings, *more: str, restarts: int = 0) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+def start(
+    method: str, out: Path, settings: Settings, *more: str, restarts: int = 0, ranks: int = RANKS
+) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     example = [f"--max-restarts={restarts}", "-m", "fusedfog.examples.gpt"]
     options = [*METHODS[method], *(f"--{name}={value}" for name, value in settings.items()), f"--out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
