@@ -193,7 +193,9 @@ class CapturableScheduler(Scheduler):
             RuntimeError: nothing was captured, or what was is no longer this optimizer's step; and as `step`.
         """
         if self._recorded is None:
-            raise RuntimeError("replaying() before any step() was captured: call step() inside torch.cuda.graph(...) first")
+            raise RuntimeError(
+                "replaying() before any step() was captured: call step() inside torch.cuda.graph(...) first"
+            )
         if self._recorded != self._layout():
             raise RuntimeError(
                 "the captured step is out of date: param groups, momentum or amsgrad, or the topology's number of neighbours "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from gpu_cases import all_cases
 from gpu_checks import CHECKS, IRREGULAR, among_echoes
 from pool import Pool
 from recorded import StandInGraph
@@ -27,6 +29,9 @@ import test_kernel_codegen as codegen  # noqa: E402
 from fusedfog.kernels import fused_pass  # noqa: E402
 
 _fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names
+compiled_only = pytest.mark.skipif(
+    not isinstance(fused_pass.fused_pass, triton.JITFunction), reason="decorated for the interpreter"
+)
 STEPS, WARM = 12, 2
 TINY = 0.0004
 
@@ -169,7 +174,7 @@ def refusals() -> dict[str, str]:
     told = {}
     refused: dict[str, tuple[str, dict[str, Any]]] = {
         **{name: ("SGD", {"algorithm": name}) for name in ("atc", "decentlam", "quasi_global", "exact_diffusion")},
-        **{f"{name} " : ("AdamW", {"algorithm": name}) for name in ("atc", "dag", "quasi_global", "push_sum")},
+        **{f"{name} ": ("AdamW", {"algorithm": name}) for name in ("atc", "dag", "quasi_global", "push_sum")},
         "allreduce": ("SGD", {"algorithm": "allreduce"}),
         "outer": ("SGD", {"algorithm": "local", "outer": fusedfog.Outer()}),
         "fused_backward": ("SGD", {"fused_backward": True}),
@@ -340,19 +345,18 @@ def test_passes_have_room_for_the_most_neighbours_of_any_round(graph: Topology, 
     assert [most_neighbours(graph, rank) for rank in range(graph.size)] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("captured")])
-def test_the_checks_for_gpus_hold_on_the_cpu(name: str) -> None:
-    CHECKS[name](torch.device("cpu"))
+def test_the_check_for_gpus_holds_on_the_cpu() -> None:
+    CHECKS["captured_steps"](torch.device("cpu"))
 
 
-@pytest.mark.skipif(not isinstance(fused_pass.fused_pass, triton.JITFunction), reason="decorated for the interpreter")
+@compiled_only
 @pytest.mark.parametrize(("kind", "algorithm"), [("AdamW", "awc"), ("SGD", "momentum_tracking")])
 def test_one_kernel_serves_all_rounds_rates_and_recordings(
     kind: str, algorithm: str, compiler: codegen.Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "run_pass", fused_pass.launch)
     monkeypatch.setattr(scheduler, "advance_steps", lambda *args, missing: fused_pass.launch_advance(*args))
-    model = nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 9, bias=False))  # three parameters: not a multiple of 16 bytes
+    model = nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 9, bias=False))  # three addresses are no multiple of 16 bytes
     opt = getattr(fusedfog, kind)(model.parameters(), lr=1.0, algorithm="local", capturable=True)
     for segment in opt._engine.segments:
         segment._make_tables()
@@ -374,3 +378,27 @@ def test_one_kernel_serves_all_rounds_rates_and_recordings(
     # Each recording has an address table of its own.
     tables = {work.grads.addresses.data_ptr() for graph in graphs for work in graph.passes}
     assert len(tables) == 2
+
+
+def test_passes_read_their_numbers_from_memory_alone() -> None:
+    cases = [case for case in all_cases() if case.recorded]
+    assert len(cases) > 10
+    for case in cases:
+        case.check(torch.device("cpu"))
+
+
+@compiled_only
+@pytest.mark.parametrize(("name", "neighbours"), [("sgd-momentum", 1), ("adamw", 2), ("tracking", 4)])
+def test_numbers_from_memory_cost_no_registers_and_narrow_loads_alone(
+    name: str, neighbours: int, compiler: codegen.Compiler, tmp_path: Path
+) -> None:
+    codegen.launch(name, neighbours, torch.float32)
+    codegen.launch(name, neighbours, torch.float32, numbers=torch.zeros(64))
+    plain, recorded = compiler.compiled()
+    usage = codegen.resources(recorded, tmp_path)
+    assert usage["REG"] <= 72, usage
+    assert (usage["STACK"], usage["LOCAL"], recorded.metadata.shared) == (0, 0, 0), usage
+    added = codegen.accesses(recorded) - codegen.accesses(plain)
+    assert set(added) == {"ld b32"}
+    assert added["ld b32"] <= 1 + neighbours + len(codegen.ROWS[name].hyper)
+    assert not codegen.accesses(plain) - codegen.accesses(recorded)

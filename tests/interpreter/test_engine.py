@@ -90,7 +90,8 @@ def replay_train(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Te
             opt.step()
             continue
         if len(graphs) < 2:
-            net.stray.grad = net.stray.grad.clone()  # its copy would be made by a kernel, which the stand-in does not keep
+            # Its aligned copy would be another kernel, which the stand-in does not keep.
+            net.stray.grad = net.stray.grad.clone()
             graphs.append((StandInGraph(), [p.grad for p in net.parameters()]))
             graphs[-1][0].capture(opt.step)
         graph, homes = graphs[step % 2]
