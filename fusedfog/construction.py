@@ -25,7 +25,7 @@ from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
-from fusedfog.storage import WAYS, Storage, Way
+from fusedfog.storage import WAYS, Storage, Way, wire_format
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 
@@ -33,15 +33,6 @@ Groups = list[dict[str, Any]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WARM_ROUNDS = 64
-_WIRES: dict[object, torch.dtype | None] = {
-    None: None,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    torch.bfloat16: torch.bfloat16,
-    torch.float8_e4m3fn: torch.float8_e4m3fn,
-    torch.int8: torch.int8,
-}
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -111,9 +102,13 @@ class Options:
             raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}")
         if options.state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
-        if options.cpu_compile and (options.low_precision or options.wire_dtype or options.state_dtype != torch.float32):
-            raise ValueError("compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True")
-        if options.mesh is not None and options.codes is not None:
+        if options.cpu_compile and (
+            options.low_precision or options.wire_dtype or options.state_dtype != torch.float32
+        ):
+            raise ValueError(
+                "compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True"
+            )
+        if options.codes is not None and options.mesh is not None:
             raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
         if options.capturable and (options.fused_backward or options.cpu_compile):
             what = "fused_backward" if options.fused_backward else "cpu_compile"
@@ -131,11 +126,7 @@ class Options:
     @property
     def codes(self) -> torch.dtype | None:
         """dtype of compressed messages, or None; ValueError for formats that there are not."""
-        given = self.wire_dtype
-        name = given.lower() if isinstance(given, str) else given
-        if name not in _WIRES:
-            raise ValueError(f"wire_dtype is 'bf16', 'fp8' (e4m3), 'int8', their torch dtypes, or None; got {given!r}")
-        return _WIRES[name]
+        return wire_format(self.wire_dtype)
 
     @property
     def storage(self) -> Storage:

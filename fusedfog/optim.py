@@ -45,6 +45,15 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
         bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
+        wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
+            are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
+            Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
+            period, and reads and writes 16; the default topology then is the symmetric exponential graph, of one round.
+        low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
+            with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
+            rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
+            30+2K, 26+2K, 22+2K; None rounds to nearest, 22+2K, and loses updates below half of bf16's spacing.
+        state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication.
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
@@ -63,7 +72,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
     Raises (at construction, before anything is sent or changed):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
-            hyper-parameters; a topology of the wrong size or outside the algorithm's theory.
+            hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
+            cannot make, or with an endless topology; low_precision without 16-bit parameters.
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
         PeerTimeout: another rank never came to build its optimizer.
@@ -121,6 +131,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
             RankLeft: another rank has called `leave()`.
+            NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
             StorageReplacedError: a parameter was moved or given a new storage.
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
@@ -169,7 +180,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
 
-        Messages are not saved: they are a pure function of the parameters and are sent again on resume.
+        Messages are not saved: they are a pure function of the parameters and are sent again on resume. With `low_precision`
+        the state has `master_param` or `compensation`, with `wire_dtype` the replicas and what was said last.
         """
         self._engine.drain(keep_failures=True)
         clock = self._saved_clock()

@@ -11,6 +11,7 @@ been, are part of `replica` already, so after a pause or on resume the very same
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,11 @@ from fusedfog.flat import FlatSegment
 from fusedfog.kernels import Wire, wire
 from fusedfog.lanes import Lane
 from fusedfog.topology import Topology
+
+
+def is_wire_state(name: str) -> bool:
+    """Whether a state of this name is one of `Wires.names`."""
+    return re.fullmatch(r".*_(replica\d+|gap\d+|said)", name) is not None
 
 
 class Wires:
