@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
 from fusedfog.averaging import broadcast
+from fusedfog.capture import CapturableScheduler, refuse
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import FlatSegment, dense_stride
@@ -52,6 +53,7 @@ class Keywords(TypedDict, total=False):
     state_dtype: torch.dtype
     max_grad_norm: float | None
     cpu_compile: bool
+    capturable: bool
     measure: bool
     sync_init: bool
     model: torch.nn.Module | None
@@ -75,6 +77,7 @@ class Options:
     state_dtype: torch.dtype = torch.float32
     max_grad_norm: float | None = None
     cpu_compile: bool = False
+    capturable: bool = False
     measure: bool = False
     sync_init: bool = True
     model: torch.nn.Module | None = None
@@ -107,6 +110,14 @@ class Options:
             )
         if options.codes is not None and options.mesh is not None:
             raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
+        if options.capturable and (options.fused_backward or options.cpu_compile):
+            what = "fused_backward" if options.fused_backward else "cpu_compile"
+            why = (
+                "its hooks start messages inside backward"
+                if options.fused_backward
+                else "compiled passes take numbers as arguments"
+            )
+            raise ValueError(f"capturable=True does not work with {what}=True: {why}. Leave one of them out")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
@@ -278,6 +289,9 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     topology = resolve_topology(algorithm, options.topology, size, static=options.codes is not None)
     if world.size == 1:
         algorithm = algorithm_for("local", family)
+    if options.capturable:
+        pauses = options.communicate_every > 1 or options.global_average_every is not None
+        refuse(algorithm, topology if world.size > 1 else None, lossy=options.codes is not None, pauses=pauses)
     specs = describe(groups, 0, options.model)
     device = groups[0]["params"][0].device
     _check_precision(algorithm, specs, topology, device, options)
@@ -303,7 +317,8 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     if options.sync_init:
         broadcast([segment.param for segment in segments], link)
         broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
-    return Scheduler(
+    make = CapturableScheduler if options.capturable else Scheduler
+    return make(
         groups,
         segments,
         algorithm,
@@ -414,6 +429,8 @@ def change_topology(kind: str, engine: Scheduler, topology: Topology | str | Non
     chosen = resolve_topology(engine.algorithm, topology, size, static=engine.wires is not None)
     if engine.wires is not None and chosen is not None:
         chosen.finite_period("wire_dtype")
+    if isinstance(engine, CapturableScheduler):
+        refuse(engine.algorithm, chosen, lossy=engine.wires is not None)
     if engine.link is not None:
         world = engine.link.world
         fields = {"topology": _name_topology(chosen)}
