@@ -40,6 +40,8 @@ def graphs(name: str, n: int) -> Topology | str:
     """Sequences whose rounds have different numbers of neighbours, or none, by names that travel to the ranks."""
     if name == "star, then pairs":
         return topology.star(n).then(topology.base_graph(n))
+    if name == "no edges":
+        return topology.from_rounds(n, lambda step: {}, 1)
     return name
 
 
@@ -70,6 +72,7 @@ def train(how: str, kind: str, keywords: dict[str, Any], dtype: torch.dtype) -> 
     scaled, resumes = keywords.get("scaled"), keywords.get("resumes")
     keywords = {name: value for name, value in keywords.items() if name not in ("scaled", "resumes")}
     model = net(dtype)
+    model.register_parameter("idle", nn.Parameter(torch.ones(3, dtype=dtype)))  # never has a gradient
     own = nn.Parameter(torch.ones(70, dtype=dtype))
     groups = [{"params": list(model.parameters())}, {"params": [own], "mix": False}]
     model.register_parameter("own", own)
@@ -85,7 +88,7 @@ def train(how: str, kind: str, keywords: dict[str, Any], dtype: torch.dtype) -> 
     if scaled:
         opt.grad_scale, opt.found_inf = scale, overflow  # as a GradScaler does while a step lasts
     for param in model.parameters():
-        param.grad = torch.zeros_like(param)
+        param.grad = None if param is model.idle else torch.zeros_like(param)
     for t in range(STEPS):
         for group in opt.param_groups:
             group["lr"] = 0.0 if t == 5 else 0.05 * math.cos(t / 9)
@@ -150,7 +153,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], torch.dtype]] = {
     "accum-adamw": (4, "AccumAdamW", {"accum_steps": 3}, torch.float32),
     "communicate-every-2": (4, "AdamW", {"communicate_every": 2}, torch.float32),
     "global-average-every-3": (4, "AdamW", {"global_average_every": 3, "max_grad_norm": 0.5}, torch.float32),
-    "averages-alone": (3, "SGD", {"communicate_every": 9, "global_average_every": 2}, torch.float32),
+    "averages-alone": (3, "SGD", {"topology": "no edges", "global_average_every": 2}, torch.float32),
     "resuming": (3, "AdamW", {"topology": "base_graph", "resumes": True, "communicate_every": 2}, torch.float32),
     "stochastic": (3, "AdamW", {"low_precision": "stochastic", "state_dtype": torch.bfloat16}, torch.bfloat16),
     "master": (2, "SGD", SGD_M | {"low_precision": "master", "measure": True}, torch.bfloat16),
