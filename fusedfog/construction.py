@@ -16,11 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
+from fusedfog.around import AroundScheduler
 from fusedfog.averaging import broadcast
 from fusedfog.capture import CapturableScheduler, refuse
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import FlatSegment, dense_stride
+from fusedfog.gradient_exchange import AllReduceScheduler
 from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
@@ -317,7 +319,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     if options.sync_init:
         broadcast([segment.param for segment in segments], link)
         broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
-    make = CapturableScheduler if options.capturable else Scheduler
+    make = _scheduler_for(algorithm, family, options)
     return make(
         groups,
         segments,
@@ -335,6 +337,14 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         hierarchy,
         options.codes,
     )
+
+
+def _scheduler_for(algorithm: Algorithm, family: str, options: Options) -> type[Scheduler]:
+    if family == "wrapped":
+        return AroundScheduler
+    if algorithm.exchanges == "gradients":
+        return AllReduceScheduler
+    return CapturableScheduler if options.capturable else Scheduler
 
 
 def _check_precision(

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from fusedfog.around import AroundScheduler
 from fusedfog.construction import Keywords, Options
 from fusedfog.optim import DecentralizedOptimizer
 from fusedfog.scheduler import Scheduler
@@ -93,6 +94,7 @@ class Decentralized(DecentralizedOptimizer):
             # Somebody called inner.load_state_dict(), which makes a new list.
             self._share()
             engine.groups = self.param_groups
+        assert isinstance(engine, AroundScheduler)
         engine.step_around(self.inner.step, grad_scale, found_inf)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:

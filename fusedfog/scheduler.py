@@ -22,9 +22,8 @@ forwards, accumulation and skipped updates cannot de-phase ranks.
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +32,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
-from fusedfog.averaging import GradientAverage
-from fusedfog.exchange import Link, unrecorded
+from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, multiplier
 from fusedfog.hierarchy import Hierarchy
@@ -118,9 +116,6 @@ class Scheduler:
         if self.wires is not None:
             self.wires.forget()
         self._lanes, self._singles, self._wholes = lanes_of(self.segments)
-        if self.algorithm.exchanges == "gradients" and self.link is not None:
-            for lane in self._lanes:
-                lane.average = GradientAverage(lane.segment, lane.bucket, self.link)
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
@@ -213,73 +208,14 @@ class Scheduler:
             )
         self._touch()
         self._inputs.found_inf = found_inf
-        if self.algorithm.exchanges == "gradients" and self.link is not None:
-            self._lead_all()
-            self._follow_averages(grad_scale)
-        else:
-            self._inputs.grad_scale = self._multiplier(grad_scale)
-            self._lead_all()
-            if self.algorithm.before is not None:
-                self._follow_all()
+        self._lead_and_follow(grad_scale)
         self._tick()
 
-    def step_around(self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
-
-        awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x
-        atc   x = inner(x) -> send x -> wait -> x = W x
-        """
-        self._begin()
-        step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
-        ahead, sweeps = self.algorithm.before is None, self._sweeps(0)
-        if ahead and exchanging:
-            self._send_missing()
-        corrections = [self._correction(sweep) if ahead and exchanging else None for sweep in sweeps]
-        self._update_outside(update, grad_scale, found_inf)
-        for sweep, correction in zip(sweeps, corrections, strict=True):
-            if correction is not None:
-                sweep.segment.param[sweep.whole] += correction[sweep.whole]
-                sweep.bump_versions()
-            if ahead and self._exchanging(step + 1):
-                self._send_all(sweep, step + 1, self.clock.exchanges + (exchanging and self.rhythm.turns(step)))
-            elif exchanging and not ahead:
-                self._send_all(sweep, step, self.clock.exchanges)
-        if not ahead:
+    def _lead_and_follow(self, grad_scale: Tensor | None) -> None:
+        self._inputs.grad_scale = self._multiplier(grad_scale)
+        self._lead_all()
+        if self.algorithm.before is not None:
             self._follow_all()
-        self._tick()
-
-    def _correction(self, sweep: Sweep) -> Tensor | None:
-        """W x - x of a sweep's buckets, in one of the tensors that came; None if there is nothing to mix."""
-        inbox = self._receive(sweep)
-        if not inbox.weights:
-            return None
-        (received,), param = inbox.tensors, sweep.segment.param
-        with span("pass", sweep.numbers, "mix"):
-            run_pass(
-                Pass(
-                    "mix",
-                    received[0],
-                    (),
-                    (),
-                    sweep.region,
-                    sent=(param,),
-                    inbox=(received,),
-                    weights=inbox.weights,
-                    row_sum=0.0,
-                )
-            )
-        return received[0]
-
-    def _update_outside(
-        self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        if found_inf is None or not found_inf.item():
-            factor = self._multiplier(grad_scale)
-            if factor is not None:
-                torch._foreach_mul_(self._gradients(), factor)
-            update()
-        for lane in self._lanes:
-            lane.counted = False  # The update's own writes are no edits.
 
     def _begin(self) -> None:
         if self.held is not None:
@@ -313,8 +249,7 @@ class Scheduler:
     def _sweeps(self, first: int) -> list[Sweep]:
         """The passes that cover all buckets from number `first` on, in the order of passes and messages."""
         overlaps = self.algorithm.before is not None and self._exchanging(self.clock.steps)
-        averages = self.algorithm.exchanges == "gradients" and self.link is not None
-        return self._wholes if self._by_segment and not (overlaps or averages) else self._singles[first:]
+        return self._wholes if self._by_segment and not overlaps else self._singles[first:]
 
     def _lead_all(self) -> None:
         if self.algorithm.before is None and self._exchanging(self.clock.steps):
@@ -348,9 +283,7 @@ class Scheduler:
     def _lead(self, sweep: Sweep) -> None:
         grads = sweep.segment.gradients(sweep.first, sweep.last)
         step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
-        if self.algorithm.exchanges == "gradients" and self.link is not None:
-            self._start_average(sweep.lanes[0], grads)
-        elif self.algorithm.before is not None:
+        if self.algorithm.before is not None:
             pushes = self._push_sum is not None and sweep.segment.layout.mix
             inbox = Inbox(row_sum=self._shares().scale) if pushes else EMPTY
             self._pass(sweep, self.algorithm.before, grads, inbox, (step, self.clock.exchanges) if exchanging else None)
@@ -363,6 +296,9 @@ class Scheduler:
             self._pass(sweep, self.algorithm.after, grads, inbox, following)
             if following is not None:
                 self._send_all(sweep, *following)
+        self._release(sweep)
+
+    def _release(self, sweep: Sweep) -> None:
         if self.rhythm.fused_backward:
             for param in sweep.segment.params[sweep.first : sweep.last]:
                 param.grad = None
@@ -516,33 +452,6 @@ class Scheduler:
             exchanging = self._exchanging(self.clock.steps)
             self._inputs.shares = self._push_sum.exchange(self.clock.exchanges) if exchanging else self._push_sum.idle()
         return self._inputs.shares
-
-    def _start_average(self, lane: Lane, grads: Gradients) -> None:
-        average = lane.average
-        assert average is not None
-        tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
-        with span("exchange", (lane.number,), to=("all",), sources=("all",)), unrecorded():
-            average.start(Gradients(tensors, grads.addresses, grads.dtype), self._inputs.found_inf)
-        world = average.link.world.size
-        size = 2 * average.buffer.nbytes * (world - 1) // world
-        self.figures.bytes_sent += size
-        self.figures.bytes_received += size
-
-    def _follow_averages(self, grad_scale: Tensor | None) -> None:
-        begin = time.perf_counter()
-        averages = [lane.average for lane in self._lanes if lane.average is not None]
-        reduced = []
-        for number, average in enumerate(averages):
-            with span("wait", (number,), sources=("all",)):
-                reduced.append(average.finish())
-        self.figures.blocked_s += time.perf_counter() - begin
-        self._inputs.grad_scale = multiplier(
-            [average.tensors() for average in averages], grad_scale, self.rhythm.max_grad_norm
-        )
-        scaled = self._inputs.found_inf is not None
-        for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
-            self._inputs.found_inf = found_inf if scaled else None
-            self._pass(sweep, self.algorithm.after, grads, EMPTY)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
