@@ -8,7 +8,8 @@ halfway, is restarted by torchrun, and has to measure what the run that was left
 Each method uses the learning rate that suits it: the one of a grid with the least validation loss for a seed of its own
 (`--tune`: 6 runs, writes results/gpt.tuning.json). It is not the same for both: where gradients are mostly noise, Adam's
 second moment of one rank's gradient is up to n times that of the mean over n ranks, so that the same learning rate takes
-steps shorter by up to sqrt(n). A row shows AWC with the other's learning rate too. (10 runs; results/gpt.json and .md)
+steps shorter by up to sqrt(n). The tuning runs, shown below the table, have AWC with the other's learning rate too. (7
+runs, 1.5 minutes each on two cores; results/gpt.json and .md)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from test_gpt import ranks_of, wait_for_step
 RANKS = 4
 SEEDS = (0, 1, 2)
 TUNING_SEED, GRID = 9, (4e-3, 8e-3, 16e-3)
-SETTINGS = {"steps": 300, "warm-up": 100, "layers": 3, "windows": 1024}
+SETTINGS = {"steps": 1500, "warm-up": 100, "layers": 2, "width": 64, "windows": 1024}
 METHODS = {
     "AWC, one-peer exponential": ("--algorithm=awc", "--topology=one_peer_exponential"),
     "DistributedDataParallel": ("--algorithm=ddp",),
@@ -44,8 +45,10 @@ Report = dict[str, Any]
 Settings = Mapping[str, float]
 
 
-def start(method: str, out: Path, settings: Settings, *more: str, restarts: int = 0) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+def start(
+    method: str, out: Path, settings: Settings, *more: str, restarts: int = 0, ranks: int = RANKS
+) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     example = [f"--max-restarts={restarts}", "-m", "fusedfog.examples.gpt"]
     options = [*METHODS[method], *(f"--{name}={value}" for name, value in settings.items()), f"--out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -123,12 +126,12 @@ def tune(settings: Settings, folder: Path) -> None:
 
 def compare(settings: Settings, seeds: Sequence[int], folder: Path) -> None:
     begin = time.perf_counter()
-    lr = json.loads((folder / "gpt.tuning.json").read_text())["lr"]
-    names = {OURS: (OURS, lr[OURS]), f"{OURS}, DDP's lr": (OURS, lr[BASELINE]), BASELINE: (BASELINE, lr[BASELINE])}
-    runs: dict[str, list[Report]] = {name: [] for name in names}
+    tuning = json.loads((folder / "gpt.tuning.json").read_text())
+    lr = tuning["lr"]
+    runs: dict[str, list[Report]] = {method: [] for method in METHODS}
     for seed in seeds:
-        for name, (method, rate) in names.items():
-            runs[name].append(train(method, {**settings, "lr": rate, "seed": seed}))
+        for method in METHODS:
+            runs[method].append(train(method, {**settings, "lr": lr[method], "seed": seed}))
     killed = train_with_a_kill(OURS, {**settings, "lr": lr[OURS], "seed": seeds[0]})
     words = ", ".join(f"{key} {value}" for key, value in machine().items())
     one = runs[OURS][0]
@@ -137,7 +140,12 @@ def compare(settings: Settings, seeds: Sequence[int], folder: Path) -> None:
         f"({one['parameters'] / 1e6:.2f} million parameters), mean ± sample standard deviation; see bench/gpt.py. {words}"
     )
     rows = [row(name, found, runs[BASELINE]) for name, found in runs.items()]
-    shown = "\n\n".join([note, table(rows), *verdicts(runs[OURS], runs[BASELINE], killed)])
+    tried = "; ".join(
+        f"{method}: " + ", ".join(f"{loss:.4f} at {rate}" for rate, loss in losses.items())
+        for method, losses in tuning["validation_loss"].items()
+    )
+    judged = verdicts(runs[OURS], runs[BASELINE], killed)
+    shown = "\n\n".join([note, table(rows), *judged, f"Learning rates tried with seed {tuning['seed']}: {tried}."])
     seconds = round(time.perf_counter() - begin)
     print(f"\n{shown}\n\n{seconds} s")
     (folder / "gpt.md").write_text(shown + "\n")

@@ -51,6 +51,7 @@ SECTIONS = [
     Section("speed", "gpu_sections", 140),
     Section("optimizers", "gpu_sections", 75),
     Section("host", "gpu_sections", 60),
+    Section("graphs", "gpu_sections", 45),
     Section("memory", "gpu_sections", 40),
     Section("overlap", "gpu_sections", 45),
     Section("ranks", "gpu_ranks", 120),

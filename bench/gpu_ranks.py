@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,20 @@ import torch
 import torch.distributed as dist
 from fusedfog.kernels import BLOCK, Pass, Region, run_pass
 from gpu_notes import Notes, Run
+from recorded import record
 from torch import Tensor, nn
 
 import fusedfog
 from fusedfog.exchange import Link, Message
 
-STEPS = 20
+STEPS, WARM = 20, 3
 METHODS = [
     ("SGD", "awc", {}),
     ("SGD", "atc", {}),
     ("SGD", "atc", {"fused_backward": True}),
     ("SGD", "momentum_tracking", {}),
     ("AdamW", "awc", {}),
+    ("AdamW", "awc", {"capturable": True}),
     ("AdamW", "allreduce", {}),
 ]
 
@@ -162,10 +165,26 @@ def train_all(rank: int, device: torch.device, path: Path) -> None:
             optimizer = getattr(fusedfog, kind)(
                 model.parameters(), lr=0.01, algorithm=algorithm, bucket_mb=0.02, **own, **options
             )
-            for _ in range(STEPS):
-                optimizer.zero_grad()
+
+            def train(model: nn.Module = model, optimizer: Any = optimizer, x: Tensor = x, y: Tensor = y) -> None:
                 (model(x) - y).square().mean().backward()
                 optimizer.step()
+
+            captured = "capturable" in options and device.type == "cuda"
+            if captured:
+                torch.cuda.synchronize(device)
+            # torch wants the steps before a capture on a stream that is not the default one.
+            with torch.cuda.stream(torch.cuda.Stream(device)) if captured else nullcontext():
+                for _ in range(WARM if captured else STEPS):
+                    optimizer.zero_grad()
+                    train()
+            if captured:
+                torch.cuda.synchronize(device)
+                optimizer.zero_grad()
+                replay = record(device, train)
+                for _ in range(WARM, STEPS):
+                    with optimizer.replaying():
+                        replay()
             optimizer.drain()
             results[label] = torch.cat([param.detach().flatten() for param in model.parameters()]).cpu()
         except (RuntimeError, ValueError) as error:

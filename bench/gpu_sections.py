@@ -29,6 +29,7 @@ from gpu_checks import CHECKS, among_echoes
 from gpu_notes import Notes, Run
 from kernel_cases import TORCH, USES, Pass
 from kernel_rules import ROWS
+from recorded import record
 from torch import nn
 
 import fusedfog
@@ -143,12 +144,14 @@ def optimizers(notes: Notes, run: Run) -> None:
         notes.add("checks", {"check": name, "result": result, "s": time.perf_counter() - begin})
 
 
-def _optimizer(kind: str, algorithm: str, size: int, params: list[nn.Parameter], *, silent: bool = True) -> Any:
+def _optimizer(
+    kind: str, algorithm: str, size: int, params: list[nn.Parameter], *, silent: bool = True, capturable: bool = False
+) -> Any:
     """A fusedfog optimizer alone, among silent or echoing neighbours on a ring, or torch's fused one."""
-    options = {"momentum": 0.9} if kind == "SGD" else {}
+    options: dict[str, Any] = {"momentum": 0.9} if kind == "SGD" else {}
     if algorithm == "torch.optim fused":
         return getattr(torch.optim, kind)(params, lr=1e-3, fused=True, **options)
-    optimizer = getattr(fusedfog, kind)(params, lr=1e-3, algorithm="local", **options)
+    optimizer = getattr(fusedfog, kind)(params, lr=1e-3, algorithm="local", capturable=capturable, **options)
     return optimizer if size == 1 else among_echoes(optimizer, algorithm, size, silent=silent)
 
 
@@ -187,6 +190,83 @@ def host(notes: Notes, run: Run) -> None:
             notes.add("host time", entry | {"launches": _launches(optimizer, run)})
             if kind == "AdamW" and algorithm == "awc" and size == 2:
                 notes["where AdamW's time goes, one neighbour, 100 steps"] = _profile(optimizer, run)
+
+
+def graphs(notes: Notes, run: Run) -> None:
+    """Steps replayed from a CUDA graph against eager ones: the host's time and the time from step to step, in us."""
+    count, numel, rounds = (300, 64, 5) if run.smoke else (300, 40_000, 50)
+    for kind in ("SGD", "AdamW"):
+        for algorithm, size in (("local", 1), ("awc", 2), ("awc", 4)):
+            entry: dict[str, Any] = {"optimizer": kind, "algorithm": algorithm, "neighbours": min(size - 1, 2)}
+            for capturable in (False, True):
+                if run.left() < 5:
+                    return
+                params = [nn.Parameter(torch.rand(numel, device=run.device)) for _ in range(count)]
+                optimizer = _optimizer(kind, algorithm, size, params, capturable=capturable)
+                for param in params:
+                    param.grad = torch.rand_like(param)
+                name = "capturable" if capturable else "eager"
+                entry[f"{name}: host"], entry[f"{name}: step to step"] = _paces(optimizer.step, run, rounds)
+            step = _replayed(optimizer, optimizer.step, run)
+            entry["replayed: host"], entry["replayed: step to step"] = _paces(step, run, rounds)
+            notes.add("step alone", entry)
+    if run.smoke:
+        notes["training steps"] = "need a GPU"
+        return
+    for width in (64, 1024):
+        entry = {"layers": 24, "width": width}
+        for captured in (False, True):
+            model = nn.Sequential(*(nn.Linear(width, width, device="cuda") for _ in range(24)))
+            optimizer = _optimizer("AdamW", "awc", 2, list(model.parameters()), silent=False, capturable=captured)
+            x = torch.randn(256, width, device="cuda")
+
+            def train(model: nn.Module = model, optimizer: Any = optimizer, x: torch.Tensor = x) -> None:
+                model(x).square().mean().backward()
+                optimizer.step()
+
+            def eager(optimizer: Any = optimizer, train: Any = train) -> None:
+                optimizer.zero_grad()
+                train()
+
+            step = eager
+            if captured:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(3):
+                        eager()
+                torch.cuda.current_stream().wait_stream(side)
+                optimizer.zero_grad()
+                step = _replayed(optimizer, train, run)
+            name = "graph" if captured else "eager"
+            entry[f"{name}: host"], entry[f"{name}: step to step"] = _paces(step, run, rounds)
+        notes.add("forward, backward and step", entry)
+
+
+def _replayed(optimizer: Any, step: Any, run: Run) -> Any:
+    replay = record(run.device, step)
+
+    def again() -> None:
+        with optimizer.replaying():
+            replay()
+
+    return again
+
+
+def _paces(step: Any, run: Run, rounds: int) -> tuple[float, float]:
+    """The host's time in a step that finds the device idle (median), and the time a step takes in a row of them, in us."""
+    hosts = []
+    for turn in range(rounds + 5):
+        _synchronize(run)
+        begin = time.perf_counter()
+        step()
+        hosts += [1e6 * (time.perf_counter() - begin)] * (turn >= 5)
+    _synchronize(run)
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        step()
+    _synchronize(run)
+    return statistics.median(hosts), 1e6 * (time.perf_counter() - begin) / rounds
 
 
 def _synchronize(run: Run) -> None:

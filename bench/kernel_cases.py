@@ -9,9 +9,11 @@ from typing import Any
 import common  # noqa: F401 (makes fusedfog and the tests' table of rules importable)
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, run_pass
+from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
 from kernel_rules import ROWS, SHAPES
 from torch import Tensor
+
+from fusedfog import kernels
 
 TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {
     "mix": None,
@@ -79,7 +81,7 @@ class Pass:
         )
 
     def __call__(self, **options: Any) -> None:
-        run_pass(Pass(self.row.rule, self.param, self.states, self.row.hyper, **{**self.arguments, **options}))
+        run_pass(kernels.Pass(self.row.rule, self.param, self.states, self.row.hyper, **{**self.arguments, **options}))
 
 
 def torch_runs(name: str, neighbours: int, dtype: torch.dtype, numel: int, device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fusedfog.decentralized import Decentralized
 from fusedfog.errors import (
     ExchangeError,
     MismatchError,
+    NonFiniteError,
     PeerTimeout,
     RankLeft,
     StorageReplacedError,
@@ -35,6 +36,7 @@ __all__ = [
     "Decentralized",
     "ExchangeError",
     "MismatchError",
+    "NonFiniteError",
     "Outer",
     "PeerTimeout",
     "RankLeft",

@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from fusedfog.construction import measuring_link
 from fusedfog.optim import DecentralizedOptimizer
+from fusedfog.storage import COMPENSATION
+from fusedfog.wires import is_wire_state
 from fusedfog.world import World, find_world
 
 
@@ -168,10 +170,11 @@ def _average(
     like: Mapping[str, DTensor],
 ) -> dict[str, Any]:
     """The mean of all saved ranks' floating-point tensors; the rest is rank 0's."""
-    result = _read(path, stored, 0, like)
+    result = {name: value for name, value in _read(path, stored, 0, like).items() if _has_a_mean(name)}
     scalars = result["rest"]["optimizer"]["fusedfog"].get("push_sum") or [1.0] * ranks
     # A parameter that had no gradient on rank 0 may have states on others.
-    names = {key.split("/", 1)[1]: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+    tensors = {key.split("/", 1)[1]: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+    names = {name: about for name, about in tensors.items() if _has_a_mean(name)}
     sums = {
         name: torch.zeros_like(_empty(about, like.get(name)), dtype=_wide(about.properties.dtype))
         for name, about in sorted(names.items())
@@ -190,12 +193,18 @@ def _average(
         state = name.rsplit("/", 1)[0]
         if name.startswith("state/") and f"{state}/step" not in result:
             result[f"{state}/step"] = _most_steps(path, stored, state)
-    result["rest"]["optimizer"]["fusedfog"]["push_sum"] = None
+    result["rest"]["optimizer"]["fusedfog"] |= {"push_sum": None, "said": False}
     return result
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _has_a_mean(name: str) -> bool:
+    """Replicas and what was said belong to the old ranks' exchanges, a compensation to the parameters before averaging."""
+    state = name.rsplit("/", 1)[1] if name.startswith("state/") else ""
+    return state != COMPENSATION and not is_wire_state(state)
 
 
 def _most_steps(path: str | Path, stored: Mapping[str, Any], state: str) -> Tensor:

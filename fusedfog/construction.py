@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
 from fusedfog.averaging import broadcast
+from fusedfog.capture import CapturableScheduler, refuse
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.exchange import Link, link_for, next_agreement
 from fusedfog.flat import dense_stride
@@ -25,7 +26,7 @@ from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import room, segment_of, settle, sharding_of, stand_in
-from fusedfog.storage import WAYS, Storage, Way
+from fusedfog.storage import WAYS, Storage, Way, wire_format
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 
@@ -33,15 +34,6 @@ Groups = list[dict[str, Any]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WARM_ROUNDS = 64
-_WIRES: dict[object, torch.dtype | None] = {
-    None: None,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    torch.bfloat16: torch.bfloat16,
-    torch.float8_e4m3fn: torch.float8_e4m3fn,
-    torch.int8: torch.int8,
-}
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -62,6 +54,7 @@ class Keywords(TypedDict, total=False):
     state_dtype: torch.dtype
     max_grad_norm: float | None
     cpu_compile: bool
+    capturable: bool
     measure: bool
     sync_init: bool
     model: torch.nn.Module | None
@@ -85,6 +78,7 @@ class Options:
     state_dtype: torch.dtype = torch.float32
     max_grad_norm: float | None = None
     cpu_compile: bool = False
+    capturable: bool = False
     measure: bool = False
     sync_init: bool = True
     model: torch.nn.Module | None = None
@@ -109,8 +103,20 @@ class Options:
             raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}")
         if options.state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
-        if options.cpu_compile and (options.low_precision or options.wire_dtype or options.state_dtype != torch.float32):
-            raise ValueError("compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True")
+        if options.cpu_compile and (
+            options.low_precision or options.wire_dtype or options.state_dtype != torch.float32
+        ):
+            raise ValueError(
+                "compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True"
+            )
+        if options.capturable and (options.fused_backward or options.cpu_compile):
+            what = "fused_backward" if options.fused_backward else "cpu_compile"
+            why = (
+                "its hooks start messages inside backward"
+                if options.fused_backward
+                else "compiled passes take numbers as arguments"
+            )
+            raise ValueError(f"capturable=True does not work with {what}=True: {why}. Leave one of them out")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
@@ -119,11 +125,7 @@ class Options:
     @property
     def codes(self) -> torch.dtype | None:
         """dtype of compressed messages, or None; ValueError for formats that there are not."""
-        given = self.wire_dtype
-        name = given.lower() if isinstance(given, str) else given
-        if name not in _WIRES:
-            raise ValueError(f"wire_dtype is 'bf16', 'fp8' (e4m3), 'int8', their torch dtypes, or None; got {given!r}")
-        return _WIRES[name]
+        return wire_format(self.wire_dtype)
 
     @property
     def storage(self) -> Storage:
@@ -292,6 +294,9 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     topology = resolve_topology(algorithm, options.topology, size, static=options.codes is not None)
     if world.size == 1:
         algorithm = algorithm_for("local", family)
+    if options.capturable:
+        pauses = options.communicate_every > 1 or options.global_average_every is not None
+        refuse(algorithm, topology if world.size > 1 else None, lossy=options.codes is not None, pauses=pauses)
     specs = describe(groups, 0, options.model)
     device = groups[0]["params"][0].device
     _check_precision(algorithm, specs, topology, device, options)
@@ -319,7 +324,8 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     if options.sync_init:
         broadcast([segment.param for segment in segments], link)
         broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
-    return Scheduler(
+    make = CapturableScheduler if options.capturable else Scheduler
+    return make(
         groups,
         segments,
         algorithm,
@@ -436,6 +442,8 @@ def change_topology(kind: str, engine: Scheduler, topology: Topology | str | Non
     chosen = resolve_topology(engine.algorithm, topology, size, static=engine.wires is not None)
     if engine.wires is not None and chosen is not None:
         chosen.finite_period("wire_dtype")
+    if isinstance(engine, CapturableScheduler):
+        refuse(engine.algorithm, chosen, lossy=engine.wires is not None)
     if engine.link is not None:
         world = engine.link.world
         fields = {"topology": _name_topology(chosen)}

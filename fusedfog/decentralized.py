@@ -23,6 +23,7 @@ _REFUSED = {
     "low_precision": "the wrapped optimizer writes the parameters itself",
     "wire_dtype": "compressed messages are made by the passes of fusedfog's own optimizers",
     "cpu_compile": "only the passes of fusedfog's own optimizers can be compiled",
+    "capturable": "the wrapped optimizer's step takes its numbers, and starts its kernels, as it likes",
 }
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 

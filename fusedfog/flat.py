@@ -49,6 +49,20 @@ def _same_order(tensor: Tensor, stride: tuple[int, ...]) -> bool:
     return own == stride or all(a == b for a, b, size in zip(own, stride, tensor.shape, strict=True) if size > 1)
 
 
+def addresses_of(gradients: Sequence[Tensor | None]) -> list[int]:
+    """The gradients' addresses, 0 for None."""
+    return [grad.data_ptr() if grad is not None else 0 for grad in gradients]
+
+
+def align(gradients: list[Tensor | None], homes: list[int]) -> None:
+    """Replace gradients that a pass could not read where they lie by copies, and their addresses."""
+    for i, grad in enumerate(gradients):
+        # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
+        if grad is not None and homes[i] % 16:
+            gradients[i] = aligned = grad.clone()
+            homes[i] = aligned.data_ptr()
+
+
 class FlatSegment:
     """The flat parameters, states and per-parameter step counts of one segment.
 
@@ -247,6 +261,15 @@ class FlatSegment:
         A gradient whose dtype or memory order differs from its parameter's (rare) is copied first. Entries of other
         parameters are None.
         """
+        found = self.found_gradients(first, last)
+        if self._grad_table is not None:
+            self._show_addresses(self._grad_table, found, first, last)
+        elsewhere: list[Tensor | None] = [None]
+        tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
+        return Gradients(tensors, self._grad_table, self.layout.dtype)
+
+    def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
+        """The gradients of parameters `[first, last)` alone, which count as touched from now on."""
         found = self.own_gradients(first, last)
         present = [grad for grad in found if grad is not None]
         if not (
@@ -259,23 +282,15 @@ class FlatSegment:
             self.touched[first:last] = [
                 touched or grad is not None for touched, grad in zip(self.touched[first:last], found, strict=True)
             ]
-        if self._grad_table is not None:
-            self._show_addresses(self._grad_table, found, first, last)
-        elsewhere: list[Tensor | None] = [None]
-        tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
-        return Gradients(tensors, self._grad_table, self.layout.dtype)
+        return found
 
     def _show_addresses(self, table: Tensor, found: list[Tensor | None], first: int, last: int) -> None:
         """Write the gradients' addresses into the device's table, if they are not those of the last step."""
-        homes = [grad.data_ptr() if grad is not None else 0 for grad in found]
+        homes = addresses_of(found)
         # The caching allocator hands out the same addresses step after step.
         if homes == self._grad_homes[first:last]:
             return
-        for i, grad in enumerate(found):
-            # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
-            if grad is not None and homes[i] % 16:
-                found[i] = aligned = grad.clone()
-                homes[i] = aligned.data_ptr()
+        align(found, homes)
         self._grad_homes[first:last] = homes
         # A copy from pinned memory is still running when the call returns, so its source must not be written again: it
         # is a fresh one each time, and torch's allocator hands it out anew only once the copy is over.

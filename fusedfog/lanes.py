@@ -18,7 +18,8 @@ from fusedfog.layout import Bucket, backward_order
 class Inbox:
     """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent.
 
-    Compressed messages are codes, with `scales`, and belong to `wires`, this rank's own ends.
+    Compressed messages are codes, with `scales`, and belong to `wires`, this rank's own ends. With `numbers`, what counts is
+    what they hold when the pass is made; see `kernels.Pass`.
     """
 
     tensors: tuple[tuple[Tensor, ...], ...] = ()
@@ -26,6 +27,7 @@ class Inbox:
     row_sum: float = 1.0
     scales: tuple[tuple[Tensor | None, ...], ...] = ()
     wires: tuple[Wire, ...] = ()
+    numbers: Tensor | None = None
 
 
 EMPTY = Inbox()

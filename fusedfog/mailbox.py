@@ -18,6 +18,7 @@ from fusedfog.errors import TornMessageWarning
 from fusedfog.exchange import Link, Message, Parcel, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
+from fusedfog.kernels import Wire
 from fusedfog.lanes import Inbox, Lane
 from fusedfog.topology import Round, Topology
 from fusedfog.trace import span
@@ -146,6 +147,21 @@ class Mailbox:
         while len(inbox) < neighbours:
             inbox.append(torch.zeros_like(like))
         return tuple(inbox[:neighbours])
+
+    def slots(self, segment: FlatSegment, neighbours: int, ends: tuple[Wire, ...] = ()) -> Inbox:
+        """Where messages of up to that many neighbours are received, the same tensors in every step; without weights."""
+        if not ends:
+            messages = [self._inbox(segment, name, segment.tensor(name), neighbours) for name in self.messages]
+            return Inbox(tuple(messages))
+        pairs = list(zip(self.messages, ends, strict=True))
+        codes = [self._inbox(segment, f"{name} codes", end.codes, neighbours) for name, end in pairs]
+        scales: list[tuple[Tensor | None, ...]] = [
+            (None,) * neighbours
+            if end.scales is None
+            else self._inbox(segment, f"{name} scales", end.scales, neighbours)
+            for name, end in pairs
+        ]
+        return Inbox(tuple(codes), scales=tuple(scales), wires=ends)
 
     def receive(self, lane: Lane) -> Inbox:
         """What came in the bucket's exchange, waited for.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusedfog import construction, data_parallel
 from fusedfog.averaging import average_in_place, consensus_distance
+from fusedfog.capture import CapturableScheduler, recording
 from fusedfog.construction import Keywords, Options
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
@@ -46,11 +47,25 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
         bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
+        wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
+            are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
+            Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
+            period, and reads and writes 16; the default topology then is the symmetric exponential graph, of one round.
+        low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
+            with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
+            rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
+            30+2K, 26+2K, 22+2K; None rounds to nearest, 22+2K, and loses updates below half of bf16's spacing.
+        state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
             all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
             does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
+        capturable: let a CUDA graph record `step()` with forward and backward; see `replaying`. The learning rate and other
+            hyper-parameters, mixing weights and seeds then lie in device memory (fp32), and every pass goes over an inbox
+            tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
+            for algorithms with an exchange in the middle of a step (atc and kin, allreduce, outer=), fused_backward,
+            cpu_compile, or wire_dtype without a static topology and an exchange in every step.
         measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
             disagreement.
         sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
@@ -60,7 +75,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
     Raises (at construction, before anything is sent or changed):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
-            hyper-parameters; a topology of the wrong size or outside the algorithm's theory; DTensors that are not sharded
+            hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
+            cannot make, or with an endless topology; low_precision without 16-bit parameters; DTensors that are not sharded
             inside machines and replicated across them (`fusedfog.shards`).
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
@@ -121,9 +137,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
             RankLeft: another rank has called `leave()`.
+            NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
             StorageReplacedError: a parameter was moved or given a new storage.
+            RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
         engine = self._engine
+        if not isinstance(engine, CapturableScheduler) and recording():
+            raise RuntimeError("step() in a CUDA graph's capture: build the optimizer with capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,7 +186,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
 
-        Messages are not saved: they are a pure function of the parameters and are sent again on resume.
+        Messages are not saved: they are a pure function of the parameters and are sent again on resume. With `low_precision`
+        the state has `master_param` or `compensation`, with `wire_dtype` the replicas and what was said last.
         """
         self._engine.drain(keep_failures=True)
         clock = self._saved_clock()
@@ -349,6 +370,51 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         engine.discard()
         with engine.hold("paused()"):
             yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around each replay of a CUDA graph in which a `step()` was captured; needs `capturable=True`.
+
+            side = torch.cuda.Stream()                                   # a few eager steps first
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    opt.zero_grad(); loss_of(static_input).backward(); opt.step()
+            torch.cuda.current_stream().wait_stream(side)
+            opt.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = loss_of(static_input); loss.backward(); opt.step()       # recorded, not made: this is no step
+            for batch in data:
+                static_input.copy_(batch)
+                with opt.replaying():
+                    graph.replay()
+                schedule.step()
+
+        On entry the current stream waits for the neighbours' messages, and this step's learning rate, mixing weights and
+        seeds are written to the device; on exit the new parameters are sent and the clock ticks. So a replay equals an eager
+        `step()`, and the two may alternate. `replaying` is collective in effect, as `step` is. To keep in mind:
+
+        - One `step()` a capture, one replay a block, on the stream that is current on entry. Ranks need not replay at the same
+          steps, nor all of them capture.
+        - Gradients are read where they were at the capture. Those that the captured backward made belong to the graph: set
+          them to None before the capture. If backward is not captured, keep them where they are
+          (`zero_grad(set_to_none=False)`).
+        - What else `step()` sees is as it was at the capture: `max_grad_norm` is recorded; a GradScaler's step and update have
+          to be called inside the capture, and in the eager steps before it; step hooks and closures run at the capture alone.
+        - After `add_param_group`, other momentum or amsgrad switches, or a `set_topology` to rounds of more neighbours than
+          ever, make an eager step and capture again. Loading a checkpoint keeps graphs valid.
+
+        Raises:
+            RuntimeError: built without `capturable=True`, nothing was captured, or what was is out of date.
+            PeerTimeout, ExchangeError, RankLeft, StorageReplacedError: as `step`.
+        """
+        engine = self._engine
+        if not isinstance(engine, CapturableScheduler):
+            raise RuntimeError("replaying() needs an optimizer that was built with capturable=True")
+        with engine.replaying():
+            yield
+        self._show_states()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

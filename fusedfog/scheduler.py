@@ -214,9 +214,7 @@ class Scheduler:
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        for segment in self.segments:
-            if not self.algorithm.plain or self.own_names(segment):
-                segment.touch_all()
+        self._touch()
         self._inputs.found_inf = found_inf
         if self.algorithm.exchanges == "gradients" and self.link is not None:
             self._lead_all()
@@ -292,6 +290,11 @@ class Scheduler:
         if self.link is not None and self.link.ended is not None:
             raise self.link.ended
         self.check_storage()
+
+    def _touch(self) -> None:
+        for segment in self.segments:
+            if not self.algorithm.plain or self.own_names(segment):
+                segment.touch_all()
 
     def _tick(self) -> None:
         if self._exchanging(self.clock.steps) and self.rhythm.turns(self.clock.steps):
@@ -387,11 +390,8 @@ class Scheduler:
         following: tuple[int, int] | None = None,
     ) -> None:
         """One pass over a sweep; `following` is the step and exchange that its messages are for, if it makes them."""
-        segment, number = sweep.segment, sweep.segment.layout.group
-        group = self.groups[number]
-        if (number, stage.rule) not in self._inputs.numbers:
-            previous = self.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
-            self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
+        segment = sweep.segment
+        group = self.groups[segment.layout.group]
         first_half, given = stage is self.algorithm.before, self._codes_for(sweep, following)
         makes_message = first_half and "message" in self.algorithm.messages
         takes_message = not first_half and self.algorithm.messages != ("param",)
@@ -401,7 +401,7 @@ class Scheduler:
                     stage.rule,
                     segment.param,
                     tuple(segment.state(name) for name in stage.states(group)),
-                    self._inputs.numbers[number, stage.rule],
+                    self._hyper(segment.layout.group, stage),
                     sweep.region,
                     grads=grads,
                     steps=segment.steps,
@@ -420,6 +420,7 @@ class Scheduler:
                     taken=inbox.wires,
                     scales=inbox.scales,
                     given=given,
+                    numbers=inbox.numbers,
                 )
             )
         counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
@@ -436,6 +437,14 @@ class Scheduler:
         if self.wires is not None and following is not None and given:
             for lane in sweep.lanes:
                 self.wires.said(lane, following[1])
+
+    def _hyper(self, number: int, stage: Stage) -> tuple[float, ...]:
+        """A stage's numbers for a param group, worked out once a step."""
+        if (number, stage.rule) not in self._inputs.numbers:
+            group = self.groups[number]
+            previous = self.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
+            self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
+        return self._inputs.numbers[number, stage.rule]
 
     def _seed(self, segment: FlatSegment, first_half: bool) -> int:
         """Of this pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""

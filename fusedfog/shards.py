@@ -52,6 +52,13 @@ _CLOCK = "fusedfog"
 _HOW = 'fully_shard(model, mesh=mesh["shard"]) and mesh=mesh, whose dimensions are ("replicate", "shard")'
 
 
+_REFUSED = {
+    "fused_backward": "their gradients come out of FSDP's reduce-scatter, module by module, on a stream of its own; leave it "
+    "out (awc overlaps the whole iteration without it)",
+    "capturable": "forward and backward wait for collectives between ranks, and nobody has recorded those with a step",
+}
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How all parameters of one optimizer are sharded: along dimension `dim` of `mesh`."""
@@ -197,11 +204,9 @@ def settle(
     sharding = sharding_of(groups, options.model)
     if sharding is None:
         return None, options, None
-    if options.fused_backward:
-        raise ValueError(
-            "fused_backward does not work on FSDP2 parameters: their gradients come from FSDP's reduce-scatter, module by "
-            "module, on a stream of its own; leave it out (awc overlaps the whole iteration without it)"
-        )
+    for name, why in _REFUSED.items():
+        if getattr(options, name):
+            raise ValueError(f"{name} does not work on FSDP2 parameters: {why}")
     if alone:
         return sharding, dataclasses.replace(options, mesh=None), None
     group, everyone = sharding.across(options.group, options.mesh)

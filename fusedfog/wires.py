@@ -11,6 +11,7 @@ been, are part of `replica` already, so after a pause or on resume the very same
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,11 @@ from fusedfog.lanes import Lane
 from fusedfog.topology import Topology
 
 
+def is_wire_state(name: str) -> bool:
+    """Whether a state of this name is one of `Wires.names`."""
+    return re.fullmatch(r".*_(replica\d+|gap\d+|said)", name) is not None
+
+
 class Wires:
     """All wires of one optimizer.
 
@@ -33,6 +39,9 @@ class Wires:
         dtype: of the codes.
         messages: names of the flat tensors that travel.
         ahead: messages are made a step ahead, and so are in flight at the end of a step.
+
+    Attributes:
+        era: how often replicas were forgotten, and with them the tensors of all wires.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class Wires:
     ) -> None:
         self.segments, self.dtype, self.messages, self.link, self.ahead = segments, dtype, messages, link, ahead
         self.period = 1
+        self.era = 0
         self._settled = False
         self._wires: dict[tuple[FlatSegment, str, int], Wire] = {}
         self._said: dict[int, int] = {}
@@ -53,6 +63,7 @@ class Wires:
     def forget(self) -> None:
         """Start anew from rank 0's values at the next exchange."""
         self._settled = False
+        self.era += 1
         self._said.clear()
         for segment, name, number in self._wires:
             for kind in ("replica", "gap"):

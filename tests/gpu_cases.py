@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ class Case:
         messages: whether rules that also change the parameters write their messages out.
         absent: parameters without a gradient.
         first: the region's first parameter.
+        recorded: numbers come from the device, those of the host are NaN, and so is the inbox of one more neighbour, of
+            weight 0; the reference has them as arguments.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Case:
     missing: str = "skip"
     row_sum: float = 1.0
     first: int = 0
+    recorded: bool = False
 
     def __str__(self) -> str:
         changed = [f"{key}={value}" for key, value in vars(self).items() if key not in ("name", "dtype", "neighbours")]
@@ -145,27 +149,40 @@ class Case:
         region = Region(
             self.first, tuple(self._spans()[self.first :]), torch.tensor(blocks).to(device) if on_gpu else None
         )
-        run(
-            Pass(
-                row.rule,
-                written[0],
-                tuple(written[1 : 1 + row.states]),
-                row.hyper,
-                region,
-                grads=grads if row.grads else None,
-                steps=torch.arange(len(NUMELS), dtype=torch.float32, device=device),
-                sent=self._sent(written, message),
-                inbox=tuple(tuple(tensor.to(device) for tensor in received) for received in inbox),
-                weights=tuple(0.5 / 2**k for k in range(self.neighbours)),
-                row_sum=self.row_sum,
-                messages=tuple(written[1 + row.states :]),
-                grad_scale=scalar(self.grad_scale),
-                found_inf=scalar(self.found_inf),
-                missing=self.missing,
-                extra=scalar(row.extra),
-            )
+        work = Pass(
+            row.rule,
+            written[0],
+            tuple(written[1 : 1 + row.states]),
+            row.hyper,
+            region,
+            grads=grads if row.grads else None,
+            steps=torch.arange(len(NUMELS), dtype=torch.float32, device=device),
+            sent=self._sent(written, message),
+            inbox=tuple(tuple(tensor.to(device) for tensor in received) for received in inbox),
+            weights=tuple(0.5 / 2**k for k in range(self.neighbours)),
+            row_sum=self.row_sum,
+            messages=tuple(written[1 + row.states :]),
+            grad_scale=scalar(self.grad_scale),
+            found_inf=scalar(self.found_inf),
+            missing=self.missing,
+            extra=scalar(row.extra),
         )
+        run(_recorded(work) if self.recorded and run is run_pass else work)
         return [tensor.cpu() for tensor in written]
+
+
+def _recorded(work: Pass) -> Pass:
+    device = work.param.device
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    numbers = torch.tensor([work.row_sum, *work.weights, 0.0, *work.hyper], dtype=dtype, device=device)
+    return dataclasses.replace(
+        work,
+        inbox=tuple((*received, torch.full_like(received[0], math.nan)) for received in work.inbox),
+        weights=(math.nan,) * (len(work.weights) + 1),
+        row_sum=math.nan,
+        hyper=(math.nan,) * len(work.hyper),
+        numbers=numbers,
+    )
 
 
 def _guarded(gradient: Tensor, device: torch.device) -> Tensor:
@@ -189,6 +206,8 @@ def all_cases() -> Iterator[Case]:
         yield Case(name, neighbours=8)
         yield Case(name, first=3)
         yield Case(name, row_sum=0.75)
+    for name, dtype in itertools.product((n for n in SHAPES if "x" in ROWS[n].writes), halves):
+        yield Case(name, dtype, 2, recorded=True)
     for name in (n for n in SHAPES if ROWS[n].grads):
         yield Case(name, torch.bfloat16, grad_dtype=torch.float32, grad_scale=0.25, found_inf=0.0)
         for missing, absent in itertools.product(("skip", "zero"), ((), (0, 4, 7))):

@@ -1,22 +1,27 @@
 """Whole optimizers on a device, held against torch.optim; each check takes the device and raises AssertionError.
 
 `EchoLink` lets one process train with neighbours: what it receives is what it sent. Equal values are averaged to
-themselves exactly, so training with any number of echoes must equal training alone.
+themselves exactly, so training with any number of echoes must equal training alone. Neighbours on a `BentLink` send
+something else, so that weights matter.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
+from recorded import record
 from torch import Tensor, nn
 
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
+from fusedfog.capture import CapturableScheduler
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
 from fusedfog.world import World
@@ -25,16 +30,21 @@ LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 class EchoMessage:
-    """Copies on a stream of their own, as NCCL's are."""
+    """Copies on a stream of their own, as NCCL's are; `bend` has its own way of making one."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        stream: torch.cuda.Stream | None,
+        bend: Callable[[int, Tensor, Tensor], object] | None = None,
+    ) -> None:
         self._stream = stream
         if stream is None:
-            _copy(pairs)
+            _copy(pairs, bend)
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            _copy(pairs)
+            _copy(pairs, bend)
 
     def done(self) -> bool:
         return True
@@ -63,24 +73,46 @@ class EchoLink:
         message.wait()
 
 
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for inbox, sent in pairs:
-        inbox.copy_(sent)
+class BentLink(EchoLink):
+    """Neighbour j sends 1 + j/16 times what it is sent; in rounds where as many are sent to as are received from."""
+
+    def start(self, sends: Sequence[Any], recvs: Sequence[Any], *, tag: int, label: str) -> EchoMessage:
+        pairs = [(inbox, sent) for (_, inbox), (_, sent) in zip(recvs, sends, strict=True)]
+        return EchoMessage(pairs, self._stream, lambda i, inbox, sent: torch.mul(sent, 1 + recvs[i][0] / 16, out=inbox))
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]], bend: Callable[[int, Tensor, Tensor], object] | None) -> None:
+    for i, (inbox, sent) in enumerate(pairs):
+        if bend is None:
+            inbox.copy_(sent)
+        else:
+            bend(i, inbox, sent)
 
 
 def among_echoes(
-    optimizer: Any, algorithm: str, size: int, *, silent: bool = False, fused_backward: bool = False
+    optimizer: Any,
+    algorithm: str,
+    size: int,
+    *,
+    silent: bool = False,
+    bent: topology.Topology | None = None,
+    fused_backward: bool = False,
+    rhythm: Rhythm | None = None,
 ) -> Any:
-    """`optimizer`, built with algorithm="local", as one of `size` ranks on a ring whose others echo it."""
-    engine = optimizer._scheduler
-    optimizer._scheduler = Scheduler(
+    """`optimizer`, built with algorithm="local", as one of `size` ranks on a ring whose others echo it.
+
+    With `bent`, as one of the ranks of that topology whose others send something else.
+    """
+    engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
+    make = CapturableScheduler if isinstance(engine, CapturableScheduler) else Scheduler
+    optimizer._scheduler = make(
         optimizer.param_groups,
         engine.segments,
         algorithm_for(algorithm, optimizer._family),
-        topology.ring(size),
-        EchoLink(engine.segments[0].param.device, size, silent=silent),
+        bent or topology.ring(size),
+        EchoLink(device, size, silent=silent) if bent is None else BentLink(device, size),
         0,
-        Rhythm(fused_backward=fused_backward),
+        rhythm or Rhythm(fused_backward=fused_backward),
     )
     return optimizer
 
@@ -266,6 +298,20 @@ def check_checkpoint(device: torch.device) -> None:
     assert_same(ours, theirs)
 
 
+@contextmanager
+def without_waiting(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Inside, it is an error if the host waits for the GPU."""
+    wanted = wanted and device.type == "cuda"
+    if wanted:
+        torch.cuda.synchronize(device)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def check_no_host_sync(device: torch.device) -> None:
     """A steady step, alone or among neighbours, never makes the host wait for the GPU."""
     for algorithm, size in (("local", 1), ("awc", 4), ("atc", 4)):
@@ -276,14 +322,136 @@ def check_no_host_sync(device: torch.device) -> None:
         give_gradients(model, 0)
         for _ in range(3):
             optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting(device):
             optimizer.step()
-        finally:
-            if device.type == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
+
+
+IRREGULAR = topology.star(4).then(topology.one_peer_hypercube(4))
+"""Rank 0 has three neighbours in every other round and one in the others."""
+
+
+def check_captured_steps(device: torch.device) -> None:
+    """Captured once, replayed with other learning rates and rounds: eager training, to the last bit."""
+    for kind, algorithm, options, dtype in (
+        ("SGD", "awc", {"momentum": 0.9}, torch.float32),
+        ("AdamW", "awc", {"amsgrad": True}, torch.float32),
+        ("SGD", "momentum_tracking", {"momentum": 0.9}, torch.float32),
+        ("AdamW", "local", {}, torch.float32),
+        ("AdamW", "awc", {"low_precision": "stochastic"}, torch.bfloat16),
+    ):
+        models = [convnet(device).to(dtype) for _ in range(2)]
+        eager, captured = (
+            getattr(fusedfog, kind)(
+                model.parameters(), lr=0.1, algorithm="local", bucket_mb=1e-3, capturable=capturable, **options
+            )
+            for model, capturable in zip(models, (False, True), strict=True)
+        )
+        if algorithm != "local":
+            rhythm = Rhythm(communicate_every=2 if algorithm == "momentum_tracking" else 1)
+            for optimizer in (eager, captured):
+                among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, rhythm=rhythm)
+        for param in models[1].parameters():
+            param.grad = torch.zeros_like(param)
+        replay = None
+        for step in range(14):
+            rate = 0.0 if step == 6 else 0.02 * math.cos(step / 9)
+            give_gradients(models[0], step)
+            for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+                ours.grad.copy_(theirs.grad)
+            for optimizer in (eager, captured):
+                optimizer.param_groups[0]["lr"] = rate
+            eager.step()
+            if step == 3:
+                replay = record(device, captured.step)
+            if replay is None or step == 9:
+                captured.step()
+                continue
+            with without_waiting(device, step > 4), captured.replaying():
+                replay()
+        assert captured.stats()["steps"] == eager.stats()["steps"] == 14
+        assert_same(models[1], models[0], rtol=0.0, atol=0.0)
+
+
+def check_captured_training(device: torch.device) -> None:
+    """Forward, backward, clipping and step in one graph, its gradients in the graph's own memory, against eager training."""
+    if device.type != "cuda":
+        return  # nothing else records a backward
+    generator = torch.Generator(device).manual_seed(3)
+    batches = [torch.randn(16, 40, device=device, generator=generator) for _ in range(14)]
+    paths = []
+    for capturable in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(40, 33), nn.Tanh(), nn.Linear(33, 7)).to(device)
+        optimizer = fusedfog.AdamW(
+            model.parameters(), lr=0.1, algorithm="local", max_grad_norm=0.01, capturable=capturable, bucket_mb=1e-3
+        )
+        among_echoes(optimizer, "awc", 4, bent=IRREGULAR, rhythm=Rhythm(max_grad_norm=0.01))
+        static, losses = torch.zeros_like(batches[0]), []
+
+        def whole(model: nn.Module = model, optimizer: Any = optimizer, static: Tensor = static) -> Tensor:
+            loss = model(static).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        replays: list[tuple[Callable[[], None], list[Tensor]]] = []
+        side = torch.cuda.Stream(device)
+        for step, batch in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+            static.copy_(batch)
+            if capturable and step in (3, 6):  # a second graph of the same step, with gradients of its own
+                optimizer.zero_grad()
+                out: list[Tensor] = []
+                replays.append((record(device, lambda out=out: out.append(whole())), out))
+            if replays and step != 9:
+                replay, out = replays[step % len(replays)]
+                with optimizer.replaying():
+                    replay()
+                losses.append(out[0].item())
+                continue
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                optimizer.zero_grad()
+                losses.append(whole().item())
+            torch.cuda.current_stream().wait_stream(side)
+        paths.append((model, losses))
+    (eager, expected), (captured, losses) = paths
+    # Matrix products may take other ways inside a capture.
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    assert_same(captured, eager, rtol=1e-3, atol=1e-4)
+
+
+def check_captured_grad_scaler(device: torch.device) -> None:
+    """A GradScaler's step and update inside the graph: a replay with infinite gradients updates nothing but the scale."""
+    if device.type != "cuda":
+        return
+    torch.manual_seed(1)
+    model = nn.Linear(8, 4, device=device)
+    optimizer = fusedfog.SGD(model.parameters(), lr=0.1, momentum=0.9, algorithm="local", capturable=True)
+    scaler, static = torch.amp.GradScaler("cuda", init_scale=1024.0), torch.randn(5, 8, device=device)
+
+    def whole() -> None:
+        scaler.scale(model(static).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.zero_grad()
+            whole()
+    torch.cuda.current_stream().wait_stream(side)
+    optimizer.zero_grad()
+    replay = record(device, whole)
+    for bad in (False, True, False):
+        before, scale = model.weight.detach().clone(), scaler.get_scale()
+        static.fill_(float("inf") if bad else 0.5)
+        with optimizer.replaying():
+            replay()
+        assert torch.equal(model.weight.detach(), before) == bad
+        assert scaler.get_scale() == (scale / 2 if bad else scale)
+    assert optimizer.stats()["steps"] == 6
 
 
 CHECKS: dict[str, Callable[[torch.device], None]] = {

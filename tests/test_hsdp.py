@@ -441,7 +441,7 @@ def dcp_resume(path: str, kind: str, flat: bool, keywords: dict[str, Any]) -> Pa
 
 @pytest.mark.parametrize(
     ("kind", "flat", "keywords"),
-    [("AdamW", False, {}), ("AdamW", True, {"algorithm": "atc", "amsgrad": True}), ("SGD", False, {})],
+    [("AdamW", False, {"wire_dtype": "int8"}), ("AdamW", True, {"algorithm": "atc", "amsgrad": True}), ("SGD", False, {})],
 )
 def test_dcp_resumes_bit_for_bit(
     ranks: Pool, others: Pool, tmp_path: Path, kind: str, flat: bool, keywords: dict[str, Any]
@@ -565,6 +565,7 @@ def refused(mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
         "one machine by group": of(one["shard"], group=one.get_group("replicate")),
         "averages without a mesh": lambda: of(inside, algorithm="local")().consensus_distance(),
         "fused_backward": of(inside, mesh=mesh, fused_backward=True),
+        "capturable": of(inside, mesh=mesh, capturable=True),
         "three dimensions": of(inside, mesh=init_device_mesh("cpu", (2, 2, 1))),
         "topology of ranks": of(inside, mesh=mesh, topology=fusedfog.topology.ring(4)),
         "plain among them": mixed,
@@ -591,6 +592,7 @@ WORDS = {
     "one machine by group": "ValueError.*no other replica",
     "averages without a mesh": "ValueError.*hold the shards of one replica",
     "fused_backward": "ValueError.*fused_backward does not work on FSDP2",
+    "capturable": "ValueError.*capturable does not work on FSDP2",
     "three dimensions": "ValueError.*mesh must have two dimensions",
     "topology of ranks": "ValueError.*is for 4 ranks but the group has 2",
     "plain among them": "ValueError.*parameter 8 is a plain tensor",

@@ -154,11 +154,10 @@ class Contender(Protocol):
 class Decentralized:
     """A fusedfog optimizer: each rank averages its parameters with its neighbours'."""
 
-    def __init__(self, model: nn.Module, settings: Settings, algorithm: str, topology: str) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, algorithm: str, topology: str, **more: Any) -> None:
         self.model = model
-        optimizer = fusedfog.SGD(
-            model.parameters(), lr=settings.lr, momentum=settings.momentum, algorithm=algorithm, topology=topology
-        )
+        keywords: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, **more}
+        optimizer = fusedfog.SGD(model.parameters(), algorithm=algorithm, topology=topology, **keywords)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.averaged, self.consensus_distance, self._stats = (
             optimizer.averaged,

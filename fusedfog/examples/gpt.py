@@ -34,6 +34,7 @@ import fusedfog
 from fusedfog.examples import text
 from fusedfog.examples.checkpoints import Checkpoints
 from fusedfog.examples.gpt_model import GPT, Shape, next_token_loss, parameter_groups
+from fusedfog.storage import WAYS
 
 
 def option(default: Any, explanation: str) -> Any:
@@ -48,6 +49,8 @@ class Settings:
     algorithm: str = option("awc", "an algorithm of fusedfog.AdamW, or ddp")
     topology: str | None = option(None, "who averages with whom; the default is the algorithm's own")
     precision: str | None = option(None, "fp32 or bf16 (autocast); by default bf16 on GPUs and fp32 on CPUs")
+    parameters: str = option("fp32", "how they are kept: fp32, bf16, or bf16 with master, kahan or stochastic")
+    wire: str | None = option(None, "send fewer bits: bf16, fp8 or int8")
     steps: int = option(600, "training steps")
     batch: int = option(8, "windows per rank and micro-batch")
     accumulate: int = option(1, "micro-batches per step")
@@ -111,6 +114,8 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.opti
         "algorithm": settings.algorithm,
         "topology": settings.topology,
         "max_grad_norm": settings.max_grad_norm,
+        "wire_dtype": settings.wire,
+        "low_precision": None if settings.parameters in ("fp32", "bf16") else settings.parameters,
     }
     if settings.moment_steps > 1:
         return model, fusedfog.AccumAdamW(groups, **adam, **mixing, accum_steps=settings.moment_steps)
@@ -312,6 +317,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, argparse.Namespace
         parser.error("steps, sizes and counts must be at least 1")
     if settings.precision not in (None, "fp32", "bf16"):
         parser.error(f"--precision must be fp32 or bf16, not {settings.precision}")
+    if settings.parameters not in ("fp32", "bf16", *WAYS):
+        parser.error(f"--parameters must be fp32, bf16 or one of {', '.join(WAYS)}, not {settings.parameters}")
+    if settings.algorithm == "ddp" and (settings.parameters != "fp32" or settings.wire):
+        parser.error("--parameters and --wire need an algorithm of fusedfog")
     if settings.width % settings.heads:
         parser.error(f"--width {settings.width} cannot be cut into {settings.heads} heads")
     if options.resume and options.checkpoint is None:
@@ -340,7 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = fusedfog.init()
     settings = replace(settings, precision=settings.precision or ("bf16" if device.type == "cuda" else "fp32"))
     torch.manual_seed(settings.seed)
-    model = GPT(settings.shape).to(device)
+    dtype = torch.float32 if settings.parameters == "fp32" else torch.bfloat16
+    model = GPT(settings.shape).to(device, dtype)
     trainer = Trainer(model, text.load(options.text, *place()), settings, device)
     checkpoints = Checkpoints(options.checkpoint) if options.checkpoint else None
     if checkpoints:

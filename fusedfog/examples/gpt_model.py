@@ -88,7 +88,7 @@ class GPT(nn.Module):
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy, in nats per token, of predicting tokens 1.. of each window [batch, length + 1] from those before."""
     logits = model(windows[:, :-1])
-    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    return cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.exchange import Link, link_for
+from fusedfog.ops.compressed import check_compressible, mixing_compressed
 from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view, mix, room_for
 from fusedfog.ops.work import Phases, Port, Work, run
+from fusedfog.storage import wire_format
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
 
@@ -30,6 +32,8 @@ def neighbor_allreduce(
     out: Tensor | None = None,
     async_op: Literal[False] = False,
     check: bool = True,
+    wire_dtype: torch.dtype | str | None = None,
+    residual: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor: ...
 @overload
@@ -44,6 +48,8 @@ def neighbor_allreduce(
     out: Tensor | None = None,
     async_op: Literal[True],
     check: bool = True,
+    wire_dtype: torch.dtype | str | None = None,
+    residual: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Work: ...
 def neighbor_allreduce(
@@ -57,6 +63,8 @@ def neighbor_allreduce(
     out: Tensor | None = None,
     async_op: bool = False,
     check: bool = True,
+    wire_dtype: torch.dtype | str | None = None,
+    residual: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | Work:
     """Weighted average of x with the neighbours' tensors.
@@ -75,6 +83,13 @@ def neighbor_allreduce(
     repeat bit for bit; a complex tensor is averaged as its real and imaginary parts. send_weights other than 1 round the
     message to x's dtype. A tensor that has weight 0 on the way is not looked at: its NaNs stay where they are.
 
+    Compressed, every rank says q = decode(encode(x + residual)), keeps what it has not said, residual <- x + residual - q,
+    for its next message (error feedback, DeepSqueeze: Tang et al. 2019), and the weights apply to what was said:
+
+        out_i = (x_i - q_i) + self_weight_i * q_i + sum_j recv_weights_i[j] * q_j
+
+    Equal messages leave x as it is, and sums over the ranks that the weights conserve are conserved to rounding.
+
     Args:
         x: any shape, 0-d and empty included, contiguous or not, CPU or CUDA; floating point (64, 32, bf16, fp16) or
             complex. Equal shape and dtype on both ends of each edge. Never modified; unchanged until `wait`.
@@ -85,6 +100,9 @@ def neighbor_allreduce(
         out: written to instead of a new tensor, same shape, dtype and device; may be x.
         async_op: return a `Work` whose `wait()` gives the output. The check is made before the call returns.
         check: compare edges, shapes and dtypes over the group first (one small all-reduce); the same on all ranks.
+        wire_dtype: "bf16", "fp8" (e4m3), "int8" (with a scale, a power of two, for sixteen elements) or their torch dtypes,
+            to send fewer bits; 2 or 1.06 bytes an element. None sends x as it is.
+        residual: what earlier calls did not say, like x, overwritten; None forgets it.
         group: process group, None for the default one. Ranks are its ranks.
 
     Returns:
@@ -92,18 +110,27 @@ def neighbor_allreduce(
 
     Raises:
         TypeError: x is an integer or boolean tensor, or not a dense tensor.
-        ValueError: bad weights, ranks, step or topology, on this rank or, with the check, on any; with the check also
+        ValueError: bad weights, ranks, step or topology, send_weights other than 1 or values that are not finite in
+            compressed messages, on this rank or, with the check, on any; with the check also
             (MismatchError) edges, shapes or dtypes that two ranks do not agree on, on all ranks. Nothing has been sent.
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     operation = "neighbor_allreduce"
     source, world = check_dense(x, operation), find_world(group)
 
+    codes = wire_format(wire_dtype)
+
     def resolve() -> Edges:
         check_mixable(x, out)
-        return weighted_edges(world.rank, world.size, topology, step, self_weight, recv_weights, send_weights)
+        edges = weighted_edges(world.rank, world.size, topology, step, self_weight, recv_weights, send_weights)
+        if codes is not None:
+            check_compressible(source, residual, edges)
+        return edges
 
-    edges, port = settle(operation, world, source, describe(x), check, resolve)
+    what = describe(x) + ("" if codes is None else f" sent as {str(codes).removeprefix('torch.')}")
+    edges, port = settle(operation, world, source, what, check, resolve)
+    if codes is not None:
+        return run(mixing_compressed(operation, port, source, edges, out, codes, residual), source, async_op)
     return run(_mixing(operation, world.rank, port, source, edges, out), source, async_op)
 
 

@@ -1,0 +1,90 @@
+"""Compressed messages against exact ones: python bench/wires.py
+
+Quadratics in fp64 (each rank has a minimiser of its own), where the limit can be told apart from exact messages' to the
+last digit, and the digits example, whose ranks see different digits; bytes are those that were handed to the network.
+Four ranks over gloo; one minute. (results/wires.json and .md)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, machine, table
+from pool import Pool
+from torch import Tensor
+
+import fusedfog
+from fusedfog.examples import digits
+
+RANKS, STEPS, SIZE = 4, 400, 4096
+LIMIT = 300.0
+FORMATS = (None, "bf16", "fp8", "int8")
+WAYS: dict[str, dict[str, Any]] = {
+    "AWC, ring": {"algorithm": "awc", "topology": "ring"},
+    "AWC, one-peer exponential": {"algorithm": "awc", "topology": "one_peer_exponential"},
+    "ATC, ring": {"algorithm": "atc", "topology": "ring"},
+}
+EXACT = "fp64 / fp32"
+
+
+def limit(wire: str | None, keywords: dict[str, Any]) -> tuple[Tensor, float]:
+    """The rank's parameters at the end, and bytes sent in a step."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    x = torch.nn.Parameter(torch.randn(SIZE, dtype=torch.float64))
+    torch.manual_seed(1 + rank)
+    aim, curve = torch.randn(SIZE, dtype=torch.float64), torch.rand(SIZE, dtype=torch.float64) + 0.5
+    opt = fusedfog.SGD([x], lr=0.2, wire_dtype=wire, **keywords)
+    for _ in range(STEPS):
+        x.grad = curve * (x.detach() - aim)
+        opt.step()
+    return x.detach(), opt.stats()["bytes_sent"] / opt.stats()["exchanges"]
+
+
+def classify(wire: str | None, keywords: dict[str, Any], seed: int) -> tuple[float, float]:
+    """Test accuracy of the averaged model, and bytes sent in a step."""
+    settings = digits.Settings(progress=False, seed=seed, measure_every=digits.Settings.steps)
+    data = digits.load(torch.device("cpu"), settings)
+    contender = digits.Decentralized(digits.network(seed), settings, **keywords, wire_dtype=wire)
+    history = digits.train("", contender, data, settings)
+    return history.averaged_accuracy[-1], history.bytes_per_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default bench/results)")
+    folder = parser.parse_args().folder
+    folder.mkdir(exist_ok=True)
+    pool, rows = Pool(), []
+    for name, keywords in WAYS.items():
+        exact = [x for x, _ in pool.run(RANKS, limit, None, keywords, timeout=LIMIT)]
+        for wire in FORMATS:
+            ends = pool.run(RANKS, limit, wire, keywords, timeout=LIMIT)
+            apart = max(float((x - y).abs().max()) for (x, _), y in zip(ends, exact, strict=True))
+            found = [pool.run(RANKS, classify, wire, keywords, seed, timeout=LIMIT)[0] for seed in (0, 1, 2)]
+            rows.append(
+                {
+                    "method": name,
+                    "messages": wire or EXACT,
+                    "quadratics: from the exact limit": f"{apart:.1e}" if wire else "0",
+                    "bytes an element and neighbour": f"{ends[0][1] / SIZE / (1 if 'one-peer' in name else 2):.3f}",
+                    "digits: accuracy, seeds 0-2": ", ".join(f"{accuracy:.3f}" for accuracy, _ in found),
+                    "kB sent per step and rank": f"{found[0][1] / 1e3:.1f}",
+                }
+            )
+    pool.close()
+    words = ", ".join(f"{key} {value}" for key, value in machine().items())
+    shown = f"{RANKS} ranks; quadratics after {STEPS} steps in fp64, digits in fp32; see bench/wires.py. {words}\n\n{table(rows)}"
+    print(f"\n{shown}")
+    (folder / "wires.md").write_text(shown + "\n")
+    (folder / "wires.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    import wires  # by this name the ranks' processes find its functions
+
+    wires.main()

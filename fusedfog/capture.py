@@ -1,0 +1,296 @@
+"""`capturable=True`: steps whose passes a CUDA graph records once and replays in every later step.
+
+A graph repeats the same kernels with the same arguments. So all that changes from step to step is data at fixed addresses:
+
+    before   wait for the messages; write row_sum, weights, hyper-parameters and seeds to the device     host
+    passes   over K inbox tensors, those that no neighbour has filled in this round with weight 0      device, recorded
+    after    start the next exchange; the clock ticks                                                    host
+
+K is the most neighbours that this rank has in any round. `step` does all three, on every device; inside a capture it makes
+the passes alone, and `replaying` does the host's part around a replay. Which steps exchange, and with whom, so stays
+outside of the graph, and one graph serves all rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fusedfog.algorithms import Algorithm
+from fusedfog.flat import FlatSegment, addresses_of, align
+from fusedfog.kernels import Gradients, Wire
+from fusedfog.lanes import EMPTY, Inbox, Sweep
+from fusedfog.scheduler import Scheduler, StepInputs
+from fusedfog.topology import Topology
+
+Layout: TypeAlias = tuple[object, ...]
+
+_PLACE = 16
+"""The numbers of a pass start at multiples of this many, so that all pointers to them are aligned alike."""
+
+_TABLES = 64
+"""How many captures there may be without a step or replay in between."""
+
+
+def recording() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse(algorithm: Algorithm, topology: Topology | None, *, lossy: bool, pauses: bool = False) -> None:
+    """Raise ValueError for a method or topology whose steps `capturable=True` cannot keep the same.
+
+    Args:
+        lossy: messages are compressed.
+        pauses: there are steps without an exchange, or with a full average.
+    """
+    if algorithm.before is not None or algorithm.exchanges == "gradients":
+        what = "a step with outer=" if algorithm.name == "local" else f"{algorithm.name}'s step"
+        raise ValueError(
+            f"capturable=True: {what} has its exchange in its middle, where the host is needed, so it cannot be recorded as a "
+            f"whole. Use algorithm='awc', 'gradient_tracking', 'momentum_tracking', 'extra' or 'local' without outer=; or leave "
+            f"out capturable=True and record forward and backward alone"
+        )
+    if topology is None:
+        return
+    if topology.period is None:
+        most_neighbours(topology, 0)
+    if lossy and not (topology.is_static and not pauses):
+        raise ValueError(
+            "capturable=True: compressed messages have replicas of their own in each round, and none in steps without an "
+            "exchange, so passes would change. Use wire_dtype with a static topology, communicate_every=1 and without "
+            "global_average_every, or exact messages"
+        )
+
+
+def most_neighbours(topology: Topology, rank: int) -> int:
+    """The most neighbours that `rank` receives from in any round; for endless sequences, what these promise.
+
+    Raises:
+        ValueError: an endless sequence promises nothing.
+    """
+    if topology.period is not None:
+        return max(len(topology.round(rank, step).recv) for step in range(topology.period))
+    try:
+        return topology.max_degree
+    except ValueError as error:
+        raise ValueError(
+            f"capturable=True needs to know how many neighbours a rank has at most, and {topology.name} never repeats and does "
+            f"not say: give it a period (from_rounds(n, fn, period=...)), or use 'one_peer_exponential' or 'base_graph'"
+        ) from error
+
+
+class AddressTables:
+    """Where recorded passes over a segment read their gradients' addresses: each recording has a table of its own.
+
+    A copy inside a capture would be repeated by every replay, out of host memory that may be another's by then. So tables
+    are made ahead, and filled once the capture is over. The gradients' memory is the graph's, which keeps its address.
+    """
+
+    def __init__(self, segment: FlatSegment) -> None:
+        self._segment = segment
+        self._spare: list[Tensor] = []
+        self._taken: list[Tensor] = []
+        self._unfilled: list[tuple[Tensor, list[int]]] = []
+
+    def record(self) -> Gradients:
+        """The gradients of all parameters, for a pass that is being recorded."""
+        segment, count = self._segment, len(self._segment.params)
+        if segment.whole.blocks is None:
+            return segment.gradients(0, count)
+        if not self._spare:
+            raise RuntimeError(f"{_TABLES} captures in a row: make an eager step(), or a replay, before the next one")
+        found = segment.found_gradients(0, count)
+        homes, table = addresses_of(found), self._spare.pop()
+        align(found, homes)
+        self._taken.append(table)
+        self._unfilled.append((table, homes))
+        return Gradients(found, table, segment.layout.dtype)
+
+    def settle(self) -> None:
+        """Outside of captures: fill the tables of recorded passes, and have some for further ones."""
+        blocks, count = self._segment.whole.blocks, len(self._segment.params)
+        if blocks is None:
+            return
+        for table, homes in self._unfilled:
+            table.copy_(torch.tensor(homes, dtype=torch.int64, pin_memory=blocks.is_cuda), non_blocking=True)
+        self._unfilled.clear()
+        if not self._spare:
+            # Rows at multiples of 128 bytes: an address table's alignment is part of the kernel's compile key.
+            rows = torch.zeros(_TABLES, -(-count // _PLACE) * _PLACE, dtype=torch.int64, device=blocks.device)
+            self._spare = list(rows[:, :count].unbind())
+
+
+class CapturableScheduler(Scheduler):
+    """A scheduler whose passes take their numbers from memory and have the same tensors in every step."""
+
+    slots = 0
+    """How many inbox tensors a pass over mixed parameters has; it never falls, so that graphs stay valid."""
+    _numbers: Tensor | None = None
+    _written: Sequence[float] = ()
+    _places: Sequence[slice] = ()
+    _counts: dict[tuple[int, str], int] | None = None
+    _tables: dict[FlatSegment, AddressTables] | None = None
+    _warm: tuple[Layout, bool, bool] | None = None
+    _recorded: Layout | None = None
+
+    def follow_topology(self, topology: Topology | None) -> None:
+        """See `Scheduler.follow_topology`."""
+        super().follow_topology(topology)
+        if topology is None or self.link is None or self._mailbox is None:
+            return
+        by_machine = self._mailbox.hierarchy is not None
+        most = 1 if by_machine else most_neighbours(topology, self.link.world.rank)
+        self.slots = max(self.slots, most, int(self.rhythm.global_average_every is not None))
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See `Scheduler.step`; inside a capture, the passes alone.
+
+        Raises:
+            RuntimeError: a capture without a step like this one before it, or without gradients.
+        """
+        if recording():
+            self._record(grad_scale, found_inf)
+            return
+        with self._around_passes():
+            self._make_passes(grad_scale, found_inf)
+        self._warm = (self._layout(), grad_scale is None, found_inf is None)
+
+    def _record(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._begin()
+        layout = self._layout()
+        if self._warm != (layout, grad_scale is None, found_inf is None) or self._counts is None:
+            raise RuntimeError(
+                "step() in a CUDA graph's capture, but no step like it was made before: states and connections would have to be "
+                "made, and kernels loaded, inside the capture. Make a few eager steps first, on a side stream (with a "
+                "GradScaler, if the captured step has one), also after add_param_group or set_topology"
+            )
+        if not self._gradients():
+            raise RuntimeError(
+                "step() in a CUDA graph's capture without any gradient: capture backward() too, or keep gradients that stay "
+                "where they are (zero_grad(set_to_none=False))"
+            )
+        # Nobody may read these: they are not the replay's.
+        self._inputs.numbers = {key: (math.nan,) * count for key, count in self._counts.items()}
+        try:
+            self._make_passes(grad_scale, found_inf, record=True)
+        finally:
+            self._inputs = StepInputs()
+        self._recorded = layout
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """What the host does before and after the passes that the with-block replays.
+
+        Raises:
+            RuntimeError: nothing was captured, or what was is no longer this optimizer's step; and as `step`.
+        """
+        if self._recorded is None:
+            raise RuntimeError(
+                "replaying() before any step() was captured: call step() inside torch.cuda.graph(...) first"
+            )
+        if self._recorded != self._layout():
+            raise RuntimeError(
+                "the captured step is out of date: param groups, momentum or amsgrad, or the topology's number of neighbours "
+                "have changed since. Make an eager step and capture again"
+            )
+        with self._around_passes():
+            yield
+            for sweep in self._wholes:
+                sweep.bump_versions()
+
+    def _layout(self) -> Layout:
+        """What passes are made of, beside the addresses that never change."""
+        era = self.wires.era if self.wires is not None else 0
+        stage = self.algorithm.after
+        states = ((id(sweep.segment), stage.states(self.groups[sweep.segment.layout.group])) for sweep in self._wholes)
+        return (self.slots, era, *states)
+
+    @contextmanager
+    def _around_passes(self) -> Iterator[None]:
+        with torch.no_grad():
+            self._begin()
+            self._touch()
+            exchanging = self._exchanging(self.clock.steps)
+            if exchanging:
+                self._send_missing()
+            inboxes = [self._receive(sweep) if exchanging else EMPTY for sweep in self._wholes]
+            self._write([self._numbers_of(*pair) for pair in zip(self._wholes, inboxes, strict=True)])
+            for tables in self._tables_of().values():
+                tables.settle()
+        yield
+        with torch.no_grad():
+            step = self.clock.steps
+            done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
+            for sweep in self._wholes if self._exchanging(step + 1) else ():
+                if self.wires is not None and sweep.segment.layout.mix:
+                    for lane in sweep.lanes:
+                        self.wires.said(lane, done)
+                self._send_all(sweep, step + 1, done)
+            self._tick()
+
+    def _make_passes(self, grad_scale: Tensor | None, found_inf: Tensor | None, *, record: bool = False) -> None:
+        """What is recorded: device work alone, the same in every step."""
+        assert self._numbers is not None
+        self._inputs.found_inf = found_inf
+        self._inputs.grad_scale = self._multiplier(grad_scale)
+        for sweep, place in zip(self._wholes, self._places, strict=True):
+            segment = sweep.segment
+            grads = self._tables_of()[segment].record() if record else segment.gradients(sweep.first, sweep.last)
+            self._pass(sweep, self.algorithm.after, grads, self._slots(sweep, self._numbers[place]))
+
+    def _slots(self, sweep: Sweep, numbers: Tensor) -> Inbox:
+        """All inbox tensors that any round fills, whoever has filled them, with numbers that are elsewhere."""
+        inbox = EMPTY
+        if self._mailbox is not None and sweep.segment.layout.mix:
+            inbox = self._mailbox.slots(sweep.segment, self.slots, self._codes_for(sweep, None))
+        neighbours = len(inbox.tensors[0]) if inbox.tensors else 0
+        return replace(inbox, weights=(math.nan,) * neighbours, row_sum=math.nan, numbers=numbers)
+
+    def _codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+        """Of a static graph's exchanges, one in every step, each pass takes and gives codes in the same place."""
+        return self.wires.of(sweep.segment, 0) if self.wires is not None and sweep.segment.layout.mix else ()
+
+    def _numbers_of(self, sweep: Sweep, inbox: Inbox) -> list[float]:
+        """(row_sum, *weights, *hyper, seed) of this step's pass over a sweep, as `kernels.Pass.numbers` wants them."""
+        segment, stage = sweep.segment, self.algorithm.after
+        slots = self.slots if self._mailbox is not None and segment.layout.mix else 0
+        weights = [*inbox.weights, *[0.0] * (slots - len(inbox.weights))]
+        seed = [float(self._seed(segment, False))] if segment.rounds_stochastically else []
+        row_sum = 0.0 if stage.differences else inbox.row_sum
+        return [row_sum, *weights, *self._hyper(segment.layout.group, stage), *seed]
+
+    def _write(self, passes: Sequence[Sequence[float]]) -> None:
+        """Have the device read these numbers in the passes that follow on its current stream."""
+        self._counts = {key: len(hyper) for key, hyper in self._inputs.numbers.items()}
+        blocks = self.segments[0].whole.blocks
+        starts = list(accumulate((-(-len(numbers) // _PLACE) * _PLACE for numbers in passes), initial=0))
+        values = [0.0] * starts[-1]
+        self._places = [slice(start, start + len(numbers)) for start, numbers in zip(starts, passes, strict=False)]
+        for place, numbers in zip(self._places, passes, strict=True):
+            values[place] = numbers
+        if self._numbers is None or len(self._numbers) != len(values):
+            dtype = torch.float64 if blocks is None else torch.float32
+            self._numbers = torch.zeros(len(values), dtype=dtype, device=self.segments[0].param.device)
+            self._written = ()
+        if values != self._written:
+            # From a fresh piece of pinned memory each time: the copy is still to be made when this returns, and torch's
+            # allocator hands the piece out again only when it is over.
+            source = torch.tensor(values, dtype=self._numbers.dtype, pin_memory=self._numbers.is_cuda)
+            self._numbers.copy_(source, non_blocking=True)
+            self._written = values
+
+    def _tables_of(self) -> dict[FlatSegment, AddressTables]:
+        if self._tables is None:
+            self._tables = {}
+        for segment in self.segments:
+            if segment not in self._tables:
+                self._tables[segment] = AddressTables(segment)
+        return self._tables
