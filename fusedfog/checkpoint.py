@@ -6,6 +6,9 @@
 Ranks of a decentralized run differ, so every rank writes its own model and states under its own prefix: `rank3/model/...`
 and `rank3/state/...` tensor by tensor, `rank3/rest` for param groups, clock and what the user adds. On the same number of
 ranks a run goes on bit for bit. On another number every rank starts from the average of the saved ranks.
+
+Of parameters that FSDP2 shards (`shards`), the ranks of a machine write one replica together, under the machine's number;
+"rank" then means that, here and below. They may be other numbers of ranks on resume: DTensors are read as they are cut.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
+from fusedfog.construction import measuring_link
 from fusedfog.optim import DecentralizedOptimizer
 from fusedfog.storage import COMPENSATION
 from fusedfog.wires import is_wire_state
@@ -41,7 +46,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     Raises:
         CheckpointException: a rank could not write (from torch.distributed.checkpoint; names rank and cause).
     """
-    rank = find_world().rank
+    rank = _replicas(opt).rank
     saved = opt.state_dict()
     states = saved.pop("state")
     entries: dict[str, Any] = {f"rank{rank}/model/{name}": value for name, value in model.state_dict().items()}
@@ -64,21 +69,24 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     start anew at 1), with rank 0's counters and param groups; every saved rank is read by one rank.
 
     Returns:
-        `extra` as it was saved by this rank, or by rank 0 where numbers differ.
+        `extra` as it was saved by this rank (of a sharded replica: by one of its ranks), or by rank 0 where numbers differ.
 
     Raises:
         ValueError: the folder holds no fusedfog checkpoint, or one of another model or algorithm.
         CheckpointException: a part cannot be read (from torch.distributed.checkpoint).
     """
-    world = find_world()
+    world = _replicas(opt)
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     ranks = sum(key.endswith("/rest") for key in stored)
     if not ranks:
         raise ValueError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
+    like = _shards(model, opt)
     if ranks == world.size:
-        entries = _read(path, stored, world.rank)
+        entries = _read(path, stored, world.rank, like)
     else:
-        entries = _average(path, stored, ranks, world, next(model.parameters()).device)
+        # A rank of a sharded replica holds a part that no other reads, so it averages by itself.
+        readers = World(0, 1, None) if like else world
+        entries = _average(path, stored, ranks, readers, next(model.parameters()).device, like)
     rest = entries.pop("rest")
     states: dict[int, dict[str, Any]] = {}
     for name, value in entries.items():
@@ -106,11 +114,37 @@ def _check_model(path: str | Path, model: nn.Module, weights: Mapping[str, Tenso
             )
 
 
-def _read(path: str | Path, stored: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """What rank `rank` saved, without its prefix."""
+def _replicas(opt: DecentralizedOptimizer) -> World:
+    """This rank's replica among all replicas of the model: itself among all ranks, unless parameters are sharded."""
+    engine = opt._engine
+    if engine.sharding is None or len(engine.sharding.ranks) == dist.get_world_size():
+        return find_world() if engine.sharding is None else World(0, 1, None)
+    link = measuring_link(engine, opt._options)
+    assert link is not None
+    return link.world
+
+
+def _shards(model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, DTensor]:
+    """What is sharded of a rank's part, by its name there."""
+    if opt._engine.sharding is None:
+        return {}
+    entries = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for key, state in opt.state_dict()["state"].items():
+        entries |= {f"state/{key}/{name}": value for name, value in state.items()}
+    return {name: value for name, value in entries.items() if isinstance(value, DTensor)}
+
+
+def _empty(about: TensorStorageMetadata, like: DTensor | None) -> Tensor:
+    if like is not None and like.shape == about.size:
+        return torch.empty_like(like, dtype=about.properties.dtype)
+    return torch.empty(about.size, dtype=about.properties.dtype)
+
+
+def _read(path: str | Path, stored: Mapping[str, Any], rank: int, like: Mapping[str, DTensor]) -> dict[str, Any]:
+    """What rank `rank` saved, without its prefix; what is in `like` is sharded as it is there."""
     prefix = f"rank{rank}/"
     entries: dict[str, Any] = {
-        key: torch.empty(about.size, dtype=about.properties.dtype) if isinstance(about, TensorStorageMetadata) else None
+        key: _empty(about, like.get(key.removeprefix(prefix))) if isinstance(about, TensorStorageMetadata) else None
         for key, about in stored.items()
         if key.startswith(prefix)
     }
@@ -128,21 +162,26 @@ def _load(path: str | Path, entries: dict[str, Any]) -> None:
 
 
 def _average(
-    path: str | Path, stored: Mapping[str, Any], ranks: int, world: World, device: torch.device
+    path: str | Path,
+    stored: Mapping[str, Any],
+    ranks: int,
+    world: World,
+    device: torch.device,
+    like: Mapping[str, DTensor],
 ) -> dict[str, Any]:
     """The mean of all saved ranks' floating-point tensors; the rest is rank 0's."""
-    result = {name: value for name, value in _read(path, stored, 0).items() if _has_a_mean(name)}
+    result = {name: value for name, value in _read(path, stored, 0, like).items() if _has_a_mean(name)}
     scalars = result["rest"]["optimizer"]["fusedfog"].get("push_sum") or [1.0] * ranks
     # A parameter that had no gradient on rank 0 may have states on others.
     tensors = {key.split("/", 1)[1]: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
     names = {name: about for name, about in tensors.items() if _has_a_mean(name)}
     sums = {
-        name: torch.zeros(about.size, dtype=torch.float64 if about.properties.dtype == torch.float64 else torch.float32)
+        name: torch.zeros_like(_empty(about, like.get(name)), dtype=_wide(about.properties.dtype))
         for name, about in sorted(names.items())
         if about.properties.dtype.is_floating_point and not name.endswith("/step")
     }
     for rank in range(world.rank, ranks, world.size):
-        for name, value in _read(path, stored, rank).items():
+        for name, value in _read(path, stored, rank, like).items():
             if name in sums:
                 sums[name].add_(value, alpha=scalars[rank] / sum(scalars))
     for name, total in sums.items():
@@ -156,6 +195,10 @@ def _average(
             result[f"{state}/step"] = _most_steps(path, stored, state)
     result["rest"]["optimizer"]["fusedfog"] |= {"push_sum": None, "said": False}
     return result
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _has_a_mean(name: str) -> bool:

@@ -21,12 +21,13 @@ from fusedfog.averaging import broadcast
 from fusedfog.capture import CapturableScheduler, refuse
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.exchange import Link, link_for, next_agreement
-from fusedfog.flat import FlatSegment, dense_stride
+from fusedfog.flat import dense_stride
 from fusedfog.gradient_exchange import AllReduceScheduler
 from fusedfog.hierarchy import Hierarchy, check_mesh
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
+from fusedfog.shards import room, segment_of, settle, sharding_of, stand_in
 from fusedfog.storage import WAYS, Storage, Way, wire_format
 from fusedfog.topology import Topology
 from fusedfog.world import World, find_world
@@ -110,8 +111,6 @@ class Options:
             raise ValueError(
                 "compiled passes know no low_precision, state_dtype or wire_dtype: leave out cpu_compile=True"
             )
-        if options.codes is not None and options.mesh is not None:
-            raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
         if options.capturable and (options.fused_backward or options.cpu_compile):
             what = "fused_backward" if options.fused_backward else "cpu_compile"
             why = (
@@ -168,19 +167,21 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
         names = group.get("param_names") or [f"{len(specs) + i}" for i in range(len(group["params"]))]
         for i, (param, given) in enumerate(zip(group["params"], names, strict=True)):
             depth, name = known.get(id(param), (i / len(group["params"]), given))
-            _check_parameter(param, name)
+            local = stand_in(param)
+            _check_parameter(local, name)
             specs.append(
                 ParamSpec(
                     name=name,
-                    shape=tuple(param.shape),
-                    stride=dense_stride(param),
+                    shape=tuple(local.shape),
+                    stride=dense_stride(local),
                     dtype=param.dtype,
                     group=first_group + offset,
                     mix=bool(group["mix"]),
                     depth=depth,
+                    room=room(param),
                 )
             )
-            seen.append(param)
+            seen.append(local)
     devices = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
@@ -281,12 +282,16 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     for group in groups:
         check_options(algorithm, {**group, **vars(options)})
     alone = algorithm.exchanges == "nothing"
+    given = options.mesh
+    sharding, options, everyone = settle(groups, options, alone=alone)
     world = World(0, 1, None) if alone else find_world(options.group)
     mesh = options.mesh
     if mesh is not None:
         check_mesh(mesh, world)
         if algorithm.graph == "any":
             raise ValueError(f"{algorithm.name} works on the ranks' own edges and not on a mesh; use awc or atc")
+        if options.codes is not None:
+            raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
     size = world.size if mesh is None else mesh.size(0)
     topology = resolve_topology(algorithm, options.topology, size, static=options.codes is not None)
     if world.size == 1:
@@ -303,7 +308,9 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     if world.size > 1:
         fields = _fields(kind, groups, specs, options) | {"topology": _name_topology(topology)}
         fields["mesh"] = "none" if mesh is None else str(mesh.mesh.tolist())
-        agree(world, next_agreement(world), fields, _timeout(world, device), kind)
+        if sharding is not None and everyone is not None:
+            fields |= sharding.fields(groups, specs, given)
+        agree(everyone or world, next_agreement(everyone or world), fields, _timeout(world, device), kind)
         link = link_for(world, device)
         channel = link.open_channel()
         if mesh is not None and topology is not None:
@@ -313,7 +320,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     compiled = bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
     params = [param for group in groups for param in group["params"]]
     segments = [
-        FlatSegment(layout, [params[slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage)
+        segment_of(layout, [params[slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage)
         for layout in layouts
     ]
     if options.sync_init:
@@ -336,6 +343,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         ),
         hierarchy,
         options.codes,
+        sharding,
     )
 
 
@@ -405,15 +413,21 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
         raise ValueError(
             f"the new group is on {group['params'][0].device} but the optimizer's parameters are on {device}"
         )
+    if sharding_of([group], options.model) != engine.sharding:
+        raise ValueError(
+            "the new group is not sharded as the optimizer's parameters are: give it an optimizer of its own"
+        )
     if engine.link is not None:
         fields = _fields(kind, groups[-1:], specs, options)
+        if engine.sharding is not None:
+            fields |= engine.sharding.fields(groups[-1:], specs, None)
         agree(
             engine.link.world, next_agreement(engine.link.world), fields, engine.link.timeout, f"{kind}.add_param_group"
         )
     layouts = plan(specs, int(options.bucket_mb * 2**20))
     compiled = any(region.compiled for region in engine.segments[0].regions)
     segments = [
-        FlatSegment(
+        segment_of(
             layout, [group["params"][slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage
         )
         for layout in layouts
@@ -429,6 +443,7 @@ def measuring_link(engine: Scheduler, options: Options) -> Link | None:
     """The link over which averages are taken; `local` optimizers have none of their own and meet here first."""
     if engine.link is not None or (options.group is None and not dist.is_initialized()):
         return engine.link
+    _, options, _ = settle(engine.groups, options, alone=False)
     world = find_world(options.group)
     return link_for(world, engine.segments[0].param.device) if world.size > 1 else None
 

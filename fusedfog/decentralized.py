@@ -15,6 +15,7 @@ from fusedfog.around import AroundScheduler
 from fusedfog.construction import Keywords, Options
 from fusedfog.optim import DecentralizedOptimizer
 from fusedfog.scheduler import Scheduler
+from fusedfog.shards import carry_clock, make_room_for_clock
 
 _REFUSED = {
     "fused_backward": "the wrapped optimizer makes its step over all parameters at once, not bucket by bucket",
@@ -107,7 +108,10 @@ class Decentralized(DecentralizedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's `state_dict()`, which it can load, plus `"fusedfog"`: the clock. Local; waits for messages."""
         self._engine.drain(keep_failures=True)
-        return {**self.inner.state_dict(), "fusedfog": self._saved_clock()}
+        saved = {**self.inner.state_dict(), "fusedfog": self._saved_clock()}
+        if self._engine.sharding is not None:
+            carry_clock(saved)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the wrapped optimizer. Collective, discards messages in flight.
@@ -119,6 +123,8 @@ class Decentralized(DecentralizedOptimizer):
         mixed = [group["mix"] for group in self.param_groups]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fusedfog"})
         self._share()
+        if engine.sharding is not None:
+            make_room_for_clock(self.param_groups)
         for group, mix in zip(self.param_groups, mixed, strict=True):
             group["mix"] = mix
         engine.groups = self.param_groups

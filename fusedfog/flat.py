@@ -70,6 +70,7 @@ class FlatSegment:
         param: `[N]`, the parameters; read by neighbours while a message is in flight.
         states: name -> `[N]`, float32 (float64 beside float64 parameters, bfloat16 where `storage` says so), zero until
             first used.
+        owners: the parameters as the optimizer's user knows them; `params`, unless these are `shards`.
         steps: float32 `[P]`, how often each parameter was updated, as torch.optim counts.
         touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
@@ -79,6 +80,8 @@ class FlatSegment:
         compiled: whether passes over it on the CPU are to be compiled.
         storage: how 16-bit parameters, and states, are kept.
     """
+
+    sharded = False
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class FlatSegment:
     ) -> None:
         self.layout, self.storage = layout, storage
         self._compiled = compiled
-        self.params = list(params)
+        self.params = self.owners = list(params)
         device = params[0].device
         self.param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.states: dict[str, Tensor] = {}
@@ -214,7 +217,7 @@ class FlatSegment:
             return []
         fresh = [p for p, (touched, shown) in enumerate(zip(self.touched, self._shown, strict=True)) if touched > shown]
         self._shown = list(self.touched)
-        return [(p, self.params[p]) for p in fresh]
+        return [(p, self.owners[p]) for p in fresh]
 
     def load_states(self, names: tuple[str, ...], saved: Sequence[Mapping[str, Any]]) -> None:
         """Copy per-parameter states in torch.optim's format in; what a parameter does not have becomes zero."""
@@ -225,7 +228,7 @@ class FlatSegment:
                 if name in present:
                     view.copy_(state[name])
                 elif name in ("outer_param", MASTER):
-                    view.copy_(self.params[position].detach())  # a run that had none yet
+                    view.copy_(self.owners[position].detach())  # a run that had none yet
                 else:
                     view.zero_()
             # torch's SGD stores no count; what matters is whether its momentum buffer has begun.
@@ -248,6 +251,10 @@ class FlatSegment:
         """Tell autograd that a pass wrote parameters `[first, last)`, so that it still catches use of stale values."""
         torch.autograd.graph.increment_version(self.params[first:last])
 
+    def own_gradients(self, first: int, last: int) -> list[Tensor | None]:
+        """The gradients of parameters `[first, last)` as they are."""
+        return list(map(_grad_of, self.params[first:last]))
+
     def gradients(self, first: int, last: int) -> Gradients:
         """The gradients of parameters `[first, last)` where autograd left them.
 
@@ -263,14 +270,14 @@ class FlatSegment:
 
     def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
         """The gradients of parameters `[first, last)` alone, which count as touched from now on."""
-        found: list[Tensor | None] = list(map(_grad_of, self.params[first:last]))
+        found = self.own_gradients(first, last)
         present = [grad for grad in found if grad is not None]
         if not (
             self._row_major
             and all(map(Tensor.is_contiguous, present))
             and set(map(_dtype_of, present)) <= {self.layout.dtype}
         ):
-            found = [self._in_order(self.params[p], self.layout.slots[p]) for p in range(first, last)]
+            found = [self._in_order(self.params[p], grad, self.layout.slots[p]) for p, grad in enumerate(found, first)]
         if not all(self.touched[first:last]):
             self.touched[first:last] = [
                 touched or grad is not None for touched, grad in zip(self.touched[first:last], found, strict=True)
@@ -290,9 +297,8 @@ class FlatSegment:
         source = torch.tensor(homes, dtype=torch.int64, pin_memory=table.is_cuda)
         table[first:last].copy_(source, non_blocking=True)
 
-    def _in_order(self, param: Tensor, slot: Slot) -> Tensor | None:
+    def _in_order(self, param: Tensor, grad: Tensor | None, slot: Slot) -> Tensor | None:
         """A gradient in its parameter's dtype and memory order: itself, as a rule; None if it has no elements."""
-        grad = param.grad
         if param.dtype != self.layout.dtype:
             raise _moved(slot)
         if grad is None or not slot.spec.numel:

@@ -56,7 +56,7 @@ class AllReduceScheduler(Scheduler):
                 reduced.append(average.finish())
         self.figures.blocked_s += time.perf_counter() - begin
         self._inputs.grad_scale = multiplier(
-            [average.tensors() for average in averages], grad_scale, self.rhythm.max_grad_norm
+            [average.tensors() for average in averages], grad_scale, self.rhythm.max_grad_norm, self.sharding
         )
         scaled = self._inputs.found_inf is not None
         for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedfog.shards import Sharding
 
-def multiplier(gradients: Sequence[Tensor], grad_scale: Tensor | None, limit: float | None) -> Tensor | None:
+
+def multiplier(
+    gradients: Sequence[Tensor], grad_scale: Tensor | None, limit: float | None, sharding: Sharding | None = None
+) -> Tensor | None:
     """GradScaler's unscaling and clipping to a total norm of `limit`, as one 0-d tensor, without a host sync.
 
     Args:
         gradients: all that the norm is taken over; not looked at without a limit.
         grad_scale: GradScaler's scale, of one element.
+        sharding: how the gradients are sharded; the norm is then taken over all shards of the replica.
 
     Returns:
         The factor (fp32), or None for 1.
@@ -22,7 +27,8 @@ def multiplier(gradients: Sequence[Tensor], grad_scale: Tensor | None, limit: fl
     unscale = None if grad_scale is None else grad_scale.reshape(()).float().reciprocal()
     if limit is None or not gradients:
         return unscale
-    norm = torch.nn.utils.get_total_norm(gradients).float()
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm if sharding is None else sharding.norm(norm)).float()
     if unscale is not None:
         norm = norm * unscale
     # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing by zero.

@@ -27,6 +27,7 @@ class ParamSpec:
     """What the layout needs to know of a parameter.
 
     `depth` orders parameters by when the forward pass meets them (0 first); backward finishes them in the reverse order.
+    `room` is how many elements to keep for it, if that is more than it has (`shards`).
     """
 
     name: str
@@ -36,6 +37,7 @@ class ParamSpec:
     group: int
     mix: bool
     depth: float
+    room: int = 0
 
     @property
     def numel(self) -> int:
@@ -110,7 +112,7 @@ def _segment(members: list[tuple[int, ParamSpec]], bucket_bytes: int) -> Segment
     first = start = at = 0
     for position, (index, spec) in enumerate(members):
         slots.append(Slot(index, at, spec))
-        at = align(at + spec.numel)
+        at = align(at + max(spec.numel, spec.room))
         last = position + 1
         if (at - start) * itemsize >= bucket_bytes or last == len(members):
             depth = min(slot.spec.depth for slot in slots[first:])

@@ -22,6 +22,7 @@ from fusedfog.averaging import average_in_place, consensus_distance
 from fusedfog.capture import CapturableScheduler, recording
 from fusedfog.construction import Keywords, Options
 from fusedfog.scheduler import Scheduler
+from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
 from fusedfog.topology import Topology
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -38,7 +39,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             methods in `fusedfog.algorithms`.
         group: process group; None is the default one. Ranks in topologies are group ranks.
         mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
-            `topology` (then of as many nodes as there are machines), dim 1 inside by averaging.
+            `topology` (then of as many nodes as there are machines), dim 1 inside by averaging. For FSDP2 parameters, dim 1
+            is where their shards lie; see `fusedfog.shards`.
         communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
             (Gossip-PGA, Chen et al. 2021).
@@ -54,7 +56,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
             30+2K, 26+2K, 22+2K; None rounds to nearest, 22+2K, and loses updates below half of bf16's spacing.
         state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
-        max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication.
+        max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
+            all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
             does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
@@ -73,7 +76,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     Raises (at construction, before anything is sent or changed):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
             hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
-            cannot make, or with an endless topology; low_precision without 16-bit parameters.
+            cannot make, or with an endless topology; low_precision without 16-bit parameters; DTensors that are not sharded
+            inside machines and replicated across them (`fusedfog.shards`).
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
         PeerTimeout: another rank never came to build its optimizer.
@@ -88,7 +92,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self._scheduler: Scheduler | None = None
         self._options = options
         super().__init__(params, {**defaults, "mix": True})
-        self._build()
+        if self._build().sharding is not None:
+            make_room_for_clock(self.param_groups)
+            self._show_states()
 
     @property
     def _kind(self) -> str:
@@ -190,6 +196,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             if "step" in state:
                 state["step"] = state["step"].cpu()
         saved["fusedfog"] = clock
+        if self._engine.sharding is not None:
+            carry_clock(saved)
         return saved
 
     def _saved_clock(self) -> dict[str, Any]:
@@ -212,13 +220,15 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             handle.remove()
         # torch made a new list of groups; schedules act on that one from now on.
         engine.groups = self.param_groups
+        if engine.sharding is not None:
+            make_room_for_clock(self.param_groups)
         engine.discard()
         pairs = construction.pair_parameters(self.param_groups, state_dict)
         engine.set_clock(clock)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
 
     def _loaded_clock(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        clock = dict(state_dict.get("fusedfog", {}))
+        clock = dict(state_dict.get("fusedfog", {}) or carried_clock(state_dict))
         saved_by = clock.pop("algorithm", self._options.algorithm)
         if saved_by != self._options.algorithm:
             raise ValueError(
@@ -246,7 +256,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 views = {name: segment.state_view(name, position) for name in names}
                 if "exp_avg" in views or not engine.algorithm.plain:
                     views = {"step": segment.steps[position], **views}
-                if views:
+                if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
                     self.state[param] = views
 
     def _adopt_states(self, saved: dict[Any, Any]) -> None:
@@ -255,7 +265,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         for segment in engine.segments:
             names = engine.state_names(segment)
-            segment.load_states(names, [saved.get(param) or {} for param in segment.params])
+            segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
         if engine.wires is not None:
             # A checkpoint of exact messages knows no replicas.
             engine.adopt_wires(all(name in state for state in saved.values() for name in engine.wires.names()[:1]))
@@ -294,7 +304,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
         self._engine.check_storage()
-        return consensus_distance(self._engine.segments, construction.measuring_link(self._engine, self._options))
+        engine = self._engine
+        distance = consensus_distance(engine.segments, construction.measuring_link(engine, self._options))
+        if engine.sharding is not None:
+            own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
+            distance = engine.sharding.norm(own).item()
+        return distance
 
     def stats(self) -> dict[str, float]:
         """Running totals of this rank since construction. Local, no synchronization.
@@ -305,7 +320,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
         With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
         was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all
-        mixed parameters, how far the neighbours pull this rank, 0 without an exchange.
+        mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
         """
         engine = self._engine
         return {

@@ -42,6 +42,7 @@ from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
 from fusedfog.rhythm import Clock, Rhythm
+from fusedfog.shards import Sharding
 from fusedfog.topology import Topology
 from fusedfog.trace import span
 from fusedfog.wires import Wires
@@ -67,6 +68,7 @@ class Scheduler:
         channel: this optimizer's channel on the link.
         hierarchy: this rank's place on a mesh, where `topology` is between machines.
         codes: dtype of compressed messages; None sends the flat tensors themselves.
+        sharding: how the parameters are sharded, if they are.
     """
 
     def __init__(
@@ -80,10 +82,11 @@ class Scheduler:
         rhythm: Rhythm,
         hierarchy: Hierarchy | None = None,
         codes: torch.dtype | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.groups, self.segments = groups, segments
         self.algorithm, self.topology, self.link, self.rhythm = algorithm, topology, link, rhythm
-        self.clock, self.figures = Clock(), Figures()
+        self.clock, self.figures, self.sharding = Clock(), Figures(), sharding
         self.accumulating = False
         self.held: str | None = None
         # Not with fused_backward: how many buckets the hooks have led differs by rank, and with it the order of sweeps,
@@ -415,6 +418,7 @@ class Scheduler:
         if self._inputs.inverse_norm is None:
             states = [one.state(self.algorithm.normalized) for one in self.segments]
             norm = torch.stack([torch.linalg.vector_norm(state).double() for state in states]).norm()
+            norm = norm if self.sharding is None else self.sharding.norm(norm)
             self._inputs.inverse_norm = torch.where(norm > 0, 1.0 / (norm + 1e-8), 0.0)
         return self._inputs.inverse_norm.to(segment.state(self.algorithm.normalized).dtype)
 
@@ -458,10 +462,11 @@ class Scheduler:
     def _multiplier(self, grad_scale: Tensor | None) -> Tensor | None:
         """Of this rank's own gradients; see `gradients.multiplier`."""
         clips = self.rhythm.max_grad_norm is not None
-        return multiplier(self._gradients() if clips else [], grad_scale, self.rhythm.max_grad_norm)
+        return multiplier(self._gradients() if clips else [], grad_scale, self.rhythm.max_grad_norm, self.sharding)
 
     def _gradients(self) -> list[Tensor]:
-        return [param.grad for segment in self.segments for param in segment.params if param.grad is not None]
+        found = [grad for segment in self.segments for grad in segment.own_gradients(0, len(segment.params))]
+        return [grad for grad in found if grad is not None]
 
     def gradient_ready(self, lane: Lane, name: str) -> None:
         """A parameter of `lane` has its gradient: lead every bucket that can go, in order, without waiting."""

@@ -49,7 +49,7 @@ def test_snippets_for_frameworks_are_lines_of_scripts_that_are_tested() -> None:
     tested = {line.strip() for script in scripts for line in script.read_text().splitlines()}
     tested |= {line.removesuffix(",") for line in tested}
     snippets = re.findall(r"^```py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for line in "\n".join(snippets).splitlines():
         assert line.strip() in tested or line.startswith("..."), line
 
