@@ -119,7 +119,7 @@ def fused_pass(
         if seed is not None:
             seed = tl.load(numbers + (1 + K + HYPER))
     if seed is not None:
-        seed = seed.to(tl.int32)
+        seed = tl.cast(seed, tl.int32)
 
     stored = tl.load(param + at, mask=inside)
     x = held(stored, rest, at, inside)
@@ -227,13 +227,14 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: Sequence[torch.dtyp
     Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
     through shared memory. It also needs registers, which a block keeps for every tensor loaded and above all for
     Adam's square root and division: measured with ptxas for sm_80, sm_90 and sm_100, it takes at most 60 with one state
-    at most and at most 8 bytes an element in tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126).
+    at most and at most 8 bytes an element in tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126,
+    one state beside compensated parameters 80).
 
     Args:
         param: dtype of the parameters.
         grad: dtype of the gradients.
-        others: dtypes of every state, sent message, inbox tensor and message.
-        states: how many of them are states.
+        others: dtypes of every state, sent message, inbox tensor and message, of the parameters' rest and of wires.
+        states: how many of them are states or a rest.
     """
     widths = {dtype.itemsize for dtype in (param, grad, *others)}
     return 4 if len(widths) == 1 and states <= 1 and sum(dtype.itemsize for dtype in others) <= 8 else 8
@@ -285,7 +286,7 @@ def launch(work: Pass) -> None:
             ZERO_MISSING=work.missing == "zero",
             GRAD_DTYPE=DTYPES[grad_dtype],
             BLOCK=BLOCK,
-            num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states)),
+            num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
             enable_fp_fusion=FP_FUSION,
         )
 

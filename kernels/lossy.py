@@ -3,10 +3,12 @@
 import triton
 import triton.language as tl
 
-from .wire import FORMATS, GROUP
+from .rounding import SHORT
+from .wire import FORMATS, GROUP, SPOILT
 
+_SHORT = tl.constexpr(SHORT)
 _GROUP = tl.constexpr(GROUP)
-_SPOILT = tl.constexpr(255)
+_SPOILT = tl.constexpr(SPOILT)
 _FP8_TOP, _FP8_LARGEST = (tl.constexpr(value) for value in next(form for form in FORMATS.values() if form))
 _INT8_TOP, _INT8_LARGEST = (tl.constexpr(value) for value in list(FORMATS.values())[-1])
 # Adding it leaves no bits for fractions, so the sum is rounded to the nearest integer, ties to even.
@@ -31,8 +33,8 @@ def noise(seed, STREAM: tl.constexpr, at):
 @triton.jit
 def stochastic(value, DTYPE: tl.constexpr, seed, STREAM: tl.constexpr, at):
     """`rounding.stochastic`: fp32 values that DTYPE, bf16 or fp16, holds exactly."""
-    DROPPED: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
-    SCALE: tl.constexpr = 1.0 if DTYPE == tl.bfloat16 else 1.925929944387236e-34
+    DROPPED: tl.constexpr = 16 if DTYPE.is_bf16() else 13
+    SCALE: tl.constexpr = 1.0 if DTYPE.is_bf16() else 1.925929944387236e-34
     added = (noise(seed, STREAM, at) & ((1 << DROPPED) - 1)).to(tl.int32)
     bits = ((value * SCALE).to(tl.int32, bitcast=True) + added) & -(1 << DROPPED)
     return tl.where(tl.abs(value) < float("inf"), bits.to(tl.float32, bitcast=True) * (1.0 / SCALE), value)
@@ -41,7 +43,7 @@ def stochastic(value, DTYPE: tl.constexpr, seed, STREAM: tl.constexpr, at):
 @triton.jit
 def nearest(value, DTYPE: tl.constexpr):
     """fp32 values rounded to the nearest that DTYPE holds, ties to even."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         # By hand: the interpreter truncates, and x is compared with what was stored.
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -55,8 +57,11 @@ def held(stored, rest, at, inside):
     x = stored.to(tl.float32)
     if rest is not None:
         kept = tl.load(rest + at, mask=inside)
-        known = kept if kept.dtype == tl.float32 else x + kept.to(tl.float32)
-        x = tl.where(nearest(known, stored.dtype) == x, known, x)
+        if kept.dtype == tl.float32:
+            x = tl.where(nearest(kept, stored.dtype) == x, kept, x)
+        else:
+            kept = kept.to(tl.float32)
+            x = tl.where(nearest(x + kept * _SHORT, stored.dtype) == x, x + kept, x)
     return x
 
 
@@ -64,10 +69,13 @@ def held(stored, rest, at, inside):
 def decode(codes, scales, at, inside):
     """`wire.decode` of the codes at `at`."""
     value = tl.load(codes + at, mask=inside).to(tl.float32)
+    # Not an early return: the compiler would go on behind it, without scales.
     if scales is None:
-        return tl.where(tl.abs(value) < float("inf"), value, 0.0)
-    exponent = tl.load(scales + at // _GROUP * 4 + at % 4, mask=inside).to(tl.int32)
-    return tl.where(exponent == _SPOILT, 0.0, value * (exponent << 23).to(tl.float32, bitcast=True))
+        difference = tl.where(tl.abs(value) < float("inf"), value, 0.0)
+    else:
+        exponent = tl.load(scales + at // _GROUP * 4 + at % 4, mask=inside).to(tl.int32)
+        difference = tl.where(exponent == _SPOILT, 0.0, value * (exponent << 23).to(tl.float32, bitcast=True))
+    return difference
 
 
 @triton.jit

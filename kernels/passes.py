@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .region import Gradients, Region
@@ -90,7 +91,7 @@ class Pass:
     numbers: Tensor | None = None
 
     def check(self, rules: Sequence[str]) -> None:
-        """Raise ValueError for an unknown rule or `missing`, or lengths that disagree with each other."""
+        """Raise ValueError for an unknown rule or `missing`, a strange rest or seed, or lengths that disagree."""
         if self.rule not in rules:
             raise ValueError(f"unknown update rule {self.rule!r}; there are {', '.join(rules)}")
         if self.missing not in ("skip", "zero"):
@@ -102,8 +103,12 @@ class Pass:
             raise ValueError(
                 f"{len(self.weights)} weights for inboxes of {[len(received) for received in self.inbox]} neighbours"
             )
-        if self.taken and (len(self.taken) != messages or len(self.scales) != len(self.inbox)):
+        if self.taken and (len(self.taken) != messages or [*map(len, self.scales)] != [*map(len, self.inbox)]):
             raise ValueError(f"{len(self.taken)} wires and {len(self.scales)} scales for {messages} messages")
+        if self.rest is not None and self.rest.dtype not in (torch.float32, self.param.dtype):
+            raise ValueError(f"{self.param.dtype} parameters with a rest of {self.rest.dtype}")
+        if self.seed is not None and self.numbers is None and not 0 <= self.seed < 1 << 24:
+            raise ValueError(f"a seed is in [0, 2^24), not {self.seed}")
 
     def with_numbers_at_hand(self) -> Pass:
         """The same pass with `numbers` read; for the CPU, where reading them costs nothing."""

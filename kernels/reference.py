@@ -440,19 +440,20 @@ def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tenso
     """What each message is compared with, and each message mixed."""
     here = slice(start, stop)
     sent = work.sent or (work.param,)
-    inbox = tuple(work.inbox) or ((),) * len(sent)
+    inbox, scales = tuple(work.inbox) or ((),) * len(sent), tuple(work.scales) or ((),) * len(sent)
     bases, mixed = [], []
     for m, (tensor, received) in enumerate(zip(sent, inbox, strict=True)):
         base = x if tensor is work.param else tensor[here].to(x.dtype)
         if work.taken:
-            scales = [scales_of(found, start, stop) for found in work.scales[m]]
-            gap = take(cut(work.taken[m], start, stop), [codes[here] for codes in received], scales, work.weights)
+            exponents = [scales_of(found, start, stop) for found in scales[m]]
+            gap = take(cut(work.taken[m], start, stop), [codes[here] for codes in received], exponents, work.weights)
             result = gap + (base if work.row_sum == 1 else base * work.row_sum)
         else:
             own = work.param[here].to(x.dtype) if tensor is work.param and work.rest is not None else base
             result = mix_messages(base, [codes[here] for codes in received], work.weights, work.row_sum, own)
         bases.append(base)
-        mixed.append(result)
+        # Not x itself, where nothing was mixed in: x as a result means that a rule leaves param and rest alone.
+        mixed.append(result.view_as(result) if result is x and work.rest is not None else result)
     return tuple(bases), tuple(mixed)
 
 

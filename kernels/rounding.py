@@ -11,6 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHORT = 1 - 2**-8
+"""What a Kahan compensation is multiplied by before it is asked whether param + rest rounds to param.
+
+A compensation is rounded itself, at most up to half a unit of `param`: a tie, which must not count as the next value.
+"""
+
 _MASK = 0xFFFFFFFF
 
 
@@ -60,8 +66,10 @@ def held(stored: Tensor, rest: Tensor | None) -> Tensor:
     """x in the arithmetic dtype, of which 16-bit parameters hold what they can; see `Pass.rest`."""
     if rest is None:
         return stored.double() if stored.dtype == torch.float64 else stored.float()
-    known = rest if rest.dtype == torch.float32 else stored.float() + rest
-    return torch.where(known.to(stored.dtype) == stored, known, stored.float())
+    wide = stored.float()
+    master = rest.dtype == torch.float32
+    near = rest if master else wide + rest.float() * SHORT
+    return torch.where(near.to(stored.dtype) == stored, rest if master else wide + rest, wide)
 
 
 def keep(value: Tensor, stored: Tensor, rest: Tensor | None, bits: Tensor | None) -> None:

@@ -82,10 +82,9 @@ def encode(difference: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
     Returns:
         [n] codes and the scales, uint8 [ceil(n/64)*4], or None for formats without.
     """
-    fine = difference.isfinite()
     form = FORMATS[dtype]
     if form is None:
-        return torch.where(fine, difference, torch.nan).to(dtype), None
+        return difference.to(dtype), None
     top, largest = form
     count = difference.numel()
     places = torch.nn.functional.pad(difference, (0, -count % GROUP)).view(-1, GROUP // 4, 4)
