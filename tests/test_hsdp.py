@@ -154,19 +154,28 @@ def check_equal(ranks: Pool, cases: Cases, steps: int, machines: int = 2, by_gro
         assert (apart > 1e-3) == (keywords["algorithm"] != "allreduce"), (kind, keywords, apart)
 
 
-@pytest.mark.parametrize("algorithm", ["awc", "atc"])
-@pytest.mark.parametrize(("kind", "extra"), [("SGD", {"momentum": 0.9}), ("AdamW", {"weight_decay": 0.1})])
+@pytest.mark.parametrize(
+    ("kind", "extra", "algorithm"),
+    [
+        ("SGD", {"momentum": 0.9}, "awc"),
+        ("AdamW", {"weight_decay": 0.1}, "atc"),
+        pytest.param("SGD", {"momentum": 0.9}, "atc", marks=pytest.mark.slow),
+        pytest.param("AdamW", {"weight_decay": 0.1}, "awc", marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_training_is_unsharded_training(ranks: Pool, kind: str, extra: dict[str, Any], algorithm: str) -> None:
     keywords = {"algorithm": algorithm, "max_grad_norm": 0.5, **extra}
     cases = [(kind, dtype, keywords) for dtype in (torch.float64, torch.float32)]
     check_equal(ranks, cases, steps=12, by_group=algorithm == "atc")
 
 
+@pytest.mark.slow
 def test_more_machines_on_a_time_varying_graph(ranks: Pool) -> None:
     keywords = {"topology": "base_graph", "momentum": 0.9, "communicate_every": 2, "global_average_every": 5}
     check_equal(ranks, [("SGD", torch.float64, {"algorithm": "awc", **keywords})], steps=6, machines=3)
 
 
+@pytest.mark.slow
 def test_other_methods_are_the_unsharded_ones_too(ranks: Pool) -> None:
     cases = [
         ("SGD", {"algorithm": "gradient_tracking"}),
@@ -262,6 +271,7 @@ def accumulate() -> float:
     return furthest(*paths)
 
 
+@pytest.mark.slow
 def test_accumulation_with_and_without_reductions(ranks: Pool) -> None:
     assert max(ranks.run(4, accumulate)) < 1e-12
 
@@ -283,6 +293,7 @@ def wrapped() -> float:
     return furthest_yet
 
 
+@pytest.mark.slow
 def test_any_torch_optimizer_on_shards(ranks: Pool) -> None:
     assert max(ranks.run(4, wrapped)) < 1e-12
 
@@ -301,6 +312,7 @@ def low_precision() -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_16_bit_parameters(ranks: Pool) -> None:
     assert max(max(losses) for losses in ranks.run(4, low_precision)) < 0.9
 
@@ -391,6 +403,7 @@ def grow() -> tuple[int, float, str]:
     return 0, 0.0, ""
 
 
+@pytest.mark.slow
 def test_groups_may_be_added_if_they_are_sharded_alike(ranks: Pool) -> None:
     for states, distance, text in ranks.run(4, grow):
         assert states == 8 and distance > 1e-3 and "not sharded as" in text
@@ -441,7 +454,11 @@ def dcp_resume(path: str, kind: str, flat: bool, keywords: dict[str, Any]) -> Pa
 
 @pytest.mark.parametrize(
     ("kind", "flat", "keywords"),
-    [("AdamW", False, {"wire_dtype": "int8"}), ("AdamW", True, {"algorithm": "atc", "amsgrad": True}), ("SGD", False, {})],
+    [
+        ("AdamW", False, {"wire_dtype": "int8"}),
+        pytest.param("AdamW", True, {"algorithm": "atc", "amsgrad": True}, marks=pytest.mark.slow),
+        pytest.param("SGD", False, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_dcp_resumes_bit_for_bit(
     ranks: Pool, others: Pool, tmp_path: Path, kind: str, flat: bool, keywords: dict[str, Any]
@@ -472,6 +489,7 @@ def load(path: str, keywords: dict[str, Any], machines: int, local: int, topolog
     return loaded, states, [whole(model)]
 
 
+@pytest.mark.slow
 def test_save_checkpoint_keeps_a_replica_per_machine(ranks: Pool, others: Pool, tmp_path: Path) -> None:
     keywords = {"momentum": 0.9, "algorithm": "push_sum", "communicate_every": 2}
     saved = ranks.run(4, save, str(tmp_path), keywords)
@@ -643,6 +661,7 @@ def run_script(folder: str) -> list[str]:
     return sorted(os.listdir(folder))
 
 
+@pytest.mark.slow
 def test_the_readme_snippet_runs_on_two_machines(ranks: Pool, tmp_path: Path) -> None:
     files = ranks.run(4, run_script, str(tmp_path), init=False)
     assert "averaged.pt" in files[0] and "checkpoint" in files[0]

@@ -58,9 +58,10 @@ def limit(
 
 
 SLOW = pytest.mark.slow
+ONE_QUICK = ["int8", *(pytest.param(form, marks=SLOW) for form in ("bf16", "fp8"))]
 CASES = [
     pytest.param(160, {"lr": 0.3, "topology": "ring"}),
-    pytest.param(200, {"lr": 0.15, "topology": "one_peer_exponential", "momentum": 0.5}),
+    pytest.param(200, {"lr": 0.15, "topology": "one_peer_exponential", "momentum": 0.5}, marks=SLOW),
     pytest.param(
         200,
         {"lr": 0.3, "topology": "ring", "algorithm": "atc", "communicate_every": 2, "fused_backward": True},
@@ -109,7 +110,7 @@ def mean_is_kept(form: str) -> float:
     return max(drift, opt.consensus_distance())
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_QUICK)
 def test_averaging_alone_finds_the_mean_and_keeps_it(ranks: Pool, form: str) -> None:
     assert max(ranks.run(4, mean_is_kept, form)) < 1e-12
 
@@ -166,7 +167,9 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("keywords", RESUMED, ids=str)
+@pytest.mark.parametrize(
+    "keywords", [pytest.param(one, marks=() if i in (0, 4, 6) else SLOW) for i, one in enumerate(RESUMED)], ids=str
+)
 def test_new_processes_go_on_bit_for_bit(ranks: Pool, others: Pool, tmp_path: Path, keywords: dict[str, Any]) -> None:
     path = str(tmp_path / "saved")
     whole = ranks.run(4, save_in_between, path, keywords)
@@ -181,7 +184,7 @@ def resume_elsewhere(path: str, keywords: dict[str, Any]) -> float:
     return opt.consensus_distance()
 
 
-@pytest.mark.parametrize("keywords", [RESUMED[0], RESUMED[4]], ids=str)
+@pytest.mark.parametrize("keywords", [pytest.param(RESUMED[0], marks=SLOW), RESUMED[4]], ids=str)
 def test_another_number_of_ranks_starts_with_new_replicas(
     ranks: Pool, tmp_path: Path, keywords: dict[str, Any]
 ) -> None:
@@ -215,7 +218,7 @@ def interrupted(form: str) -> tuple[torch.Tensor, torch.Tensor]:
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_QUICK)
 def test_pauses_and_changes_of_topology_do_not_move_the_limit(ranks: Pool, form: str) -> None:
     for plain, disturbed in ranks.run(4, interrupted, form):
         torch.testing.assert_close(disturbed, plain, rtol=0, atol=1e-8)
@@ -348,7 +351,7 @@ def gossip(form: str, dtype: torch.dtype, feedback: bool) -> tuple[float, float,
     )
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ONE_QUICK)
 def test_compressed_averages_of_tensors_keep_the_mean(ranks: Pool, form: str) -> None:
     for drift, apart, same in ranks.run(4, gossip, form, torch.float64, True):
         assert drift < 1e-12 and same
