@@ -25,7 +25,7 @@ WAYS = {
     "bf16": "bf16",
 }
 SEEDS, RANKS = (0, 1, 2), 2
-SETTINGS = {"steps": 400, "warm-up": 50, "layers": 2, "width": 64, "windows": 512, "lr": 4e-3}
+SETTINGS = {"steps": 200, "warm-up": 30, "layers": 2, "width": 64, "windows": 512, "lr": 4e-3}
 
 
 def train(way: str, seed: int) -> Report:

@@ -81,3 +81,58 @@ def test_a_step_holds_parameters_states_inboxes_and_nothing_that_grows(
         # Scratch: gradients with decay (4 MB), one chunk's temporaries. Construction: one parameter more while it moves.
         assert first < (1 + states + buffers) * MODEL * 1.01 + 6e6
         assert later < 5e6
+
+
+def held_memory(dtype: torch.dtype, setup: dict) -> tuple[float, float]:
+    """Bytes an element that an optimizer of AdamW holds after two steps, its parameters included; and a later step's most."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(LAYERS))).to(dtype)
+    params = list(model.parameters())
+    for param in params:
+        param.grad = torch.randn_like(param)
+    opts: list[torch.optim.Optimizer] = []
+
+    def begin():
+        opts.append(fusedfog.AdamW(params, lr=1e-3, bucket_mb=2, topology="one_peer_exponential", **setup))
+        for _ in range(3):
+            opts[0].step()
+        opts[0].drain()
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        begin()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = sum(event.nbytes() for event in events)
+
+    def go_on():
+        opts[0].step()
+        opts[0].drain()
+
+    later = most_allocated(go_on)
+    dist.barrier()
+    # The parameters' first storage was freed on the way.
+    return held / (MODEL / 4) + dtype.itemsize, later / (MODEL / 4)
+
+
+BF16_STATES = {"state_dtype": torch.bfloat16}
+ROUND = 4 + 4 + 1 + 1 / 16
+"""A replica, a gap, codes and their scales: what 8-bit messages take for each of the two rounds of one peer among four."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "setup", "predicted"),
+    [
+        (torch.bfloat16, {}, 2 + 8 + 2),
+        (torch.bfloat16, {"low_precision": "master"}, 2 + 8 + 2 + 4),
+        (torch.bfloat16, {"low_precision": "kahan"}, 2 + 8 + 2 + 2),
+        (torch.bfloat16, {"low_precision": "stochastic"}, 2 + 8 + 2),
+        (torch.bfloat16, {"low_precision": "stochastic", **BF16_STATES}, 2 + 4 + 2),
+        (torch.float32, {"wire_dtype": "int8"}, 4 + 8 + 2 * ROUND + 1 + 1 / 16),
+        (torch.float32, {"wire_dtype": "bf16"}, 4 + 8 + 2 * (4 + 4 + 2) + 2),
+        (torch.bfloat16, {"wire_dtype": "fp8", "low_precision": "kahan"}, 2 + 8 + 2 + 2 * ROUND + 1 + 1 / 16),
+    ],
+    ids=str,
+)
+def test_fewer_bits_hold_what_the_layout_says(ranks: Pool, dtype: torch.dtype, setup: dict, predicted: float) -> None:
+    for held, later in ranks.run(4, held_memory, dtype, setup):
+        assert held == pytest.approx(predicted, rel=0.01)
+        assert later * (MODEL / 4) < 6e6
