@@ -268,7 +268,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
         if engine.wires is not None:
             # A checkpoint of exact messages knows no replicas.
-            engine.adopt_wires(all(name in state for state in saved.values() for name in engine.wires.names()[:1]))
+            engine.adopt_wires(any(engine.wires.names()[0] in state for state in saved.values()))
         self._show_states()
 
     # -- decentralized -----------------------------------------------------------------------------------------------
