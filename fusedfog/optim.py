@@ -400,8 +400,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         - Gradients are read where they were at the capture. Those that the captured backward made belong to the graph: set
           them to None before the capture. If backward is not captured, keep them where they are
           (`zero_grad(set_to_none=False)`).
-        - What else `step()` sees is as it was at the capture: `max_grad_norm` is recorded; a GradScaler's step and update have
-          to be called inside the capture, and in the eager steps before it; step hooks and closures run at the capture alone.
+        - What else `step()` sees is as it was at the capture: which parameters have gradients; clipping by `max_grad_norm`; a
+          GradScaler, whose step and update belong inside the capture (and into the eager steps before it), where its flag and
+          scale have fixed addresses. Step hooks and closures run at the capture alone.
         - After `add_param_group`, other momentum or amsgrad switches, or a `set_topology` to rounds of more neighbours than
           ever, make an eager step and capture again. Loading a checkpoint keeps graphs valid.
 
