@@ -26,7 +26,12 @@ for _ in range(4):
 
 
 @pytest.mark.parametrize(
-    ("last", "fused"), [("", False), ("", True), ("torch.distributed.destroy_process_group()", False)]
+    ("last", "fused"),
+    [
+        ("", False),
+        pytest.param("", True, marks=pytest.mark.slow),
+        pytest.param("torch.distributed.destroy_process_group()", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, fused: bool) -> None:
     script = tmp_path / "train.py"

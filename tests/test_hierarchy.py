@@ -29,7 +29,9 @@ def dense(w: Any, machines: int, local: int) -> Any:
 
 
 @pytest.mark.parametrize("fused_backward", [False, True])
-@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (4, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 4), (4, 2), (4, 1), (1, 4)))]
+)
 def test_awc_and_atc_equal_the_dense_formula(ranks: Pool, shape: tuple[int, int], fused_backward: bool) -> None:
     machines, local = shape
     n = machines * local
@@ -45,6 +47,7 @@ def test_awc_and_atc_equal_the_dense_formula(ranks: Pool, shape: tuple[int, int]
         np.testing.assert_allclose(np.stack(got, axis=1), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["gradient_tracking", "exact_diffusion"])
 def test_exact_methods_stay_exact_on_a_mesh(ranks: Pool, algorithm: str) -> None:
     problem = problems.least_squares(8, 13, 26, seed=8)

@@ -55,7 +55,7 @@ SGD_METHODS: list[tuple[str, str, tuple[dict[str, Any], dict[str, Any]], Oracle]
 ]
 
 
-@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize("n", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("algorithm", "graph", "options", "recursion"), SGD_METHODS, ids=lambda v: getattr(v, "__name__", str(v))
 )
@@ -100,7 +100,7 @@ ADAM_METHODS: list[tuple[str, str, dict[str, Any], Oracle, float]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+@pytest.mark.parametrize("kind", [pytest.param("Adam", marks=pytest.mark.slow), "AdamW"])
 @pytest.mark.parametrize(
     ("algorithm", "graph", "options", "recursion", "tolerance"),
     ADAM_METHODS,
@@ -177,7 +177,12 @@ def change_everything(opt: Any, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "momentum"),
-    [("exact_diffusion", 0.6), ("extra", 0.4), ("gradient_tracking", 0.0), ("momentum_tracking", 0.6)],
+    [
+        ("exact_diffusion", 0.6),
+        pytest.param("extra", 0.4, marks=pytest.mark.slow),
+        pytest.param("gradient_tracking", 0.0, marks=pytest.mark.slow),
+        pytest.param("momentum_tracking", 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_exact_methods_stay_exact_through_changes_in_mid_run(ranks: Pool, algorithm: str, momentum: float) -> None:
     problem = problems.least_squares(4, 10, 20, seed=1)

@@ -72,7 +72,9 @@ CASES = [
     pytest.param(300, {"lr": 0.2, "algorithm": "extra"}, marks=SLOW),
     pytest.param(300, {"lr": 0.2, "algorithm": "decentlam", "momentum": 0.5}, marks=SLOW),
     pytest.param(
-        100, {"lr": 0.1, "topology": "one_peer_exponential", "global_average_every": 5, "fused_backward": True}
+        100,
+        {"lr": 0.1, "topology": "one_peer_exponential", "global_average_every": 5, "fused_backward": True},
+        marks=SLOW,
     ),
 ]
 
