@@ -50,7 +50,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
             are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
             Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
-            period, 4 for checkpoints of awc and kin, and reads and writes 16; the default topology then is the symmetric exponential graph, of one round.
+            period, 4 for checkpoints of awc and kin, and reads and writes 16; the default topology then is the symmetric
+            exponential graph, of one round.
         low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
             with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
             rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
