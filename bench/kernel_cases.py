@@ -14,6 +14,7 @@ from kernel_rules import ROWS, SHAPES
 from torch import Tensor
 
 from fusedfog import kernels
+from fusedfog.pages import zeros
 
 TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {
     "mix": None,
@@ -41,9 +42,9 @@ class Pass:
         row = self.row = ROWS[name]
 
         def flat(of: torch.dtype) -> Tensor:
-            return torch.rand(numel, device=device).to(of)
+            return zeros(numel, of, device).copy_(torch.rand(numel, device=device))
 
-        self.param, self.grad = flat(dtype), flat(dtype)
+        self.param, self.grad = flat(dtype), torch.rand(numel, device=device).to(dtype)
         self.states = tuple(flat(torch.float32) for _ in range(row.states))
         makes_message = "x" not in row.writes
         self.message = flat(dtype) if makes_message or "message" in row.sent else None

@@ -1,4 +1,4 @@
-"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 4 minutes; full: about 45)
+"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 6 minutes; full: over an hour)
 
 Hosts are network namespaces on this machine, one process each, joined by links that are shaped so that one transfer of
 the model takes a given fraction of a step; see network_hosts.py. It needs root and iproute2, and without them says so and
@@ -11,7 +11,7 @@ is shaped, links inside are not). Two kinds of compute, see network_models.py: i
 the CPU free, in `real` compute the hosts share this machine's cores with the network's own work, which is charged to the
 method that causes it.
 
-    --full             all networks, fractions 0.3, 0.6 and 0.9, six rounds
+    --full             all networks, fractions 0.3, 0.6 and 0.9
     --networks 4 8 2x4 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
                        a choice of one's own (a round is `steps` steps of each method)
     --runs 3           everything so often, with new processes and a new calibration each time
@@ -37,6 +37,8 @@ from network_models import KINDS, METHODS, installed
 from network_report import show, show_targets, write
 
 NETWORKS = {"4": (4, 1), "8": (8, 1), "2x4": (2, 4)}
+ROUNDS = {"device-like": 3, "real": 12}
+"""Unless told otherwise. With real compute, eight hosts share two cores, and one round's ratios stray by a tenth."""
 WARM = 1
 _PATIENCE_S = 180
 
@@ -178,7 +180,7 @@ def measure_kind(network: Network, crew: Crew, kind: str, options: argparse.Name
                 **built,
                 "rate_bytes_s": rate,
                 **links,
-                "turns": measure_rounds(crew, kind, methods, options.rounds, options.steps),
+                "turns": measure_rounds(crew, kind, methods, options.rounds or ROUNDS[kind], options.steps),
             }
         )
         show(results[-1:])
@@ -210,7 +212,6 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.full:
         options.networks, options.transfers = list(NETWORKS), [0.3, 0.6, 0.9]
-    options.rounds = options.rounds or (6 if options.full else 3)
     if "local" not in options.methods:
         options.methods.insert(0, "local")
     return options

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from fusedfog.base import DecentralizedOptimizer
 from fusedfog.construction import measuring_link
-from fusedfog.optim import DecentralizedOptimizer
 from fusedfog.storage import COMPENSATION
 from fusedfog.wires import is_wire_state
 from fusedfog.world import World, find_world

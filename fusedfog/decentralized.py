@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedfog.around import AroundScheduler
+from fusedfog.base import DecentralizedOptimizer
 from fusedfog.construction import Keywords, Options
-from fusedfog.optim import DecentralizedOptimizer
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import carry_clock, make_room_for_clock
 

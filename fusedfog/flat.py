@@ -19,6 +19,7 @@ from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region
 from fusedfog.kernels.rounding import held
 from fusedfog.layout import Bucket, Segment, Slot, block_table
+from fusedfog.pages import zeros
 from fusedfog.storage import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
 
 # Looping over parameters is most of what a step costs the host: `map` halves it.
@@ -95,7 +96,7 @@ class FlatSegment:
         self._compiled = compiled
         self.params = self.owners = list(params)
         device = params[0].device
-        self.param = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
+        self.param = zeros(layout.numel, layout.dtype, device)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
         self._figures: dict[bool, Tensor] = {}
@@ -155,7 +156,7 @@ class FlatSegment:
                 dtype = self.layout.dtype
             elif name in MOMENTS and dtype == torch.float32:
                 dtype = self.storage.states
-            self.states[name] = torch.zeros(self.layout.numel, dtype=dtype, device=self.param.device)
+            self.states[name] = zeros(self.layout.numel, dtype, self.param.device)
         return self.states[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -167,7 +168,7 @@ class FlatSegment:
         if self._message is None:
             # Rounded to 16 bits, the message would lose the update that the parameters' rest keeps.
             precise = self.narrow and self.storage.way is not None
-            self._message = torch.zeros_like(self.param, dtype=torch.float32 if precise else None)
+            self._message = zeros(self.layout.numel, torch.float32 if precise else self.param.dtype, self.param.device)
         return self._message
 
     @property

@@ -1,4 +1,4 @@
-"""What gradients are multiplied by before a pass reads them, and whether somebody scales them at all."""
+"""What gradients are multiplied by before a pass reads them, whether somebody scales them at all, and their norm after it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedfog.flat import FlatSegment
 from fusedfog.shards import Sharding
 
 
@@ -41,3 +42,19 @@ def grad_scaler_exists() -> bool:
     # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
     # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
     return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())
+
+
+def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict[str, float]:
+    """Norms of the gradient as it was used, and of what the neighbours pulled, by the passes' figures; waits for the device.
+
+    Args:
+        in_two_halves: whether gradients are used in the pass before the exchange.
+    """
+    mixing = [segment.figures(False) for segment in segments]
+    updating = [segment.figures(in_two_halves) for segment in segments]
+    sums = [
+        torch.cat([figures[:, 1] for figures in updating]).sum(dtype=torch.float64),
+        torch.cat([figures[:, 0] for figures in mixing]).sum(dtype=torch.float64),
+    ]
+    gradient_norm, disagreement = torch.stack(sums).sqrt().tolist()
+    return {"gradient_norm": gradient_norm, "disagreement": disagreement}

@@ -20,6 +20,7 @@ from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Wire
 from fusedfog.lanes import Inbox, Lane
+from fusedfog.pages import zeros
 from fusedfog.topology import Round, Topology
 from fusedfog.trace import span
 from fusedfog.wires import Wires
@@ -145,7 +146,7 @@ class Mailbox:
     def _inbox(self, segment: FlatSegment, name: str, like: Tensor, neighbours: int) -> tuple[Tensor, ...]:
         inbox = self._inboxes.setdefault((id(segment), name), [])
         while len(inbox) < neighbours:
-            inbox.append(torch.zeros_like(like))
+            inbox.append(zeros(like.numel(), like.dtype, like.device))
         return tuple(inbox[:neighbours])
 
     def slots(self, segment: FlatSegment, neighbours: int, ends: tuple[Wire, ...] = ()) -> Inbox:

@@ -34,10 +34,10 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
-from fusedfog.gradients import grad_scaler_exists, multiplier
+from fusedfog.gradients import grad_scaler_exists, measured_norms, multiplier
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Gradients, Pass, Wire, advance_steps, run_pass
-from fusedfog.kernels.rounding import hash32
+from fusedfog.kernels.rounding import seed_of
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
@@ -385,10 +385,7 @@ class Scheduler:
     def _seed(self, segment: FlatSegment, first_half: bool) -> int:
         """Of this pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
         rank = self.link.world.rank if self.link is not None else 0
-        seed = 0
-        for part in (rank, self.clock.steps, 2 * self.segments.index(segment) + first_half):
-            seed = hash32((seed + part) & 0xFFFFFFFF)
-        return seed & 0xFFFFFF
+        return seed_of(rank, self.clock.steps, 2 * self.segments.index(segment) + first_half)
 
     def _codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
         """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""
@@ -399,18 +396,7 @@ class Scheduler:
 
     def measured(self) -> dict[str, float]:
         """What the last step's passes have measured; waits for the device."""
-        if not self.rhythm.measure:
-            return {}
-        mixing = [segment.figures(False) for segment in self.segments]
-        updating = [segment.figures(self.algorithm.before is not None) for segment in self.segments]
-        sums = torch.stack(
-            [
-                torch.cat([figures[:, 1] for figures in updating]).sum(dtype=torch.float64),
-                torch.cat([figures[:, 0] for figures in mixing]).sum(dtype=torch.float64),
-            ]
-        )
-        gradient_norm, disagreement = sums.sqrt().tolist()
-        return {"gradient_norm": gradient_norm, "disagreement": disagreement}
+        return measured_norms(self.segments, self.algorithm.before is not None) if self.rhythm.measure else {}
 
     def _extra(self, segment: FlatSegment) -> Tensor:
         """1 / (||s|| + 1e-8), s being this rank's whole `normalized` state; 0 while it is zero."""

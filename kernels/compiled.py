@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,10 @@ def _function(rule: str, dtype: torch.dtype, states: int, neighbours: int, threa
     plain = _mix if rule == "mix" else _LOWERED[rule][0]
     name = f"{rule}_{str(dtype).removeprefix('torch.')}_{states}_{neighbours}_{threads}"
     own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
-    # Inductor writes the number of threads into the code.
-    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.threads": threads})
+    # Inductor writes the number of threads into the code, and leaves loops serial that are short when it sees them first,
+    # as in `compile_now`.
+    options: dict[str, Any] = {"cpp.threads": threads, "cpp.min_chunk_size": 1}
+    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     return compiled
 
 

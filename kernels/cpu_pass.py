@@ -196,9 +196,10 @@ def _run_batches(
         if figures is not None:
             for i in batch:
                 _measure(figures[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
-        idle = [i for i in batch if gradients[i] is None]
-        _mix([x[i] for i in idle], [[views[i] for i in idle] for views in received], fresh or ())
         live = [i for i in batch if gradients[i] is not None]
+        if len(live) < len(batch):
+            idle = [i for i in batch if gradients[i] is None]
+            _mix([x[i] for i in idle], [[views[i] for i in idle] for views in received], fresh or ())
         if not live:
             continue
         here, g = [x[i] for i in live], [gradient for i in batch if (gradient := gradients[i]) is not None]

@@ -27,6 +27,14 @@ def hash32(value: int) -> int:
     return (value >> 16) ^ value
 
 
+def seed_of(*parts: int) -> int:
+    """A seed for `noise`, in [0, 2^24), that depends on all of `parts`."""
+    seed = 0
+    for part in parts:
+        seed = hash32((seed + part) & _MASK)
+    return seed & 0xFFFFFF
+
+
 def noise(seed: int, stream: int, first: int, count: int) -> Tensor:
     """32 random bits for each of `count` places of a flat buffer from `first` on.
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kernel_rules import ROWS
 from pool import Pool
 from torch import nn
+from torch._inductor.utils import run_and_get_cpp_code
 
 import fusedfog
 from fusedfog import compilation
@@ -172,6 +173,13 @@ def check_compiled(monkeypatch, name: str, neighbours: int, dtype: torch.dtype) 
 
 def test_compiled_passes_equal_the_reference(monkeypatch):
     check_compiled(monkeypatch, "adamw", 1, torch.float32)
+
+
+def test_compiled_loops_run_on_all_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # of which nothing else here has compiled any
+    _, code = run_and_get_cpp_code(lambda: compile_now("sgd", torch.float32, 1, 1))
+    loops = code.count("for(int64_t x0")
+    assert loops and code.count("#pragma omp parallel num_threads(3)") == loops
 
 
 @pytest.mark.slow

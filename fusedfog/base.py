@@ -1,0 +1,438 @@
+"""What all optimizers share: torch.optim's methods, and the decentralized ones, over one `Scheduler`.
+
+A `DecentralizedOptimizer` is a `torch.optim.Optimizer` with torch's param groups, hooks and checkpoint format. Its parameters
+become views of flat buffers; `step()` makes the local update and the averaging with neighbours in one pass, and the
+messages travel under the next forward and backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fusedfog import construction, data_parallel
+from fusedfog.averaging import average_in_place, consensus_distance
+from fusedfog.capture import CapturableScheduler, recording
+from fusedfog.construction import Options
+from fusedfog.scheduler import Scheduler
+from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
+from fusedfog.topology import Topology
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class DecentralizedOptimizer(torch.optim.Optimizer):
+    """What `SGD`, `Adam` and `AdamW` share; not built by itself.
+
+    Keyword arguments of every optimizer, beside torch's own:
+        topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
+            default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise.
+        algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
+            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (mean gradient, the baseline), "local", or one of the
+            methods in `fusedfog.algorithms`.
+        group: process group; None is the default one. Ranks in topologies are group ranks.
+        mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
+            `topology` (then of as many nodes as there are machines), dim 1 inside by averaging. For FSDP2 parameters, dim 1
+            is where their shards lie; see `fusedfog.shards`.
+        communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
+        global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
+            (Gossip-PGA, Chen et al. 2021).
+        outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
+        fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
+        bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
+        wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
+            are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
+            Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
+            period, 4 for checkpoints of awc and kin, and reads and writes 16; the default topology then is the symmetric
+            exponential graph, of one round.
+        low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
+            with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
+            rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
+            30+2K, 26+2K, 22+2K; None rounds to nearest, 22+2K, and loses updates below half of bf16's spacing.
+        state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
+        max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
+            all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
+        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
+            memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
+            does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
+        capturable: let a CUDA graph record `step()` with forward and backward; see `replaying`. The learning rate and other
+            hyper-parameters, mixing weights and seeds then lie in device memory (fp32), and every pass goes over an inbox
+            tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
+            for algorithms with an exchange in the middle of a step (atc and kin, allreduce, outer=), fused_backward,
+            cpu_compile, or wire_dtype without a static topology and an exchange in every step.
+        measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
+            disagreement.
+        sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
+        model: the module being trained: names parameters in errors, orders buckets, has its buffers broadcast.
+
+    A param group may set `mix=False`: updated, never communicated.
+
+    Raises (at construction, before anything is sent or changed):
+        ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
+            hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
+            cannot make, or with an endless topology; low_precision without 16-bit parameters; DTensors that are not sharded
+            inside machines and replicated across them (`fusedfog.shards`).
+        RuntimeError: no process group although WORLD_SIZE is larger than one.
+        MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
+        PeerTimeout: another rank never came to build its optimizer.
+    """
+
+    _family: str
+    _data_parallel_checked = False
+    # torch.amp.GradScaler then hands over its scale and flag instead of skipping step(), and the exchange with it.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
+        self._scheduler: Scheduler | None = None
+        self._options = options
+        super().__init__(params, {**defaults, "mix": True})
+        if self._build().sharding is not None:
+            make_room_for_clock(self.param_groups)
+            self._show_states()
+
+    @property
+    def _kind(self) -> str:
+        """What ranks must agree on, and errors call it."""
+        return type(self).__name__
+
+    def _build(self) -> Scheduler:
+        for group in self.param_groups:
+            self._check_group(group)
+        self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options)
+        return self._scheduler
+
+    @property
+    def _engine(self) -> Scheduler:
+        """The scheduler; a copied or unpickled optimizer builds its own at first use, together with the other ranks."""
+        if self._scheduler is None:
+            saved, clock = dict(self.state), self._options.clock
+            engine = self._build()
+            engine.set_clock(dict(clock))
+            self._adopt_states(saved)
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for hyper-parameters that torch's namesake would refuse, or that are not finite."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which hyper-parameters it takes")
+
+    # -- torch.optim -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update and mix all parameters; collective in effect: every rank steps equally often.
+
+        Args:
+            closure: reevaluates the model and returns the loss, once, before the update.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            PeerTimeout, ExchangeError: a neighbour's message did not come.
+            RankLeft: another rank has called `leave()`.
+            NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
+            StorageReplacedError: a parameter was moved or given a new storage.
+            RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
+        """
+        engine = self._engine
+        if not isinstance(engine, CapturableScheduler) and recording():
+            raise RuntimeError("step() in a CUDA graph's capture: build the optimizer with capturable=True")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._data_parallel_checked:
+            self._check_data_parallel(engine)
+        # A GradScaler sets these two for the duration of a step.
+        self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
+
+    def _update(self, engine: Scheduler, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        engine.step(grad_scale, found_inf)
+        self._show_states()
+
+    def _check_data_parallel(self, engine: Scheduler) -> None:
+        exchanges = engine.algorithm.exchanges == "parameters" and engine.link is not None
+        data_parallel.check(
+            self._kind,
+            (param for segment in engine.segments for param in segment.params),
+            self._options.fused_backward,
+            engine.link.world.ranks if exchanges and engine.link is not None else (),
+        )
+        self._data_parallel_checked = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
+        self._append_group(param_group)
+        if self._scheduler is None:
+            return
+        try:
+            self._check_group(self.param_groups[-1])
+            construction.extend(self._kind, self._scheduler, self.param_groups, self._options)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
+
+        Messages are not saved: they are a pure function of the parameters and are sent again on resume. With `low_precision`
+        the state has `master_param` or `compensation`, with `wire_dtype` the replicas and what was said last.
+        """
+        self._engine.drain(keep_failures=True)
+        clock = self._saved_clock()
+        saved = super().state_dict()
+        for state in saved["state"].values():
+            if "step" in state:
+                state["step"] = state["step"].cpu()
+        saved["fusedfog"] = clock
+        if self._engine.sharding is not None:
+            carry_clock(saved)
+        return saved
+
+    def _saved_clock(self) -> dict[str, Any]:
+        return {"algorithm": self._options.algorithm, **self._engine.read_clock()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
+
+        Raises:
+            ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm.
+        """
+        engine, clock = self._engine, self._loaded_clock(state_dict)
+        construction.check_states(self.param_groups, state_dict)
+        # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
+        originals: dict[Any, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: originals.update(given["state"]))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch made a new list of groups; schedules act on that one from now on.
+        engine.groups = self.param_groups
+        if engine.sharding is not None:
+            make_room_for_clock(self.param_groups)
+        engine.discard()
+        pairs = construction.pair_parameters(self.param_groups, state_dict)
+        engine.set_clock(clock)
+        self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
+
+    def _loaded_clock(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        clock = dict(state_dict.get("fusedfog", {}) or carried_clock(state_dict))
+        saved_by = clock.pop("algorithm", self._options.algorithm)
+        if saved_by != self._options.algorithm:
+            raise ValueError(
+                f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
+                f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
+            )
+        return clock
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        clock = self._scheduler.read_clock() if self._scheduler else self._options.clock
+        return {**super().__getstate__(), "_options": self._options.portable(clock), "_scheduler": None}
+
+    def _show_states(self) -> None:
+        """Let `self.state[p]` show, as torch.optim does, the states of every parameter that has had a gradient."""
+        engine = self._engine
+        for segment in engine.segments:
+            names = engine.state_names(segment)
+            for position, param in segment.unshown(names):
+                views = {name: segment.state_view(name, position) for name in names}
+                if "exp_avg" in views or not engine.algorithm.plain:
+                    views = {"step": segment.steps[position], **views}
+                if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
+                    self.state[param] = views
+
+    def _adopt_states(self, saved: dict[Any, Any]) -> None:
+        """Copy states in torch's format into the flat ones; parameters without a saved state start anew."""
+        engine = self._engine
+        self.state.clear()
+        for segment in engine.segments:
+            names = engine.state_names(segment)
+            segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
+        if engine.wires is not None:
+            # A checkpoint of exact messages knows no replicas.
+            engine.adopt_wires(any(engine.wires.names()[0] in state for state in saved.values()))
+        self._show_states()
+
+    # -- decentralized -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Inside, parameters are the average over all ranks; afterwards they are exactly what they were. Collective.
+
+        Args:
+            model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
+        """
+        engine = self._engine
+        model = model if model is not None else self._options.model
+        buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
+        flats = [segment.param for segment in engine.segments if segment.layout.mix]
+        engine.check_storage()  # Or the model inside would not be the average.
+        engine.drain(keep_failures=True)
+        edits = engine.count_edits()
+        before = [tensor.clone() for tensor in (*flats, *buffers)]
+        try:
+            with torch.no_grad():
+                average_in_place([*flats, *buffers], construction.measuring_link(engine, self._options))
+            engine.bump_versions()
+            with engine.hold("averaged()"):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip((*flats, *buffers), before, strict=True):
+                    tensor.copy_(value)
+            engine.bump_versions()
+            engine.forget_edits(edits)
+
+    def consensus_distance(self) -> float:
+        """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
+        self._engine.check_storage()
+        engine = self._engine
+        distance = consensus_distance(engine.segments, construction.measuring_link(engine, self._options))
+        if engine.sharding is not None:
+            own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
+            distance = engine.sharding.norm(own).item()
+        return distance
+
+    def stats(self) -> dict[str, float]:
+        """Running totals of this rank since construction. Local, no synchronization.
+
+        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
+        part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
+        torn_messages, buckets edited by the user while they were being sent.
+
+        With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
+        was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all
+        mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
+        """
+        engine = self._engine
+        return {
+            "steps": engine.clock.steps,
+            "exchanges": engine.clock.exchanges,
+            **vars(engine.figures),
+            **engine.measured(),
+        }
+
+    def drain(self) -> None:
+        """Wait for all messages in flight; what arrived is kept for the next step. Local.
+
+        Raises:
+            PeerTimeout, ExchangeError: a message did not come or could not be delivered.
+        """
+        self._engine.drain()
+
+    def leave(self) -> None:
+        """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.
+
+        What it has sent is delivered, and used by the neighbours' next step. Whoever needs more of it raises `RankLeft` at
+        once instead of waiting for the timeout, and then in turn those who wait for that rank. All ranks may leave, in any
+        order. Afterwards `state_dict()` works and `step()` raises RuntimeError; whatever else exchanges among the same
+        ranks has ended too. On NCCL the others see it, within seconds, when they next call `step()`; a stream that waits
+        already is only freed by torch's own timeout, and the log says who left.
+
+        Ranks stop at different steps, so those that go on together without the clock of the saved state:
+
+            except fusedfog.RankLeft as left:
+                rest = [rank for rank in range(n) if rank not in left.ranks]
+                group = torch.distributed.new_group(rest, use_local_synchronization=True)
+                saved = opt.state_dict(); del saved["fusedfog"]
+                opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
+        """
+        engine = self._engine
+        if engine.link is not None:
+            engine.link.leave(engine.clock.steps)
+            engine.discard()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is in flight and parameters may be edited freely. Collective; discards messages.
+
+        The next step starts its own exchange, with the edited values, and waits for it.
+        """
+        engine = self._engine
+        engine.discard()
+        with engine.hold("paused()"):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around each replay of a CUDA graph in which a `step()` was captured; needs `capturable=True`.
+
+            side = torch.cuda.Stream()                                   # a few eager steps first
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    opt.zero_grad(); loss_of(static_input).backward(); opt.step()
+            torch.cuda.current_stream().wait_stream(side)
+            opt.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = loss_of(static_input); loss.backward(); opt.step()       # recorded, not made: this is no step
+            for batch in data:
+                static_input.copy_(batch)
+                with opt.replaying():
+                    graph.replay()
+                schedule.step()
+
+        On entry the current stream waits for the neighbours' messages, and this step's learning rate, mixing weights and
+        seeds are written to the device; on exit the new parameters are sent and the clock ticks. So a replay equals an eager
+        `step()`, and the two may alternate. `replaying` is collective in effect, as `step` is. To keep in mind:
+
+        - One `step()` a capture, one replay a block, on the stream that is current on entry. Ranks need not replay at the same
+          steps, nor all of them capture.
+        - Gradients are read where they were at the capture. Those that the captured backward made belong to the graph: set
+          them to None before the capture. If backward is not captured, keep them where they are
+          (`zero_grad(set_to_none=False)`).
+        - What else `step()` sees is as it was at the capture: which parameters have gradients; clipping by `max_grad_norm`; a
+          GradScaler, whose step and update belong inside the capture (and into the eager steps before it), where its flag and
+          scale have fixed addresses. Step hooks and closures run at the capture alone.
+        - After `add_param_group`, other momentum or amsgrad switches, or a `set_topology` to rounds of more neighbours than
+          ever, make an eager step and capture again. Loading a checkpoint keeps graphs valid.
+
+        Raises:
+            RuntimeError: built without `capturable=True`, nothing was captured, or what was is out of date.
+            PeerTimeout, ExchangeError, RankLeft, StorageReplacedError: as `step`.
+        """
+        engine = self._engine
+        if not isinstance(engine, CapturableScheduler):
+            raise RuntimeError("replaying() needs an optimizer that was built with capturable=True")
+        with engine.replaying():
+            yield
+        self._show_states()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
+        engine = self._engine
+        previous, engine.accumulating = engine.accumulating, True
+        try:
+            yield
+        finally:
+            engine.accumulating = previous
+
+    def set_topology(self, topology: Topology | str | None) -> None:
+        """Use another topology from the next step on. Collective, discards messages in flight.
+
+        Raises:
+            ValueError: as at construction.
+            MismatchError: ranks were given different topologies; the old one stays.
+        """
+        engine = self._engine
+        construction.change_topology(self._kind, engine, topology)
+        self._options = dataclasses.replace(self._options, topology=topology)
