@@ -33,7 +33,7 @@ from test_gpt import ranks_of, wait_for_step
 RANKS = 4
 SEEDS = (0, 1, 2)
 TUNING_SEED, GRID = 9, (8e-3, 16e-3, 32e-3)
-SETTINGS = {"steps": 4000, "warm-up": 100, "layers": 2, "width": 32, "context": 64, "batch": 16, "windows": 1024}
+SETTINGS = {"steps": 1000, "warm-up": 100, "layers": 2, "width": 32, "context": 64, "batch": 64, "windows": 1024}
 METHODS = {
     "AWC, one-peer exponential": ("--algorithm=awc", "--topology=one_peer_exponential"),
     "DistributedDataParallel": ("--algorithm=ddp",),

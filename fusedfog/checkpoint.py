@@ -117,11 +117,10 @@ def _check_model(path: str | Path, model: nn.Module, weights: Mapping[str, Tenso
 def _replicas(opt: DecentralizedOptimizer) -> World:
     """This rank's replica among all replicas of the model: itself among all ranks, unless parameters are sharded."""
     engine = opt._engine
-    if engine.sharding is None or len(engine.sharding.ranks) == dist.get_world_size():
-        return find_world() if engine.sharding is None else World(0, 1, None)
+    if engine.sharding is None:
+        return find_world()
     link = measuring_link(engine, opt._options)
-    assert link is not None
-    return link.world
+    return link.world if link is not None else World(0, 1, None)
 
 
 def _shards(model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, DTensor]:

@@ -440,9 +440,14 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
 
 
 def measuring_link(engine: Scheduler, options: Options) -> Link | None:
-    """The link over which averages are taken; `local` optimizers have none of their own and meet here first."""
+    """The link over which averages are taken; `local` optimizers have none of their own and meet here first.
+
+    None where there is nothing to average: for a rank that is alone, and where FSDP keeps all replicas equal.
+    """
     if engine.link is not None or (options.group is None and not dist.is_initialized()):
         return engine.link
+    if engine.sharding is not None and engine.sharding.keeps_equal(find_world(options.group)):
+        return None
     _, options, _ = settle(engine.groups, options, alone=False)
     world = find_world(options.group)
     return link_for(world, engine.segments[0].param.device) if world.size > 1 else None

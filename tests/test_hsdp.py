@@ -206,6 +206,31 @@ def test_hsdp_with_local_is_allreduce(ranks: Pool) -> None:
         assert furthest(one, other) < 1e-12
 
 
+def resume_hsdp(path: str, machines: int) -> tuple[Path_, Path_]:
+    """FSDP alone, over all ranks: what is averaged, and what follows a resume, against what is there and would follow."""
+    mesh = mesh_of(machines, 4 // machines)
+    (model, opt), (other, loaded) = (
+        (one, make("AdamW", one, algorithm="local")) for one in (shard(Network(), mesh), shard(Network(), mesh))
+    )
+    iterate(model, opt, 0, 3)
+    assert opt.consensus_distance() == 0
+    ours = [whole(model)]
+    with opt.averaged(model):
+        theirs = [whole(model)]
+    fusedfog.save_checkpoint(path, model, opt)
+    fusedfog.load_checkpoint(path, other, loaded)
+    for one, optimizer, found in ((model, opt, ours), (other, loaded, theirs)):
+        iterate(one, optimizer, 3, 5)
+        found.append(whole(one))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_fsdp_without_gossip_is_averaged_and_resumed(ranks: Pool, tmp_path: Path, machines: int) -> None:
+    for ours, theirs in ranks.run(4, resume_hsdp, str(tmp_path), machines):
+        assert furthest(ours, theirs) == 0
+
+
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
