@@ -7,6 +7,7 @@ from fusedfog.data_parallel import local_gradients
 from fusedfog.decentralized import Decentralized
 from fusedfog.errors import (
     ExchangeError,
+    ForeignCheckpointWarning,
     MismatchError,
     NonFiniteError,
     PeerTimeout,
@@ -35,6 +36,7 @@ __all__ = [
     "AdamW",
     "Decentralized",
     "ExchangeError",
+    "ForeignCheckpointWarning",
     "MismatchError",
     "NonFiniteError",
     "Outer",

@@ -19,6 +19,7 @@ from fusedfog import construction, data_parallel
 from fusedfog.averaging import average_in_place, consensus_distance
 from fusedfog.capture import CapturableScheduler, recording
 from fusedfog.construction import Options
+from fusedfog.origin import has_messages, origin_of, take_origin
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
 from fusedfog.topology import Topology
@@ -200,15 +201,21 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         return saved
 
     def _saved_clock(self) -> dict[str, Any]:
-        return {"algorithm": self._options.algorithm, **self._engine.read_clock()}
+        return {"algorithm": self._options.algorithm, **origin_of(self._engine), **self._engine.read_clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
 
         Raises:
-            ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm.
+            ValueError: groups, parameters or shapes differ from this optimizer's, or it was saved by another algorithm; with
+                push_sum also by another number of ranks.
+
+        Warns:
+            ForeignCheckpointWarning: another rank saved it, or it was one of another number of ranks, or on another topology.
+                Compressed messages then begin anew from rank 0's values, as they do if any rank's replicas are missing.
         """
-        engine, clock = self._engine, self._loaded_clock(state_dict)
+        engine = self._engine
+        clock, own = self._loaded_clock(state_dict)
         construction.check_states(self.param_groups, state_dict)
         # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
         originals: dict[Any, Any] = {}
@@ -224,9 +231,10 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         engine.discard()
         pairs = construction.pair_parameters(self.param_groups, state_dict)
         engine.set_clock(clock)
-        self._adopt_states({param: originals[key] for param, key in pairs if key in originals})
+        self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
 
-    def _loaded_clock(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _loaded_clock(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """The clock, and whether this rank saved it."""
         clock = dict(state_dict.get("fusedfog", {}) or carried_clock(state_dict))
         saved_by = clock.pop("algorithm", self._options.algorithm)
         if saved_by != self._options.algorithm:
@@ -234,7 +242,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
                 f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
             )
-        return clock
+        return clock, take_origin(self._kind, self._engine, clock)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -258,16 +266,18 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
                     self.state[param] = views
 
-    def _adopt_states(self, saved: dict[Any, Any]) -> None:
-        """Copy states in torch's format into the flat ones; parameters without a saved state start anew."""
+    def _adopt_states(self, saved: dict[Any, Any], own: bool = True) -> None:
+        """Copy states in torch's format into the flat ones; parameters without a saved state start anew.
+
+        `own` says that this rank saved them, on the topology that it has.
+        """
         engine = self._engine
         self.state.clear()
         for segment in engine.segments:
             names = engine.state_names(segment)
             segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
         if engine.wires is not None:
-            # A checkpoint of exact messages knows no replicas.
-            engine.adopt_wires(any(engine.wires.names()[0] in state for state in saved.values()))
+            engine.adopt_wires(own and has_messages(self._kind, engine, saved))
         self._show_states()
 
     # -- decentralized -----------------------------------------------------------------------------------------------

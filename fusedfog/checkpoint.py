@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from fusedfog import origin
 from fusedfog.base import DecentralizedOptimizer
 from fusedfog.construction import measuring_link
 from fusedfog.storage import COMPENSATION
@@ -192,7 +193,10 @@ def _average(
         state = name.rsplit("/", 1)[0]
         if name.startswith("state/") and f"{state}/step" not in result:
             result[f"{state}/step"] = _most_steps(path, stored, state)
-    result["rest"]["optimizer"]["fusedfog"] |= {"push_sum": None, "said": False}
+    clock = result["rest"]["optimizer"]["fusedfog"]
+    clock |= {"push_sum": None, "said": False}
+    for key in origin.KEYS:
+        clock.pop(key, None)
     return result
 
 

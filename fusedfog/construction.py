@@ -267,7 +267,8 @@ def _fields(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Opti
     return fields
 
 
-def _name_topology(topology: Topology | None) -> str:
+def name_topology(topology: Topology | None) -> str:
+    """A topology as ranks compare it, and errors call it."""
     return "none" if topology is None else f"{topology.name} ({topology.fingerprint()[:12]})"
 
 
@@ -306,7 +307,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     link, channel, hierarchy = None, 0, None
     passes = _passes_to_compile(algorithm, groups, layouts, topology, world, options) if device.type == "cpu" else []
     if world.size > 1:
-        fields = _fields(kind, groups, specs, options) | {"topology": _name_topology(topology)}
+        fields = _fields(kind, groups, specs, options) | {"topology": name_topology(topology)}
         fields["mesh"] = "none" if mesh is None else str(mesh.mesh.tolist())
         if sharding is not None and everyone is not None:
             fields |= sharding.fields(groups, specs, given)
@@ -463,7 +464,7 @@ def change_topology(kind: str, engine: Scheduler, topology: Topology | str | Non
         refuse(engine.algorithm, chosen, lossy=engine.wires is not None)
     if engine.link is not None:
         world = engine.link.world
-        fields = {"topology": _name_topology(chosen)}
+        fields = {"topology": name_topology(chosen)}
         agree(world, next_agreement(world), fields, engine.link.timeout, f"{kind}.set_topology")
     engine.discard()
     engine.follow_topology(chosen)

@@ -119,7 +119,8 @@ class Decentralized(DecentralizedOptimizer):
         Raises:
             ValueError: groups differ from this optimizer's, or it was saved by another algorithm.
         """
-        engine, clock = self._engine, self._loaded_clock(state_dict)
+        engine = self._engine
+        clock, _ = self._loaded_clock(state_dict)
         mixed = [group["mix"] for group in self.param_groups]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fusedfog"})
         self._share()
@@ -137,7 +138,7 @@ class Decentralized(DecentralizedOptimizer):
     def _show_states(self) -> None:
         """The states are the wrapped optimizer's, and are where it put them."""
 
-    def _adopt_states(self, saved: dict[Any, Any]) -> None:
+    def _adopt_states(self, saved: dict[Any, Any], own: bool = True) -> None:
         """See `_show_states`."""
 
 

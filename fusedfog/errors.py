@@ -36,5 +36,9 @@ class NonFiniteError(RuntimeError):
     """Parameters are not finite where messages cannot say so (`wire_dtype`); names rank and parameters."""
 
 
+class ForeignCheckpointWarning(UserWarning):
+    """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs."""
+
+
 class TornMessageWarning(UserWarning):
     """A parameter was edited in place while its value was being sent; wrap such edits in `with opt.paused():`."""

@@ -271,10 +271,12 @@ class Scheduler:
         return (*rest, *self.wires.names()) if self.wires is not None and segment.layout.mix else rest
 
     def adopt_wires(self, known: bool) -> None:
-        """Take up compressed messages from loaded states and clock, or forget them if those do not know them."""
-        if self.wires is not None and known:
+        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective."""
+        if self.wires is None:
+            return
+        if self.wires.all_ranks(known):
             self.wires.resume(self._lanes, self.clock.exchanges, self.clock.said)
-        elif self.wires is not None:
+        else:
             self.wires.forget()
 
     def _send_missing(self) -> None:

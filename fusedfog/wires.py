@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.averaging import broadcast
@@ -154,6 +155,12 @@ class Wires:
             if segment.layout.mix
             for name, end in zip(self.messages, self.of(segment, exchange), strict=True)
         ]
+
+    def all_ranks(self, agree: bool) -> bool:
+        """Whether all ranks say so: replicas of some alone would be others' than their neighbours think. Collective."""
+        vote = torch.tensor(int(agree), device=self.segments[0].param.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.link.group)
+        return bool(vote)
 
     def resume(self, lanes: Sequence[Lane], exchange: int, pending: bool) -> None:
         """Go on with the replicas that were loaded into the states; what was said and not taken is said again."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import base, scheduler, topology
+from fusedfog import scheduler, topology
 from fusedfog.capture import most_neighbours
 from fusedfog.rhythm import Rhythm
 from fusedfog.topology import Topology
@@ -264,7 +264,7 @@ def test_a_capture_needs_capturable_and_so_does_a_replay(monkeypatch: pytest.Mon
     opt = with_gradients()
     with pytest.raises(RuntimeError, match="capturable=True"), opt.replaying():
         pass
-    monkeypatch.setattr(base, "recording", lambda: True)
+    monkeypatch.setattr("fusedfog.base.recording", lambda: True)
     with pytest.raises(RuntimeError, match="capturable=True"):
         opt.step()
 
