@@ -2,7 +2,7 @@
 
 Quadratics in fp64 (each rank has a minimiser of its own), where the limit can be told apart from exact messages' to the
 last digit, and the digits example, whose ranks see different digits; bytes are those that were handed to the network.
-Four ranks over gloo; one minute. (results/wires.json and .md)
+Four ranks over gloo; six minutes. (results/wires.json and .md)
 """
 
 from __future__ import annotations
