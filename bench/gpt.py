@@ -6,7 +6,7 @@ averaged model; the target is a mean within 2 % of DistributedDataParallel's. On
 halfway, is restarted by torchrun, and has to measure what the run that was left alone measured, to the last bit.
 
 Each method uses the learning rate that suits it: the one of a grid with the least validation loss for a seed of its own
-(`--tune`: 6 runs, writes results/gpt.tuning.json). It need not be the same for both: where gradients are mostly noise,
+(`--tune`: 8 runs, writes results/gpt.tuning.json). It need not be the same for both: where gradients are mostly noise,
 Adam's second moment of one rank's gradient is up to n times that of the mean over n ranks, so that the same learning rate
 takes steps shorter by up to sqrt(n). The tuning runs, shown below the table, have AWC with the other's learning rate too. (7
 runs, 3 minutes each on two cores; results/gpt.json and .md)
@@ -36,7 +36,7 @@ from test_gpt import ranks_of, wait_for_step
 
 RANKS = 4
 SEEDS = (0, 1, 2)
-TUNING_SEED, GRID = 9, (16e-3, 32e-3, 64e-3)
+TUNING_SEED, GRID = 9, (16e-3, 32e-3, 64e-3, 128e-3)
 TUNING_STEPS = 500
 SETTINGS = {"steps": 1500, "warm-up": 100, "layers": 1, "width": 32, "context": 64, "batch": 64, "windows": 1024}
 METHODS = {

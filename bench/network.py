@@ -4,7 +4,8 @@ Hosts are network namespaces on this machine, one process each, joined by links 
 the model takes a given fraction of a step; see network_hosts.py. It needs root and iproute2, and without them says so and
 ends. Efficiency is the time of a `local` step (torch's fused SGD, no communication) over that of a method. All methods
 live in the same processes and take turns, so that a slow minute hits them alike: the ratio is taken within each round, and
-tables give its median and range over rounds. A run of all methods writes results/network.json, .md and .png.
+tables give its median and range over rounds. A run of all methods writes results/network.json and .md; with --full
+results/network-full.json, .md and .png.
 
 Networks: `4 hosts`, `8 hosts` (a shaped link each) and `2 x 4 hosts` (two machines of four hosts; the link between machines
 is shaped, links inside are not). Two kinds of compute, see network_models.py: in `device-like` compute a layer waits with
@@ -242,7 +243,7 @@ def main() -> None:
             print(f"{name(network)}: {time.monotonic() - begin:.0f} s", flush=True)
     show_targets(results)
     if set(options.methods) >= set(METHODS):
-        write(results)
+        write("network-full" if options.full else "network", results)
     if options.timelines:
         options.timelines.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, save, table
@@ -93,21 +94,21 @@ def show_targets(results: Sequence[Result]) -> None:
         print(table(found), flush=True)
 
 
-def write(results: Sequence[Result]) -> None:
-    """Write `results/network.json` (measurements included), `.md` and, for several fractions, `.png`; print the table."""
-    save("network", rows(results), targets=targets(results), results=list(results))
+def write(name: str, results: Sequence[Result]) -> None:
+    """Write results/NAME.json (measurements included), .md and, for several fractions, .png; print the table."""
+    save(name, rows(results), targets=targets(results), results=list(results))
     words = ", ".join(f"{key} {value}" for key, value in machine().items())
     parts = [
         f"Scaling efficiency by `bench/network.py` ({words}).",
         table(rows(results)),
         table(targets(results)),
     ]
-    (RESULTS / "network.md").write_text("\n\n".join(parts) + "\n")
+    (RESULTS / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     if len({r["transfer"] for r in results}) > 1:  # a curve needs points
-        _plot(results)
+        _plot(RESULTS / f"{name}.png", results)
 
 
-def _plot(results: Sequence[Result]) -> None:
+def _plot(path: Path, results: Sequence[Result]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +132,7 @@ def _plot(results: Sequence[Result]) -> None:
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.savefig(RESULTS / "network.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def _draw(axis: Any, results: Sequence[Result], method: str, number: int) -> None:

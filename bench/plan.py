@@ -1,7 +1,7 @@
-"""How far `fusedfog plan` can be trusted, and what it says about many ranks: python bench/plan.py [--network FILE.json]
+"""How far `fusedfog plan` can be trusted, and what it says about many ranks: python bench/plan.py [--network FILE.json ...]
 
-Three comparisons, each with what it was given: the measurements of `bench/network.py` (results/network.json, if it is there),
-BlueFog's published throughputs on 32 to 128 GPUs, Decent-DP's published step times. Then scaling efficiency up to 4,096
+Three comparisons, each with what it was given: the measurements of `bench/network.py` (its files in results/, where there are
+any), BlueFog's published throughputs on 32 to 128 GPUs, Decent-DP's published step times. Then scaling efficiency up to 4,096
 ranks, without stragglers and with. Writes results/plan.json, plan.md and plan.png beside this file; about a minute.
 """
 
@@ -107,11 +107,11 @@ LOOPBACK = 1e9
 """B/s assumed of the unshaped links inside a machine; the shaped ones are 20 to 60 times slower."""
 
 
-def against_measurements(path: Path) -> Comparison | None:
-    """Device-like compute on shaped links, where bench/network.py has been run; None without its file."""
-    if not path.exists():
+def against_measurements(paths: Sequence[Path]) -> Comparison | None:
+    """Device-like compute on shaped links, where bench/network.py has been run; None without its files."""
+    results = [one for path in paths for one in json.loads(path.read_text())["results"] if one["kind"] == "device-like"]
+    if not results:
         return None
-    results = [one for one in json.loads(path.read_text())["results"] if one["kind"] == "device-like"]
     rows = [row for result in results for row in _measured_rows(result)]
     given = (
         "Nothing fitted. Given: the payload rate that the links are shaped to, the latency that a lone all-reduce of a bucket "
@@ -134,10 +134,9 @@ def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
     card = Link(alpha, result["rate_bytes_s"])
     local = result["local"]
     network = Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
-    run = f", run {result['run'] + 1}" if result.get("run") else ""
     return [
         Row(
-            f"{result['network']}, transfer {result['transfer']:g} of a step{run}",
+            f"{result['network']}, transfer {result['transfer']:g} of a step",
             name,
             1e3 * medians[name],
             1e3 * predict(workload, network, replace(method, bucket_mb=result["bucket_bytes"] / 2**20)).step_s,
@@ -385,7 +384,8 @@ def draw_bluefog(panel: Any, batch: int, fitted: Link) -> None:
 def main() -> None:
     """Compare, predict, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", type=Path, default=RESULTS / "network.json", help="what bench/network.py wrote")
+    written = sorted(RESULTS.glob("network*.json"))
+    parser.add_argument("--network", type=Path, nargs="*", default=written, help="what bench/network.py wrote")
     options = parser.parse_args()
     measured = against_measurements(options.network)
     bluefog, fitted = against_bluefog()
@@ -393,7 +393,7 @@ def main() -> None:
     found = curves()
     parts = ["# How far `fusedfog plan` can be trusted (`bench/plan.py`)"]
     if measured is None:
-        parts.append("Not compared with measurements on shaped links: run `bench/network.py --full` first.")
+        parts.append("Not compared with measurements on shaped links: run `bench/network.py` first.")
     parts += [one.markdown() for one in comparisons]
     parts.append(f"## Scaling efficiency, ResNet-50 at 182 ms per step, 25 Gb/s, 30 us\n\n{curve_table(found)}")
     text = "\n\n".join(parts) + "\n"
