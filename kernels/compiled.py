@@ -45,12 +45,12 @@ def _sgd(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Seque
 
 def _adam(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
     x = param.to(numbers.dtype)
-    size, rescale, eps, drawn, undecayed1, beta2, undecayed2, scale, decay = numbers[:9].unbind()
+    size, rescale, eps, drawn, beta1, undecayed1, beta2, undecayed2, scale, decay = numbers[:10].unbind()
     d = scale * gradient.to(x.dtype) + decay * x
-    m = states[0] + undecayed1 * (d - states[0])
+    m = beta1 * states[0] + undecayed1 * d  # with the difference, a large m drowns a small d where beta1 is 0
     v = beta2 * states[1] + undecayed2 * (d * d)
     top = torch.maximum(states[2], v) if len(states) == 3 else v
-    param.copy_(_mixed(x, inbox, numbers[9:]) - size * (m / (top.sqrt() * rescale + eps)) - drawn * x)
+    param.copy_(_mixed(x, inbox, numbers[10:]) - size * (m / (top.sqrt() * rescale + eps)) - drawn * x)
     for state, new in zip(states, (m, v, top), strict=False):
         state.copy_(new)
 
@@ -64,7 +64,7 @@ def _sgd_numbers(step: float, hyper: Sequence[float], scale: float) -> list[floa
 def _adam_numbers(step: float, hyper: Sequence[float], scale: float) -> list[float]:
     lr, beta1, undecayed1, beta2, undecayed2, _, _, eps, coupled, decoupled, sign = hyper
     size, rescale = lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
-    return [size, rescale, eps, lr * decoupled, undecayed1, beta2, undecayed2, sign * scale, coupled]
+    return [size, rescale, eps, lr * decoupled, beta1, undecayed1, beta2, undecayed2, sign * scale, coupled]
 
 
 _LOWERED: dict[str, tuple[Callable[..., None], Callable[[float, Sequence[float], float], list[float]]]] = {
