@@ -1,4 +1,4 @@
-"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 6 minutes; full: over an hour)
+"""Scaling efficiency on slow networks: python bench/network.py [--full] (about 7 minutes; full: an hour)
 
 Hosts are network namespaces on this machine, one process each, joined by links that are shaped so that one transfer of
 the model takes a given fraction of a step; see network_hosts.py. It needs root and iproute2, and without them says so and
