@@ -125,9 +125,11 @@ ROUND = 4 + 4 + 1 + 1 / 16
         (torch.bfloat16, {}, 2 + 8 + 2),
         (torch.bfloat16, {"low_precision": "master"}, 2 + 8 + 2 + 4),
         (torch.bfloat16, {"low_precision": "kahan"}, 2 + 8 + 2 + 2),
-        (torch.bfloat16, {"low_precision": "stochastic"}, 2 + 8 + 2),
+        pytest.param(torch.bfloat16, {"low_precision": "stochastic"}, 2 + 8 + 2, marks=pytest.mark.slow),
         (torch.bfloat16, {"low_precision": "stochastic", **BF16_STATES}, 2 + 4 + 2),
-        (torch.float32, {"wire_dtype": "int8"}, 4 + 8 + 2 * ROUND + SAID + 1 + 1 / 16),
+        pytest.param(
+            torch.float32, {"wire_dtype": "int8"}, 4 + 8 + 2 * ROUND + SAID + 1 + 1 / 16, marks=pytest.mark.slow
+        ),
         (torch.float32, {"wire_dtype": "bf16"}, 4 + 8 + 2 * (4 + 4 + 2) + SAID + 2),
         (torch.bfloat16, {"wire_dtype": "fp8", "low_precision": "kahan"}, 2 + 8 + 2 + 2 * ROUND + SAID + 1 + 1 / 16),
     ],
