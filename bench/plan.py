@@ -109,10 +109,15 @@ LOOPBACK = 1e9
 
 def against_measurements(paths: Sequence[Path]) -> Comparison | None:
     """Device-like compute on shaped links, where bench/network.py has been run; None without its files."""
-    results = [one for path in paths for one in json.loads(path.read_text())["results"] if one["kind"] == "device-like"]
-    if not results:
+    rows = [
+        row
+        for path in paths
+        for result in json.loads(path.read_text())["results"]
+        if result["kind"] == "device-like"
+        for row in _measured_rows(result, f"{path.stem}, run {result['run']}")
+    ]
+    if not rows:
         return None
-    rows = [row for result in results for row in _measured_rows(result)]
     given = (
         "Nothing fitted. Given: the payload rate that the links are shaped to, the latency that a lone all-reduce of a bucket "
         "shows beyond its bytes, layer and bucket sizes, and the measured step of `local`, of which forward, backward and "
@@ -123,7 +128,7 @@ def against_measurements(paths: Sequence[Path]) -> Comparison | None:
     return Comparison("Against measurements on shaped links", given, "measured ms", rows)
 
 
-def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
+def _measured_rows(result: Mapping[str, Any], source: str) -> list[Row]:
     medians = {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
     workload = _measured_workload(result, medians["local"])
     # A lone message of 4 bytes mostly waits for its process to wake up: 3 ms among eight processes on two cores. What an
@@ -136,7 +141,7 @@ def _measured_rows(result: Mapping[str, Any]) -> list[Row]:
     network = Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
     return [
         Row(
-            f"{result['network']}, transfer {result['transfer']:g} of a step",
+            f"{result['network']}, transfer {result['transfer']:g} of a step ({source})",
             name,
             1e3 * medians[name],
             1e3 * predict(workload, network, replace(method, bucket_mb=result["bucket_bytes"] / 2**20)).step_s,

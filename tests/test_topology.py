@@ -1,4 +1,4 @@
-"""Every topology, every size: stochasticity, rounds against matrices, spectra, fingerprints."""
+"""Every topology, every size: stochasticity, rounds against matrices, weights, fingerprints."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
 
 import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixing_matrices import assert_rounds_are, from_hops
 
 import fusedfog.topology as ft
-from fusedfog.topology import Topology, analysis
+from fusedfog.topology import Topology
 
 SIZES = st.integers(1, 130)
 EVERY_SIZE: dict[str, Callable[[int], Topology]] = {
@@ -52,29 +52,6 @@ SOME_ROUNDS = 13
 
 def steps_of(topology: Topology) -> range:
     return range(SOME_ROUNDS if topology.period is None else min(SOME_ROUNDS, topology.period))
-
-
-def product(topology: Topology, steps: int, start: int = 0) -> np.ndarray:
-    result = np.eye(topology.size)
-    for step in range(start, start + steps):
-        result = topology.matrix(step) @ result
-    return result
-
-
-def distance_to_mean(matrix: np.ndarray) -> float:
-    return float(np.linalg.norm(matrix - 1 / len(matrix), 2))
-
-
-def assert_rounds_are(topology: Topology, step: int, weights: np.ndarray) -> None:
-    """Every rank's round holds its row and its column, off-diagonal zeros left out, in ascending order."""
-    n = topology.size
-    for rank in range(n):
-        one = topology.round(rank, step)
-        assert one.self_weight == pytest.approx(weights[rank, rank], abs=1e-15)
-        for found, expected in ((one.recv, weights[rank, :]), (one.send, weights[:, rank])):
-            edges = [peer for peer in np.flatnonzero(expected) if peer != rank]
-            assert list(found) == edges
-            assert list(found.values()) == pytest.approx(expected[edges], abs=1e-15)
 
 
 @pytest.mark.parametrize("kind", EVERY_SIZE)
@@ -118,14 +95,6 @@ def test_one_rank_keeps_everything(kind: str) -> None:
 
 
 # ----------------------------------------------------------------- static weights, written out again from the papers
-
-
-def from_hops(n: int, hops: set[int]) -> np.ndarray:
-    weights = np.zeros((n, n))
-    for sender in range(n):
-        for hop in hops | {0}:
-            weights[(sender + hop) % n, sender] = 1 / (len(hops) + 1)
-    return weights
 
 
 @given(n=st.integers(2, 130))
@@ -183,214 +152,6 @@ def test_hypercube(dimensions: int) -> None:
     assert cube.smallest_eigenvalue() == pytest.approx(eigenvalues[0], abs=1e-12)
     rho = max(abs(eigenvalues[:-1]), default=0.0)
     assert cube.spectral_gap() == pytest.approx(1 - rho, abs=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------------- spectra
-
-
-@pytest.mark.parametrize("n", range(2, 130))
-def test_gap_of_exponential(n: int) -> None:
-    gap, formula = ft.exponential(n).spectral_gap(), 2 / (1 + math.ceil(math.log2(n)))
-    if n % 2 == 0:
-        assert gap == pytest.approx(formula, abs=1e-12)
-    else:
-        assert 0.084 <= gap - formula <= 0.334
-
-
-@pytest.mark.parametrize(
-    ("topology", "rho"),
-    [
-        (ft.ring(8), 0.804738),
-        (ft.ring(16), 0.949253),
-        (ft.ring(32), 0.987190),
-        (ft.ring(9, "right"), math.cos(math.pi / 9)),
-        (ft.star(10), 0.9),
-        (ft.star(2), 0.0),
-        (ft.fully_connected(6), 0.0),
-        (ft.exponential(5), 0.25),
-        (ft.exponential(7), 1 - 0.646447),
-    ],
-)
-def test_known_second_eigenvalues(topology: Topology, rho: float) -> None:
-    assert 1 - topology.spectral_gap() == pytest.approx(rho, abs=1e-6)
-    assert topology.consensus_factor(1) == pytest.approx(rho, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "topology",
-    [
-        ft.grid(30),
-        ft.star(11),
-        ft.ring(10),
-        ft.exponential(11),
-        ft.inner_outer_ring(3, 3),
-        ft.one_peer_exponential(12),
-        ft.ring(9).then(ft.grid(9)),
-        ft.one_peer(ft.star(5)),
-        ft.exponential(12).lazy(),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("largest_dense", [analysis.LARGEST_DENSE_SPECTRUM, 4])
-def test_figures_equal_dense_linear_algebra(
-    topology: Topology, largest_dense: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(analysis, "LARGEST_DENSE_SPECTRUM", largest_dense)
-    period = topology.period
-    assert period is not None
-    whole = product(topology, period)
-    rho = np.sort(np.abs(np.linalg.eigvals(whole)))[-2]
-    assert topology.spectral_gap() == pytest.approx(1 - rho ** (1 / period), abs=1e-8)
-    for steps, start in ((1, 0), (3, 2)):
-        expected = distance_to_mean(product(topology, steps, start))
-        assert topology.consensus_factor(steps, start) == pytest.approx(expected, abs=1e-8)
-    if period == 1 and topology.is_symmetric():
-        expected = np.linalg.eigvalsh(topology.matrix())[0]
-        assert topology.smallest_eigenvalue() == pytest.approx(expected, abs=1e-8)
-    assert topology.rounds_to_exact() is None
-
-
-def test_even_ring_is_at_the_edge_of_exact_diffusion() -> None:
-    assert ft.ring(8).smallest_eigenvalue() == pytest.approx(-1 / 3)
-    assert ft.ring(8).lazy().smallest_eigenvalue() == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="not static and symmetric"):
-        ft.exponential(8).smallest_eigenvalue()
-
-
-def test_sparse_solver_takes_over_when_large() -> None:
-    line = ft.grid(2053)  # prime, so a path: its matrix is I - L/3 with L the path's Laplacian
-    expected = 1 - (2 - 2 * np.cos(np.pi * np.arange(2053) / 2053)) / 3
-    assert line.smallest_eigenvalue() == pytest.approx(expected[-1], abs=1e-8)
-    assert line.spectral_gap() == pytest.approx(1 - expected[1], abs=1e-9)
-
-
-@pytest.mark.parametrize("n", [2, 3, 8, 9, 50])
-def test_gap_of_random_sequences_is_the_expected_contraction(n: int) -> None:
-    hops = [0.5 * np.eye(n) + 0.5 * (np.eye(n) / n + (n - 1) / n * np.roll(np.eye(n), a, axis=0)) for a in range(1, n)]
-    second_moment = np.mean([W.T @ W for W in hops], axis=0) - 1 / n
-    assert ft.equi_dynamic(n).spectral_gap() == pytest.approx(1 - np.linalg.norm(second_moment, 2) ** 0.5, abs=1e-12)
-    together = 1 / (n - 1) if n % 2 == 0 else 1 / n  # chance that two given ranks are paired
-    expected = np.full((n, n), together / 2)
-    np.fill_diagonal(expected, 1 - (n - 1) * together / 2)
-    assert ft.random_matching(n).spectral_gap() == pytest.approx(
-        1 - max(0.0, np.linalg.norm(expected - 1 / n, 2)) ** 0.5, abs=1e-7
-    )
-
-
-def test_random_draws_are_what_they_say() -> None:
-    matching = ft.random_matching(7, seed=3)
-    partners = np.zeros((7, 7))
-    for step in range(4200):
-        for rank in range(7):
-            one = matching.round(rank, step)
-            for peer in one.recv:
-                partners[rank, peer] += 1
-    off_diagonal = partners[~np.eye(7, dtype=bool)]
-    assert abs(off_diagonal / 4200 - 1 / 7).max() < 0.03
-    hops = [next(iter(ft.equi_dynamic(6, 1).round(0, step).send)) for step in range(1000)]
-    assert {hop: pytest.approx(200, abs=60) for hop in range(1, 6)} == {hop: hops.count(hop) for hop in range(1, 6)}
-    one = ft.equi_dynamic(6, 1).round(2, 5)
-    assert one.self_weight == pytest.approx(0.5 + 1 / 12) and list(one.recv.values()) == pytest.approx([5 / 12])
-    assert not np.array_equal(ft.random_matching(8, 1).matrix(0), ft.random_matching(8, 2).matrix(0))
-
-
-# ------------------------------------------------------------------------------------------------- exact sequences
-
-
-@pytest.mark.parametrize("n", range(1, 131))
-def test_one_peer_exponential_is_exact_iff_power_of_two(n: int) -> None:
-    topology = ft.one_peer_exponential(n)
-    tau = math.ceil(math.log2(n))
-    power = n == 2**tau
-    assert topology.period == max(1, tau)
-    for step in range(tau):
-        np.testing.assert_allclose(topology.matrix(step), from_hops(n, {2**step}))
-    for start in (0, 1, 5):
-        assert (distance_to_mean(product(topology, tau, start)) < 1e-12) == power
-    assert topology.rounds_to_exact(300) == (max(1, tau) if power else None)
-    assert (topology.spectral_gap() == 1) == power
-
-
-@pytest.mark.parametrize(
-    ("n", "residual"),
-    [(3, 0.25), (5, 0.202), (6, 0.2165), (7, 0.125), (9, 0.1175), (12, 0.209), (17, 0.0614), (24, 0.207)],
-)
-def test_residual_of_one_peer_exponential(n: int, residual: float) -> None:
-    assert ft.one_peer_exponential(n).consensus_factor(math.ceil(math.log2(n))) == pytest.approx(residual, abs=6e-4)
-
-
-@pytest.mark.parametrize("dimensions", range(7))
-def test_one_peer_hypercube(dimensions: int) -> None:
-    n = 2**dimensions
-    topology = ft.one_peer_hypercube(n)
-    assert topology.period == max(1, dimensions)
-    for step in range(dimensions):
-        expected = [[0.5 * (a == b or a == b ^ (1 << step)) for b in range(n)] for a in range(n)]
-        np.testing.assert_array_equal(topology.matrix(step), expected)
-        assert_rounds_are(topology, step, np.array(expected))
-    assert topology.is_symmetric() and topology.is_doubly_stochastic()
-    assert distance_to_mean(product(topology, max(1, dimensions), 3)) < 1e-12
-    assert topology.rounds_to_exact() == max(1, dimensions)
-
-
-LENGTHS = {
-    1: "2:1 3:3 4:2 5:5 6:4 7:5 8:3 9:7 10:6 11:7 12:5 13:7 14:6 15:7 16:4 17:9 18:8 20:7 24:6 25:9 31:9 32:5",
-    2: "3:1 4:2 5:3 6:2 7:4 8:3 9:2 10:4 12:3 16:4 27:3 32:5",
-    3: "4:1 5:3 6:2 8:2 12:2 16:2 25:5 32:3",
-}
-
-
-@pytest.mark.parametrize(("k", "lengths"), LENGTHS.items())
-def test_lengths_of_base_graph(k: int, lengths: str) -> None:
-    expected = {int(n): int(length) for n, length in (pair.split(":") for pair in lengths.split())}
-    assert {n: ft.base_graph(n, k).period for n in expected} == expected
-
-
-def test_base_graph_takes_the_shorter_construction() -> None:
-    # 22 = 4 * 5 + 2 takes 2 + 1 + 1 rounds; 2 copies of 11 = 2 * 5 + 1 would take as many, and one more between them.
-    topology = ft.base_graph(22, 4)
-    assert topology.period == 4
-    np.testing.assert_allclose(product(topology, 4), np.full((22, 22), 1 / 22), atol=1e-15)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("n", range(1, 41))
-def test_base_graph_is_exact(n: int, k: int) -> None:
-    topology = ft.base_graph(n, k)
-    period = topology.period
-    assert period is not None and period <= 2 * math.log(n, k + 1) + 2
-    for step in range(period):
-        weights = topology.matrix(step)
-        np.testing.assert_allclose(weights, weights.T)
-        assert ((weights != 0).sum(axis=1) - weights.diagonal().astype(bool)).max() <= k
-    np.testing.assert_allclose(product(topology, period), np.full((n, n), 1 / n), atol=1e-15)
-    assert topology.rounds_to_exact() == period
-    assert topology.rounds_to_exact(period - 1) is None
-    if period > 1:
-        assert distance_to_mean(product(topology, period - 1)) > 1e-3
-
-
-def test_base_graph_keeps_an_exact_mean_in_rational_arithmetic() -> None:
-    topology = ft.base_graph(7, 1)
-    values = [Fraction(3**rank) for rank in range(7)]
-    mean = sum(values) / 7
-    for step in range(topology.period or 0):
-        rounds = [topology.round(rank, step) for rank in range(7)]
-        values = [
-            Fraction(one.self_weight).limit_denominator(50) * values[rank]
-            + sum(Fraction(weight).limit_denominator(50) * values[peer] for peer, weight in one.recv.items())
-            for rank, one in enumerate(rounds)
-        ]
-    assert values == [mean] * 7
-
-
-def test_exactness_is_not_mere_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ft.ring(5).rounds_to_exact(2000) is None
-    assert ft.equi_dynamic(5).rounds_to_exact(500) is None
-    assert ft.ring(5).then(ft.fully_connected(5)).rounds_to_exact() == 2
-    assert ft.ring(6).then(ft.grid(6)).then(ft.fully_connected(6)).rounds_to_exact() == 2
-    monkeypatch.setattr(analysis, "LARGEST_DENSE_SPECTRUM", 4)
-    assert ft.from_matrix(ft.ring(6).matrix()).then(ft.fully_connected(6)).rounds_to_exact() == 2
 
 
 # --------------------------------------------------------------------------------------- equality, pickling, size
