@@ -4,8 +4,8 @@ Hosts are network namespaces on this machine, one process each, joined by links 
 the model takes a given fraction of a step; see network_hosts.py. It needs root and iproute2, and without them says so and
 ends. Efficiency is the time of a `local` step (torch's fused SGD, no communication) over that of a method. All methods
 live in the same processes and take turns, so that a slow minute hits them alike: the ratio is taken within each round, and
-tables give its median and range over rounds. A run of all methods writes results/network.json and .md; with --full
-results/network-full.json, .md and .png.
+tables give its median and range over rounds. Hosts are dealt out to the cores and stay there. A run of all methods writes
+results/network.json and .md; with --full results/network-full.json, .md and .png.
 
 Networks: `4 hosts`, `8 hosts` (a shaped link each) and `2 x 4 hosts` (two machines of four hosts; the link between machines
 is shaped, links inside are not). Two kinds of compute, see network_models.py: in `device-like` compute a layer waits with
@@ -16,6 +16,7 @@ method that causes it.
     --networks 4 8 2x4 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
                        a choice of one's own (a round is `steps` steps of each method)
     --runs 3           everything so often, with new processes and a new calibration each time
+    --save NAME        write results/NAME.json, .md and, for several transfers, .png, whatever was chosen
     --timelines FILE   write what was measured, in seconds and bytes, as JSON: layers, links, turns
 """
 
@@ -39,7 +40,7 @@ from network_report import show, show_targets, write
 
 NETWORKS = {"4": (4, 1), "8": (8, 1), "2x4": (2, 4)}
 ROUNDS = {"device-like": 3, "real": 12}
-"""Unless told otherwise. With real compute, eight hosts share two cores, and one round's ratios stray by a tenth."""
+"""Unless told otherwise. With real compute, eight hosts share two cores, and one round's ratios stray by a twentieth."""
 WARM = 1
 _PATIENCE_S = 180
 
@@ -67,6 +68,10 @@ class Crew:
                     env=environment,
                 )
             )
+            # The kernel would move hosts about, and at times five of eight share one core while three share the other: with
+            # that, the time of one method over another's strayed twice as far from round to round.
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(self._workers[-1].pid, {cores[rank % len(cores)]})
 
     def __enter__(self) -> Self:
         try:
@@ -209,6 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--save")
     parser.add_argument("--timelines", type=Path)
     options = parser.parse_args()
     if options.full:
@@ -223,7 +229,7 @@ def _give_up(number: int, _: object) -> None:
 
 
 def main() -> None:
-    """Measure, print and, for the full choice, write."""
+    """Measure, print and, for a run of all methods or with --save, write."""
     options = parse()
     if reason := obstacle():
         print(f"bench/network.py is skipped: {reason}")
@@ -242,8 +248,8 @@ def main() -> None:
                     results += [{"run": run + 1, **r} for r in measure_kind(network, crew, kind, options)]
             print(f"{name(network)}: {time.monotonic() - begin:.0f} s", flush=True)
     show_targets(results)
-    if set(options.methods) >= set(METHODS):
-        write("network-full" if options.full else "network", results)
+    if options.save or set(options.methods) >= set(METHODS):
+        write(options.save or ("network-full" if options.full else "network"), results)
     if options.timelines:
         options.timelines.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -202,6 +202,7 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "allreduce, fused_backward": _fusedfog(algorithm="allreduce", fused_backward=True),
     "AWC one-peer": _fusedfog(topology="one_peer_exponential"),
     "AWC one-peer pairs": _fusedfog(topology="one_peer_hypercube"),
+    "AWC one-peer pairs, fused_backward": _fusedfog(topology="one_peer_hypercube", fused_backward=True),
     "AWC exponential": _fusedfog(topology="exponential"),
     "AWC ring": _fusedfog(topology="ring"),
     "ATC one-peer, fused_backward": _fusedfog(algorithm="atc", topology="one_peer_exponential", fused_backward=True),
@@ -210,8 +211,8 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
 }
 """How each method's trainer is built, by the name that tables give it. Collective: in the same order on every host.
 
-decent-dp's one-peer graph is that of the row "pairs": a rank waits for one other. On "AWC one-peer", the default graph,
-it waits for the rank it receives from and for the one it sends to.
+decent-dp's one-peer graph is that of the rows "pairs", where a rank waits for one other, bucket by bucket in backward, as
+fused_backward does. On "AWC one-peer", the default graph, it waits for the rank it receives from and for the one it sends to.
 """
 
 

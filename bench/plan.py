@@ -95,6 +95,7 @@ MEASURED: dict[str, Method] = {
     "DDP": Method("ddp"),
     "allreduce, fused_backward": Method("allreduce", fused_backward=True),
     "AWC one-peer": Method("awc", "one_peer_exponential"),
+    "AWC one-peer pairs": Method("awc", "one_peer_hypercube"),
     "AWC exponential": Method("awc", "exponential"),
     "AWC ring": Method("awc", "ring"),
     "ATC one-peer, fused_backward": Method("atc", "one_peer_exponential", fused_backward=True),
