@@ -12,7 +12,9 @@ from common import RESULTS, machine, save, table
 
 Result = Mapping[str, Any]
 
-_OURS, _BASELINES = ("AWC one-peer", "AWC one-peer pairs"), ("DDP", "decent-dp one-peer")
+_BASELINES = ("DDP", "decent-dp one-peer")
+_OURS = ("AWC one-peer", "AWC one-peer pairs")
+_OURS_ON_MACHINES = (*_OURS, "AWC one-peer pairs, fused_backward", "AWC hierarchical")
 
 
 def efficiencies(result: Result, method: str) -> list[float]:
@@ -92,7 +94,8 @@ def _targets(result: Result) -> Iterator[dict[str, Any]]:
         "compute": result["kind"],
         "transfer / step": result["transfer"],
     }
-    for ours in _OURS if result["kind"] == "real" else _OURS[:1]:
+    several = _OURS if result["local"] == 1 else _OURS_ON_MACHINES
+    for ours in several if result["kind"] == "real" else _OURS[:1]:
         if ours not in medians:
             continue
         line = {**case, "method": ours, "efficiency": f"{medians[ours]:.3f}"}
