@@ -134,9 +134,15 @@ def backward_order(segments: Sequence[Segment]) -> list[tuple[int, int]]:
 
 def block_table(segment: Segment, bucket: Bucket) -> np.ndarray:
     """Blocks of a bucket: int64 `[B, 4]` of (parameter in segment, offset in parameter, valid length, flat start)."""
-    rows = [
-        (p, offset, min(BLOCK, slot.spec.numel - offset), slot.start + offset)
-        for p, slot in enumerate(segment.slots[bucket.first : bucket.last], start=bucket.first)
-        for offset in range(0, slot.spec.numel, BLOCK)
-    ]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+    slots = segment.slots[bucket.first : bucket.last]
+    numels = np.fromiter((slot.spec.numel for slot in slots), np.int64, len(slots))
+    starts = np.fromiter((slot.start for slot in slots), np.int64, len(slots))
+    counts = -(-numels // BLOCK)
+    # No Python loop over rows, of which 7B parameters have seven million.
+    first_rows = np.repeat(np.cumsum(counts) - counts, counts)
+    rows = np.empty((len(first_rows), 4), np.int64)
+    rows[:, 0] = np.repeat(np.arange(bucket.first, bucket.last), counts)
+    np.multiply(np.arange(len(rows)) - first_rows, BLOCK, out=rows[:, 1])
+    np.minimum(np.repeat(numels, counts) - rows[:, 1], BLOCK, out=rows[:, 2])
+    np.add(np.repeat(starts, counts), rows[:, 1], out=rows[:, 3])
+    return rows
