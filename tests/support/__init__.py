@@ -1,0 +1,1 @@
+"""What tests stand on: a driver, a backend and Triton versions, for machines without a GPU."""
