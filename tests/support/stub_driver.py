@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import triton
-from fusedfog.kernels import device, fused_pass
+from fusedfog.kernels import cpu_pass, device, fused_pass, reference
 
 SOURCE = Path(__file__).with_name("stub_driver.c")
 _FORMATS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q"}
@@ -106,6 +106,11 @@ class StubGpu:
     def __len__(self) -> int:
         return self._library.stub_count()
 
+    @property
+    def made(self) -> int:
+        """How many launches there were in all, kept or not."""
+        return self._library.stub_launches_made()
+
     def clear(self) -> None:
         """Forget the launches so far."""
         self._library.stub_clear()
@@ -182,6 +187,7 @@ def _library() -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     for name, result, *arguments in (
         ("stub_modules", ctypes.c_uint64),
+        ("stub_launches_made", ctypes.c_uint64),
         ("stub_count", ctypes.c_uint64),
         ("stub_launch", ctypes.POINTER(_Record), ctypes.c_uint64),
         ("stub_bytes", pointer, ctypes.c_uint64),
@@ -241,7 +247,8 @@ def stub_gpu(
 
     Args:
         capability: of the device that Triton compiles for.
-        take_gpu_way: also make `fusedfog.kernels.device.on_gpu` say yes, so that whoever asks it takes the GPU's branch.
+        take_gpu_way: also let the engine take its GPU way: `fusedfog.kernels.device.on_gpu` says yes to all tensors, and
+            passes that would run on the CPU are launched.
         record: keep the launches.
         optimized: build Triton's launchers as Triton does, to time them.
     """
@@ -267,6 +274,9 @@ def stub_gpu(
             stack.enter_context(mock.patch.dict(kernel.device_caches, clear=True))
         if take_gpu_way:
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
+            stack.enter_context(mock.patch.object(cpu_pass, "run_pass", fused_pass.launch))
+            if hasattr(fused_pass, "launch_advance"):
+                stack.enter_context(mock.patch.object(reference, "advance_steps", fused_pass.launch_advance))
         triton.runtime.driver.set_active(driver)
         try:
             yield StubGpu(library, sources)
