@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusedfog.algorithms import Algorithm
 from fusedfog.flat import FlatSegment, addresses_of, align
-from fusedfog.kernels import Gradients, Wire
+from fusedfog.kernels import Gradients, Wire, device
 from fusedfog.lanes import EMPTY, Inbox, Sweep
 from fusedfog.scheduler import Scheduler, StepInputs
 from fusedfog.topology import Topology
@@ -120,7 +120,7 @@ class AddressTables:
         if blocks is None:
             return
         for table, homes in self._unfilled:
-            table.copy_(torch.tensor(homes, dtype=torch.int64, pin_memory=blocks.is_cuda), non_blocking=True)
+            device.upload(homes, table)
         self._unfilled.clear()
         if not self._spare:
             # Rows at multiples of 128 bytes: an address table's alignment is part of the kernel's compile key.
@@ -281,10 +281,7 @@ class CapturableScheduler(Scheduler):
             self._numbers = torch.zeros(len(values), dtype=dtype, device=self.segments[0].param.device)
             self._written = ()
         if values != self._written:
-            # From a fresh piece of pinned memory each time: the copy is still to be made when this returns, and torch's
-            # allocator hands the piece out again only when it is over.
-            source = torch.tensor(values, dtype=self._numbers.dtype, pin_memory=self._numbers.is_cuda)
-            self._numbers.copy_(source, non_blocking=True)
+            device.upload(values, self._numbers)
             self._written = values
 
     def _tables_of(self) -> dict[FlatSegment, AddressTables]:

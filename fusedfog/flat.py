@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusedfog.errors import StorageReplacedError
-from fusedfog.kernels import Gradients, Region
+from fusedfog.kernels import Gradients, Region, device
 from fusedfog.kernels.rounding import held
 from fusedfog.layout import Bucket, Segment, Slot, block_table
 from fusedfog.pages import zeros
@@ -52,7 +52,10 @@ def _same_order(tensor: Tensor, stride: tuple[int, ...]) -> bool:
 
 def addresses_of(gradients: Sequence[Tensor | None]) -> list[int]:
     """The gradients' addresses, 0 for None."""
-    return [grad.data_ptr() if grad is not None else 0 for grad in gradients]
+    try:
+        return list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]  # None is a TypeError
+    except TypeError:
+        return [grad.data_ptr() if grad is not None else 0 for grad in gradients]
 
 
 def align(gradients: list[Tensor | None], homes: list[int]) -> None:
@@ -95,12 +98,12 @@ class FlatSegment:
         self.layout, self.storage = layout, storage
         self._compiled = compiled
         self.params = self.owners = list(params)
-        device = params[0].device
-        self.param = zeros(layout.numel, layout.dtype, device)
+        place = params[0].device
+        self.param = zeros(layout.numel, layout.dtype, place)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
         self._figures: dict[bool, Tensor] = {}
-        self.steps = torch.zeros(len(params), dtype=torch.float32, device=device)
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device=place)
         self.touched = [False] * len(params)
         self._shown = [False] * len(params)
         self._shown_names: tuple[str, ...] = ()
@@ -122,7 +125,7 @@ class FlatSegment:
         self.rest_name = storage.rest if self.narrow else None
         if self.rest_name == MASTER:
             self.state(MASTER).copy_(self.param)
-        if device.type == "cuda":
+        if device.on_gpu(place):
             self._make_tables()
 
     def _make_tables(self) -> None:
@@ -272,18 +275,23 @@ class FlatSegment:
     def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
         """The gradients of parameters `[first, last)` alone, which count as touched from now on."""
         found = self.own_gradients(first, last)
-        present = [grad for grad in found if grad is not None]
-        if not (
-            self._row_major
-            and all(map(Tensor.is_contiguous, present))
-            and set(map(_dtype_of, present)) <= {self.layout.dtype}
-        ):
+        if not self._lie_in_order(found):
             found = [self._in_order(self.params[p], grad, self.layout.slots[p]) for p, grad in enumerate(found, first)]
         if not all(self.touched[first:last]):
             self.touched[first:last] = [
                 touched or grad is not None for touched, grad in zip(self.touched[first:last], found, strict=True)
             ]
         return found
+
+    def _lie_in_order(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether passes can read all of these as they are; the usual case, in two loops that stay inside C."""
+        if not self._row_major:
+            return False
+        try:
+            dtypes = set(map(_dtype_of, gradients))
+        except AttributeError:  # None has no dtype
+            return self._lie_in_order([grad for grad in gradients if grad is not None])
+        return dtypes <= {self.layout.dtype} and all(map(Tensor.is_contiguous, gradients))  # type: ignore[arg-type]
 
     def _show_addresses(self, table: Tensor, found: list[Tensor | None], first: int, last: int) -> None:
         """Write the gradients' addresses into the device's table, if they are not those of the last step."""
@@ -293,10 +301,7 @@ class FlatSegment:
             return
         align(found, homes)
         self._grad_homes[first:last] = homes
-        # A copy from pinned memory is still running when the call returns, so its source must not be written again: it
-        # is a fresh one each time, and torch's allocator hands it out anew only once the copy is over.
-        source = torch.tensor(homes, dtype=torch.int64, pin_memory=table.is_cuda)
-        table[first:last].copy_(source, non_blocking=True)
+        device.upload(homes, table[first:last])
 
     def _in_order(self, param: Tensor, grad: Tensor | None, slot: Slot) -> Tensor | None:
         """A gradient in its parameter's dtype and memory order: itself, as a rule; None if it has no elements."""
