@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ import triton
 from fusedfog.kernels import cpu_pass, device, fused_pass, reference
 
 SOURCE = Path(__file__).with_name("stub_driver.c")
-_FORMATS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q"}
+_FORMATS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "u1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q"}
 _FORMATS |= {f"u{width}": _FORMATS[f"i{width}"].upper() for width in (8, 16, 32, 64)}
 _PTXAS = """#!/bin/sh
 # What Triton asks of ptxas, answered by a copy: the stub driver loads PTX.
@@ -241,12 +241,18 @@ def unavailable() -> str | None:
 
 @contextmanager
 def stub_gpu(
-    capability: int = 90, *, take_gpu_way: bool = False, record: bool = True, optimized: bool = False
+    capability: int = 90,
+    *,
+    also: Sequence[Any] = (),
+    take_gpu_way: bool = False,
+    record: bool = True,
+    optimized: bool = False,
 ) -> Iterator[StubGpu]:
     """Inside, the kernels of `fused_pass` are launched on CPU tensors, by Triton's launcher, on the stub driver.
 
     Args:
         capability: of the device that Triton compiles for.
+        also: other kernels that will be launched.
         take_gpu_way: also let the engine take its GPU way: `fusedfog.kernels.device.on_gpu` says yes to all tensors, and
             passes that would run on the CPU are launched.
         record: keep the launches.
@@ -264,7 +270,7 @@ def stub_gpu(
         # Of its own: what stands for machine code here must not be found by a run on a GPU.
         "TRITON_CACHE_DIR": str(folder / ("cache-optimized" if optimized else "cache")),
     } | ({} if optimized else {"CC": str(folder / "cc")})
-    kernels = [one for one in vars(fused_pass).values() if isinstance(one, triton.runtime.JITFunction)]
+    kernels = [*also, *(one for one in vars(fused_pass).values() if isinstance(one, triton.runtime.JITFunction))]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, settings))
         driver, sources = _driver()
