@@ -33,7 +33,7 @@ class Inbox:
 EMPTY = Inbox()
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One bucket: its place in the order of buckets, and its message in flight.
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,26 @@ class Figures:
     torn_messages: int = 0
 
 
+@dataclass(frozen=True)
+class Posting:
+    """What one exchange of a bucket sends and receives in a round of the topology."""
+
+    turn: Round
+    sends: list[Parcel]
+    recvs: list[Parcel]
+    inbox: Inbox
+
+    @cached_property
+    def bytes_sent(self) -> int:
+        """Bytes to all neighbours together."""
+        return sum(tensor.nbytes for _, tensor in self.sends)
+
+    @cached_property
+    def bytes_received(self) -> int:
+        """Bytes from all neighbours together."""
+        return sum(tensor.nbytes for _, tensor in self.recvs)
+
+
 @dataclass
 class Mailbox:
     """Sends and receives the buckets of one optimizer.
@@ -57,6 +78,8 @@ class Mailbox:
     in_flight: list[Message] = field(default_factory=list)
     _inboxes: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     _turn: tuple[Topology, int, Round] | None = None
+    _postings: dict[tuple[Lane, int] | None, Posting] = field(default_factory=dict)
+    _postings_for: tuple[Topology, int] | None = None
     _warned_torn: bool = False
 
     def send(self, lane: Lane, topology: Topology, exchange: int, label: str) -> None:
@@ -64,6 +87,38 @@ class Mailbox:
         if self.hierarchy is not None:
             self._send_by_machine(lane, self.hierarchy, topology, exchange, label)
             return
+        posting = self._posting(lane, topology, exchange)
+        lane.inbox, lane.sources = posting.inbox, posting.turn.recv
+        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
+        # message is one parcel to a peer, or codes and their scales.
+        number = (2 * lane.number + exchange % 2) * 2 * len(self.messages)
+        with span("exchange", (lane.number,), to=posting.turn.send, sources=posting.turn.recv):
+            message = self.link.start(
+                posting.sends, posting.recvs, tag=self.link.tag(self.channel, number), label=label
+            )
+        self._launch(lane, message)
+        self.figures.bytes_sent += posting.bytes_sent
+        self.figures.bytes_received += posting.bytes_received
+
+    def _posting(self, lane: Lane, topology: Topology, exchange: int) -> Posting:
+        """What an exchange of a bucket posts; worked out once for each round of a periodic topology."""
+        era = self.wires.era if self.wires is not None else 0
+        if self._postings_for != (topology, era):
+            self._postings_for = (topology, era)
+            self._postings.clear()
+        key = (lane, exchange % topology.period) if topology.period is not None else None
+        if key not in self._postings:
+            posting = self._make_posting(lane, topology, exchange)
+            if key is None:
+                return posting
+            self._postings[key] = posting
+        return self._postings[key]
+
+    def forget_postings(self) -> None:
+        """For when buckets are laid anew."""
+        self._postings.clear()
+
+    def _make_posting(self, lane: Lane, topology: Topology, exchange: int) -> Posting:
         turn = self._round(topology, self.link.world.rank, exchange)
         ends = self.wires.of(lane.segment, exchange) if self.wires is not None else ()
         sends: list[Parcel] = []
@@ -83,16 +138,8 @@ class Mailbox:
             if own is not None:
                 scales[-1] = self._inbox(lane.segment, f"{name} scales", own, len(turn.recv))
                 _post(sends, recvs, turn, own, scales[-1], slice(lane.whole.start // 16, lane.whole.stop // 16))
-        lane.inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()), scales=tuple(scales), wires=ends)
-        lane.sources = turn.recv
-        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
-        # message is one parcel to a peer, or codes and their scales.
-        number = (2 * lane.number + exchange % 2) * 2 * len(self.messages)
-        with span("exchange", (lane.number,), to=turn.send, sources=turn.recv):
-            message = self.link.start(sends, recvs, tag=self.link.tag(self.channel, number), label=label)
-        self._launch(lane, message)
-        self.figures.bytes_sent += sum(tensor.nbytes for _, tensor in sends)
-        self.figures.bytes_received += sum(tensor.nbytes for _, tensor in recvs)
+        inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()), scales=tuple(scales), wires=ends)
+        return Posting(turn, sends, recvs, inbox)
 
     def _send_by_machine(self, lane: Lane, hierarchy: Hierarchy, topology: Topology, exchange: int, label: str) -> None:
         turn = self._round(topology, hierarchy.machine, exchange)

@@ -7,8 +7,9 @@ One step of rank i, for every bucket in backward order:
     allreduce     pack and reduce gradients -> ... all buckets ... -> wait -> fused pass
 
 The part before the dots is the bucket's *lead*, the rest its *follow*. Leads run in `step`, or with `fused_backward` in
-autograd hooks as each bucket's last gradient arrives; follows always run in `step`. A hook never waits: a bucket whose
-message has not come yet, and all behind it (the order is the same on every rank), are left to `step`.
+autograd hooks as each bucket's last gradient arrives; follows always run in `step`. A hook never makes the host wait: on CPUs
+a bucket whose message has not come yet, and all behind it (the order is the same on every rank), are left to `step`; on GPUs
+the stream waits in its place.
 
 In step mode, awc and kin, and all steps without an exchange, pass the buckets of a segment at once: their messages have had
 the whole iteration to come, and nothing else uses the cores or the GPU's launch queue in between. (Two gloo ranks, five
@@ -36,7 +37,7 @@ from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, measured_norms, multiplier
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.kernels import Gradients, Pass, Wire, advance_steps, run_pass
+from fusedfog.kernels import Gradients, Pass, Wire, advance_steps, device, run_pass
 from fusedfog.kernels.rounding import seed_of
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
@@ -118,6 +119,8 @@ class Scheduler:
         self.discard()
         if self.wires is not None:
             self.wires.forget()
+        if self._mailbox is not None:
+            self._mailbox.forget_postings()
         self._lanes, self._singles, self._wholes = lanes_of(self.segments)
         for hook in self._hooks:
             hook.remove()
@@ -478,7 +481,11 @@ class Scheduler:
     def _may_lead(self, lane: Lane) -> bool:
         if self.algorithm.before is not None or not self._exchanging(self.clock.steps) or not lane.segment.layout.mix:
             return True
-        return lane.message is not None and lane.message.done()
+        if lane.message is None:
+            return False
+        # A wait on a GPU orders streams and never holds the host, which runs ahead of the device: there, asking whether the
+        # message is over would leave nearly every bucket to `step`.
+        return device.on_gpu(lane.segment.param) or lane.message.done()
 
     def _holds(self) -> bool:
         """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
