@@ -14,7 +14,9 @@ from fusedfog.errors import (
     RankLeft,
     StorageReplacedError,
     TornMessageWarning,
+    UnsupportedEnvironment,
 )
+from fusedfog.groups import new_group
 from fusedfog.ops import (
     Work,
     allreduce_parameters,
@@ -45,6 +47,7 @@ __all__ = [
     "StorageReplacedError",
     "Topology",
     "TornMessageWarning",
+    "UnsupportedEnvironment",
     "Work",
     "allreduce_parameters",
     "broadcast_optimizer_state",
@@ -55,6 +58,7 @@ __all__ = [
     "local_gradients",
     "neighbor_allgather",
     "neighbor_allreduce",
+    "new_group",
     "ops",
     "pair_gossip",
     "save_checkpoint",

@@ -24,7 +24,7 @@ def agree(world: World, prefix: str, fields: Mapping[str, str], timeout: timedel
     """Return once every rank of `world` has given the same `fields`.
 
     Args:
-        prefix: a key prefix that the ranks share and use once (`exchange.next_agreement`).
+        prefix: a key prefix that the ranks share and use once (`groups.next_agreement`).
         fields: name -> value, both as a user would want to read them in an error.
         timeout: how long to wait for the other ranks.
         what: who asks, for errors ("AdamW").

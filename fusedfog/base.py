@@ -66,6 +66,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
             for algorithms with an exchange in the middle of a step (atc and kin, allreduce, outer=), fused_backward,
             cpu_compile, or wire_dtype without a static topology and an exchange in every step.
+        comm_sms: how many blocks, and so SMs of the GPU, one NCCL kernel of this optimizer's messages may hold, 1 to 64; None
+            is NCCL's own choice. A block that waits for its peer spins: it keeps its SM from your kernels as long as the
+            peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
         measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
             disagreement.
         sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
@@ -76,8 +79,10 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     Raises (at construction, before anything is sent or changed):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
             hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
-            cannot make, or with an endless topology; low_precision without 16-bit parameters; DTensors that are not sharded
+            cannot make, or with an endless topology; CUDA parameters in a process group without NCCL, two ranks on one GPU,
+            bf16 on a GPU before sm_80; low_precision without 16-bit parameters; DTensors that are not sharded
             inside machines and replicated across them (`fusedfog.shards`).
+        UnsupportedEnvironment (a ValueError): CUDA parameters without Triton, or with one before 3.5.
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
         PeerTimeout: another rank never came to build its optimizer.
@@ -360,7 +365,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
             except fusedfog.RankLeft as left:
                 rest = [rank for rank in range(n) if rank not in left.ranks]
-                group = torch.distributed.new_group(rest, use_local_synchronization=True)
+                group = fusedfog.new_group(rest)
                 saved = opt.state_dict(); del saved["fusedfog"]
                 opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
         """

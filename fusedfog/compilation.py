@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm
 from fusedfog.errors import PeerTimeout
-from fusedfog.exchange import next_agreement
+from fusedfog.groups import next_agreement
 from fusedfog.kernels import COMPILED_RULES, compile_now
 from fusedfog.layout import Segment
 from fusedfog.topology import Topology

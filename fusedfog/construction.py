@@ -20,10 +20,13 @@ from fusedfog.around import AroundScheduler
 from fusedfog.averaging import broadcast
 from fusedfog.capture import CapturableScheduler, refuse
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
-from fusedfog.exchange import Link, link_for, next_agreement
+from fusedfog.environment import check_dtypes, check_kernel
+from fusedfog.exchange import Link, link_for
 from fusedfog.flat import dense_stride
 from fusedfog.gradient_exchange import AllReduceScheduler
+from fusedfog.groups import check_backend, group_timeout, next_agreement
 from fusedfog.hierarchy import Hierarchy, check_mesh
+from fusedfog.kernels import device
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
@@ -36,7 +39,6 @@ Groups = list[dict[str, Any]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WARM_ROUNDS = 64
-_FP8_CAPABILITY = (8, 9)
 
 
 class Keywords(TypedDict, total=False):
@@ -59,6 +61,7 @@ class Keywords(TypedDict, total=False):
     capturable: bool
     measure: bool
     sync_init: bool
+    comm_sms: int | None
     model: torch.nn.Module | None
 
 
@@ -83,6 +86,7 @@ class Options:
     capturable: bool = False
     measure: bool = False
     sync_init: bool = True
+    comm_sms: int | None = None
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,6 +123,9 @@ class Options:
                 else "compiled passes take numbers as arguments"
             )
             raise ValueError(f"capturable=True does not work with {what}=True: {why}. Leave one of them out")
+        sms = options.comm_sms
+        if sms is not None and not (isinstance(sms, int) and not isinstance(sms, bool) and 1 <= sms <= 64):
+            raise ValueError(f"comm_sms must be a whole number of 1 to 64, or None for NCCL's own choice, got {sms!r}")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
@@ -182,11 +189,11 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
                 )
             )
             seen.append(local)
-    devices = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
-    if len(devices) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+    places = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {place}" for place, name in places.items())
         raise ValueError(
-            f"all parameters of an optimizer must be on one device, but there is {places}; move the model first"
+            f"all parameters of an optimizer must be on one device, but there is {found}; move the model first"
         )
     _check_disjoint(seen, specs)
     return specs
@@ -204,7 +211,7 @@ def _check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(
             f"parameter {name} is {param.dtype}; supported are {kinds}. Give others a torch.optim optimizer"
         )
-    if param.is_cuda and param.dtype == torch.float64:
+    if device.on_gpu(param) and param.dtype == torch.float64:
         raise ValueError(
             f"parameter {name} is float64 on {param.device}; the GPU kernel computes in float32: use model.float()"
         )
@@ -272,11 +279,6 @@ def name_topology(topology: Topology | None) -> str:
     return "none" if topology is None else f"{topology.name} ({topology.fingerprint()[:12]})"
 
 
-def _timeout(world: World, device: torch.device) -> Any:
-    assert world.group is not None
-    return world.group._get_backend(device).options._timeout
-
-
 def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler:
     """Check everything, agree with the other ranks, then adopt the parameters and start from rank 0's values."""
     algorithm = algorithm_for(options.algorithm, family, options.outer)
@@ -301,23 +303,26 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         pauses = options.communicate_every > 1 or options.global_average_every is not None
         refuse(algorithm, topology if world.size > 1 else None, lossy=options.codes is not None, pauses=pauses)
     specs = describe(groups, 0, options.model)
-    device = groups[0]["params"][0].device
-    _check_precision(algorithm, specs, topology, device, options)
+    place = groups[0]["params"][0].device
+    check_kernel(place)
+    check_backend(world, place)
+    _check_precision(algorithm, specs, topology, place, options)
     layouts = plan(specs, int(options.bucket_mb * 2**20))
     link, channel, hierarchy = None, 0, None
-    passes = _passes_to_compile(algorithm, groups, layouts, topology, world, options) if device.type == "cpu" else []
+    passes = (
+        _passes_to_compile(algorithm, groups, layouts, topology, world, options) if not device.on_gpu(place) else []
+    )
     if world.size > 1:
         fields = _fields(kind, groups, specs, options) | {"topology": name_topology(topology)}
         fields["mesh"] = "none" if mesh is None else str(mesh.mesh.tolist())
         if sharding is not None and everyone is not None:
             fields |= sharding.fields(groups, specs, given)
-        agree(everyone or world, next_agreement(everyone or world), fields, _timeout(world, device), kind)
-        link = link_for(world, device)
+        agree(everyone or world, next_agreement(everyone or world), fields, group_timeout(world, place), kind)
+        link = link_for(world, place, options.comm_sms)
         channel = link.open_channel()
         if mesh is not None and topology is not None:
-            hierarchy = Hierarchy(mesh, device)
-        else:
-            _warm_up(link, topology, device)
+            hierarchy = Hierarchy(mesh, place, options.comm_sms)
+        _warm_up(link, hierarchy, topology)
     compiled = bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
     params = [param for group in groups for param in group["params"]]
     segments = [
@@ -357,7 +362,7 @@ def _scheduler_for(algorithm: Algorithm, family: str, options: Options) -> type[
 
 
 def _check_precision(
-    algorithm: Algorithm, specs: Sequence[ParamSpec], topology: Topology | None, device: torch.device, options: Options
+    algorithm: Algorithm, specs: Sequence[ParamSpec], topology: Topology | None, place: torch.device, options: Options
 ) -> None:
     """Raise ValueError for ways of storing and sending that these parameters, this device or this algorithm do not allow."""
     if options.low_precision is not None and not any(spec.dtype.itemsize == 2 for spec in specs):
@@ -371,6 +376,8 @@ def _check_precision(
             f"the states of {algorithm.name} carry sums over ranks that must be exact: state_dtype is for awc, atc, "
             f"allreduce, local and push_sum"
         )
+    wanted: dict[str, torch.dtype | None] = {f"parameters ({spec.name})": spec.dtype for spec in specs}
+    check_dtypes(place, {**wanted, "states": options.state_dtype, "messages": options.codes})
     if options.codes is None:
         return
     if topology is not None and topology.period is None:
@@ -378,13 +385,6 @@ def _check_precision(
             f"wire_dtype keeps replicas for each round of the topology's period, and {topology.name} has none: use a static "
             f"graph, 'one_peer_exponential' or another periodic sequence"
         )
-    if options.codes == torch.float8_e4m3fn and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _FP8_CAPABILITY:
-            raise ValueError(
-                f"{device} has compute capability {capability[0]}.{capability[1]} and cannot make fp8 (e4m3) messages, which "
-                f"takes 8.9: use wire_dtype='int8', as many bits, or 'bf16'"
-            )
 
 
 def _passes_to_compile(
@@ -409,10 +409,10 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
     group = groups[-1]
     check_options(engine.algorithm, {**group, **vars(options)})
     specs = describe([group], len(groups) - 1, options.model)
-    device = engine.segments[0].param.device
-    if specs and group["params"][0].device != device:
+    place = engine.segments[0].param.device
+    if specs and group["params"][0].device != place:
         raise ValueError(
-            f"the new group is on {group['params'][0].device} but the optimizer's parameters are on {device}"
+            f"the new group is on {group['params'][0].device} but the optimizer's parameters are on {place}"
         )
     if sharding_of([group], options.model) != engine.sharding:
         raise ValueError(
@@ -468,14 +468,18 @@ def change_topology(kind: str, engine: Scheduler, topology: Topology | str | Non
         agree(world, next_agreement(world), fields, engine.link.timeout, f"{kind}.set_topology")
     engine.discard()
     engine.follow_topology(chosen)
-    if engine.link is not None and engine.link.world.size == size:
-        _warm_up(engine.link, chosen, engine.segments[0].param.device)
+    if engine.link is not None:
+        mailbox = engine._mailbox
+        _warm_up(engine.link, None if mailbox is None else mailbox.hierarchy, chosen)
 
 
-def _warm_up(link: Link, topology: Topology | None, device: torch.device) -> None:
-    if topology is None:
+def _warm_up(link: Link, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
+    """Open the connections of every round, the first ones of an endless topology, so that no step has to."""
+    if topology is None or not link.on_gpu:
         return
-    rounds = (
-        topology.round(link.world.rank, step) for step in range(min(topology.period or _WARM_ROUNDS, _WARM_ROUNDS))
-    )
-    link.warm_up([(list(turn.send), list(turn.recv)) for turn in rounds], device)
+    place = link.world.rank if hierarchy is None else hierarchy.machine
+    rounds = [topology.round(place, step) for step in range(topology.period or _WARM_ROUNDS)]
+    if hierarchy is None:
+        link.warm_up((turn.send, turn.recv) for turn in rounds)
+    else:
+        hierarchy.warm_up(rounds)

@@ -5,6 +5,10 @@ class MismatchError(ValueError):
     """Ranks were built with different models, hyper-parameters, topologies or algorithms; names the rank and the field."""
 
 
+class UnsupportedEnvironment(ValueError):
+    """The software or GPU of this machine cannot do what was asked; names what is missing and the way out."""
+
+
 class PeerTimeout(TimeoutError, RuntimeError):
     """A peer did not arrive, or its message did not, within the process group's timeout; names the peer."""
 

@@ -8,20 +8,22 @@ Rules that keep this free of deadlock:
  - Every rank starts the same buckets in the same order, from one thread. NCCL matches by order (one group call a bucket,
    no tags); gloo matches by tag.
  - Receives are posted before sends: a gloo send completes only when its receive is posted.
- - A work is waited for exactly once (a second wait on a gloo work never returns) and is never dropped while pending (a
-   dropped gloo work breaks its connection for everyone): what its owner abandons, the link keeps until it has completed.
+ - A gloo work is waited for exactly once (a second wait never returns) and is never dropped while pending (that breaks its
+   connection for everyone): what its owner abandons, the link keeps until it has completed. A wait for a NCCL work only
+   orders the stream that is current, so every stream that uses a result waits for it again.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -30,15 +32,23 @@ from torch import Tensor
 from torch._C._autograd import _enable_record_function
 
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
+from fusedfog.groups import (
+    check_backend,
+    check_one_rank_per_gpu,
+    dedicated_group,
+    group_timeout,
+    nccl_options,
+    next_agreement,
+)
+from fusedfog.kernels import device
+from fusedfog.watchdog import Watchdog
 from fusedfog.world import World
-
-log = logging.getLogger("fusedfog")
 
 _LAST_MOMENT = 5.0
 """Seconds that messages in flight get when the process ends, or its part in training."""
 
-_LATE = 2.0
-"""Seconds after which it is asked, on GPUs, whether the sender of a message has left."""
+_LARGEST_BATCH = 256
+"""Operations in one NCCL group call; with more it can hang (pytorch#174288)."""
 
 Parcel = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
@@ -58,13 +68,18 @@ def unrecorded() -> Iterator[None]:
         _enable_record_function(True)
 
 
+def is_timeout(error: Exception) -> bool:
+    """Whether torch says that a peer did not come in time: gloo "Timed out", the store "wait timeout", NCCL either."""
+    return "imed out" in str(error) or "wait timeout" in str(error)
+
+
 class Message:
     """One bucket's sends and receives in flight, or how they failed."""
 
     def __init__(self, link: Link, label: str) -> None:
         self.link = link
         self.label = label
-        self.pending: list[tuple[dist.Work, str]] = []
+        self.pending: list[tuple[dist.Work, object]] = []
         self.keep_alive: list[Tensor] = []
         self.failure: Exception | None = None
         self.waiter: threading.Thread | None = None
@@ -88,6 +103,9 @@ class Message:
     def wait(self) -> None:
         """Wait until all receives have arrived and all sends have left.
 
+        On a GPU that is the current stream's wait. Another stream that uses the data, or overwrites what is sent, calls this
+        again: the works are kept as long as the message.
+
         Raises:
             PeerTimeout: a peer's part did not come within the group's timeout.
             ExchangeError: the connection to a peer broke, now or when the message was started.
@@ -100,24 +118,45 @@ class Message:
             self.link.keep(self)
             self.link.give_up(self.failure)
             raise self.failure
-        self.keep_alive.clear()
+        if not self.link.on_gpu:
+            self.keep_alive.clear()
 
     def _await_works(self) -> None:
+        if self.link.on_gpu:
+            self._order_stream()
+            return
         deadline = time.monotonic() + self.link.timeout.total_seconds()
         while self.pending and self.failure is None:
             work, peers = self.pending[0]
             try:
-                if self.link.on_gpu:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except RuntimeError as error:
                 self.fail(error, peers)
             del self.pending[:1]  # Nothing, if the link was closed while this thread waited.
 
-    def fail(self, error: Exception, peers: str) -> None:
+    def _order_stream(self) -> None:
+        for work, peers in self.pending:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                self.fail(error, peers)
+                return
+
+    def fail(self, error: Exception, peers: object) -> None:
         """Note why this message will never be complete; the wait that needs it raises."""
         self.failure = self.link.failure(error, f"{self.label}: {peers}")
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """Whom a batch is with, in words that are only put together for an error."""
+
+    recvs: Sequence[Parcel]
+    sends: Sequence[Parcel]
+
+    def __str__(self) -> str:
+        sources, targets = ([peer for peer, _ in parcels] for parcels in (self.recvs, self.sends))
+        return f"receiving from ranks {sources}, sending to ranks {targets}"
 
 
 class Link:
@@ -125,29 +164,36 @@ class Link:
 
     Attributes:
         world: this rank's place among them.
+        device: where its tensors are.
+        on_gpu: whether works are queued on streams, as NCCL's.
         timeout: how long a wait may last.
         ended: why nothing can be exchanged any more, once that is so.
     """
 
-    def __init__(self, world: World, device: torch.device) -> None:
+    def __init__(self, world: World, place: torch.device, comm_sms: int | None = None) -> None:
         assert world.group is not None
-        self.world = world
-        self.on_gpu = device.type == "cuda"
-        self.timeout: timedelta = world.group._get_backend(device).options._timeout
-        whole = world.size == dist.get_world_size()
-        if not whole:
-            _level_group_counts(world, self.timeout)
-        self._group: dist.ProcessGroup | None = dist.new_group(
-            list(world.ranks), timeout=self.timeout, use_local_synchronization=not whole, group_desc="fusedfog"
-        )
+        self.world, self.device = world, place
+        self.on_gpu = device.on_gpu(place)
+        self.timeout = group_timeout(world, place)
+        if self.on_gpu:
+            check_backend(world, place)
+            check_one_rank_per_gpu(world, place, self.timeout)
+        options = nccl_options(world, place, self.timeout, comm_sms) if self.on_gpu else None
+        self._group: dist.ProcessGroup | None = dedicated_group(world.ranks, self.timeout, options)
         self.ended: Exception | None = None
         self._notes = next_agreement(world)
         self._channels = 0
         self._abandoned: list[Message] = []
         self._started: weakref.WeakSet[Message] = weakref.WeakSet()
+        self._warm: tuple[set[int], set[int]] = (set(), set())
         self._watchdog = Watchdog(self) if self.on_gpu else None
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
-        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        dist.all_reduce(torch.zeros(1, device=place), group=self.group)
+
+    @property
+    def name(self) -> str:
+        """A store key prefix of this link's own, the same on all of its ranks."""
+        return self._notes
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -165,14 +211,22 @@ class Link:
         """The tag of a channel's message `number`; channels share none, and numbers repeat only after 2^20 messages."""
         return (channel % (1 << 11)) << 20 | number % (1 << 20)
 
-    def warm_up(self, rounds: Sequence[tuple[list[int], list[int]]], device: torch.device) -> None:
-        """Open NCCL's connections for rounds of (ranks to send to, ranks to receive from); gloo needs none of this."""
+    def warm_up(self, rounds: Iterable[tuple[Iterable[int], Iterable[int]]]) -> None:
+        """Open NCCL's connections for rounds of (ranks to send to, ranks to receive from); gloo needs none of this.
+
+        An edge is opened in the first round that has it, so that both its ends do so together, and once in a link's life.
+        """
         if not self.on_gpu:
             return
-        token = torch.zeros(1, device=device)
-        for sends, recvs in rounds:
-            sink = [(peer, torch.empty_like(token)) for peer in recvs]
-            self.start([(peer, token) for peer in sends], sink, tag=0, label="warm-up").wait()
+        token = torch.zeros(1, device=self.device)
+        met_by_sending, met_by_receiving = self._warm
+        for to, sources in rounds:
+            sends = [(peer, token) for peer in to if peer not in met_by_sending]
+            recvs = [(peer, torch.empty_like(token)) for peer in sources if peer not in met_by_receiving]
+            met_by_sending.update(peer for peer, _ in sends)
+            met_by_receiving.update(peer for peer, _ in recvs)
+            if sends or recvs:
+                self.start(sends, recvs, tag=0, label="warm-up").wait()
 
     def start(self, sends: Sequence[Parcel], recvs: Sequence[Parcel], *, tag: int, label: str) -> Message:
         """Post one bucket's receives and sends; failures surface in `Message.wait`.
@@ -213,17 +267,48 @@ class Link:
                 message.pending.append((work, f"{verb} rank {peer}"))
 
     def _start_grouped(self, message: Message, sends: Sequence[Parcel], recvs: Sequence[Parcel]) -> None:
-        ops = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in recvs]
-        ops += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends]
-        if not ops:
-            return
-        peers = f"receiving from ranks {[p for p, _ in recvs]}, sending to ranks {[p for p, _ in sends]}"
-        try:
-            message.pending = [(work, peers) for work in dist.batch_isend_irecv(ops)]
-        except RuntimeError as error:
-            message.fail(error, peers)
+        # torch asks for the tensors' device to be the current one around a batch.
+        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
+        here: AbstractContextManager[object] = torch.cuda.device(self.device) if elsewhere else nullcontext()
+        with here:
+            for some_sends, some_recvs in self._batches(sends, recvs):
+                ops = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in some_recvs]
+                ops += [
+                    dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in some_sends
+                ]
+                peers = _Peers(some_recvs, some_sends)
+                try:
+                    message.pending += [(work, peers) for work in dist.batch_isend_irecv(ops)]
+                except RuntimeError as error:
+                    message.fail(error, peers)
+                    break
         assert self._watchdog is not None
-        self._watchdog.watch(message)
+        self._watchdog.watch(message.label, message.pending)
+
+    def _batches(
+        self, sends: Sequence[Parcel], recvs: Sequence[Parcel]
+    ) -> Iterator[tuple[Sequence[Parcel], Sequence[Parcel]]]:
+        """The operations of a message in batches that NCCL can take, none of them empty.
+
+        A message of too many operations is cut by distance, (receiver - sender) mod n, at fixed distances. So both ends of an
+        edge have it in the batch of the same number, or one of them has all of its operations in one: by induction over
+        the numbers every batch finds its other ends posted, and none waits in a circle.
+        """
+        if len(sends) + len(recvs) <= _LARGEST_BATCH:
+            if sends or recvs:
+                yield sends, recvs
+            return
+        size, me = self.world.size, self.world.rank
+        # As many to one peer on all ranks: codes and scales, or the messages of an algorithm.
+        most = max(
+            count for parcels in (sends, recvs) for count in Counter(peer for peer, _ in parcels).values() or (1,)
+        )
+        span = max(1, _LARGEST_BATCH // (2 * most))
+        for first in range(0, size, span):
+            some_sends = [parcel for parcel in sends if first <= (parcel[0] - me) % size < first + span]
+            some_recvs = [parcel for parcel in recvs if first <= (me - parcel[0]) % size < first + span]
+            if some_sends or some_recvs:
+                yield some_sends, some_recvs
 
     def keep(self, message: Message) -> None:
         """Keep an abandoned message's works alive until they have completed."""
@@ -240,10 +325,10 @@ class Link:
             rest = [rank for rank in range(self.world.size) if rank not in notes]
             found = RankLeft(
                 f"{where}: left with opt.leave(): {gone}. A group cannot go on without a member: end here too, or build a new "
-                f"optimizer with group= the ranks {rest} and sync_init=False",
+                f"optimizer with group=fusedfog.new_group({[self.world.ranks[rank] for rank in rest]}) and sync_init=False",
                 tuple(notes),
             )
-        elif "imed out" in str(error):
+        elif is_timeout(error):
             limit = f"{self.timeout.total_seconds():g} s"
             found = PeerTimeout(
                 f"{where}: nothing within the process group's timeout of {limit}. That rank is stuck, far behind or gone; "
@@ -314,51 +399,6 @@ class Link:
         self._abandoned = [message for message in self._abandoned if message.failure is not None or not message.done()]
 
 
-class Watchdog:
-    """Logs NCCL messages that are overdue, naming peers, step and bucket, before torch's own watchdog aborts.
-
-    `Work.wait` on NCCL only blocks a stream, so nothing else could tell which message hangs. The thread polls completion
-    events and touches no communicator; it ends with its link.
-    """
-
-    def __init__(self, link: Link) -> None:
-        self._watched: list[tuple[float, str, list[dist.Work]]] = []
-        self._lock = threading.Lock()
-        # Half the group's timeout: torch aborts the process at the whole of it.
-        self._patience = link.timeout.total_seconds() / 2
-        self._rank = link.world.rank
-        threading.Thread(target=self._run, args=(weakref.ref(link),), daemon=True, name="fusedfog-watchdog").start()
-
-    def watch(self, message: Message) -> None:
-        """Follow a message until it completes."""
-        works = [work for work, _ in message.pending]
-        if works:
-            with self._lock:
-                what = f"{message.label}: {message.pending[0][1]}"
-                self._watched.append((time.monotonic() + self._patience, what, works))
-
-    def _run(self, link: weakref.ref[Link]) -> None:
-        while (living := link()) is not None:
-            self._look_for_notes(living)
-            del living
-            time.sleep(min(1.0, self._patience / 4))
-            now = time.monotonic()
-            with self._lock:
-                pending = [entry for entry in self._watched if not all(work.is_completed() for work in entry[2])]
-                overdue = [entry for entry in pending if entry[0] < now]
-                self._watched = [entry for entry in pending if entry[0] >= now]
-            for _, what, _ in overdue:
-                log.error("rank %d: %s: still waiting after %.0f s", self._rank, what, self._patience)
-
-    def _look_for_notes(self, link: Link) -> None:
-        """End the link if somebody has left; the store is asked only while a message takes seconds."""
-        with self._lock:
-            late = [what for at, what, _ in self._watched if at - self._patience + _LATE < time.monotonic()]
-        if late and link.ended is None and link._read_notes():
-            link.give_up(link.failure(RuntimeError("the message has not come"), late[0]))
-            log.error("%s", link.ended)
-
-
 @atexit.register
 def _close_links() -> None:
     if _Links.default is not None:
@@ -369,48 +409,28 @@ def _close_links() -> None:
 
 
 class _Links:
-    """The links and agreement counters of the current world; a new world (destroy, init again) starts afresh."""
+    """The links of the current world; a new world (destroy, init again) starts afresh."""
 
     default: dist.ProcessGroup | None = None
-    links: dict[tuple[tuple[int, ...], str], Link]
-    agreements: dict[tuple[int, ...], int]
+    links: dict[tuple[object, ...], Link]
 
 
 def _current() -> _Links:
     default = dist.distributed_c10d._get_default_group()
     if _Links.default is not default:
-        _Links.default, _Links.links, _Links.agreements = default, {}, {}
+        _Links.default, _Links.links = default, {}
     return _Links()
 
 
-def link_for(world: World, device: torch.device) -> Link:
-    """The link of this world's ranks for tensors on `device`; made at its first use, by all of them together."""
-    links = _current().links
-    key = (world.ranks, device.type)
-    if key not in links or links[key].ended is not None:
-        links[key] = Link(world, device)
-    return links[key]
+def link_for(world: World, place: torch.device, comm_sms: int | None = None, number: int = 0) -> Link:
+    """The link of this world's ranks for tensors on `place`; made at its first use, by all of them together.
 
-
-def _level_group_counts(world: World, timeout: timedelta) -> None:
-    """Give every member of a subgroup the same number of process groups before they create one among themselves.
-
-    torch names a locally synchronized group after its ranks and the number of groups the process already has, so members
-    with different numbers would wait for each other under different names until the timeout.
+    Args:
+        comm_sms: how many SMs its kernels may take; links with different limits are different ones.
+        number: another one beside the first, whose operations do not wait for those of the first.
     """
-    store, prefix = dist.distributed_c10d._get_default_store(), next_agreement(world)
-    own = len(dist.distributed_c10d._world.pg_names)
-    store.set(f"{prefix}/{world.rank}", str(own))
-    keys = [f"{prefix}/{rank}" for rank in range(world.size)]
-    store.wait(keys, timeout)
-    for _ in range(max(int(store.get(key)) for key in keys) - own):
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-
-
-def next_agreement(world: World) -> str:
-    """A store key prefix for the next thing these ranks agree on, the same on each of them."""
-    counters = _current().agreements
-    number = counters.get(world.ranks, 0)
-    counters[world.ranks] = number + 1
-    members = "-".join(map(str, world.ranks)) if world.size <= 16 else f"{hash(world.ranks):x}"
-    return f"fusedfog/{members}/{number}"
+    links = _current().links
+    key = (world.ranks, str(place), comm_sms if device.on_gpu(place) else None, number)
+    if key not in links or links[key].ended is not None:
+        links[key] = Link(world, place, comm_sms)
+    return links[key]

@@ -7,20 +7,24 @@ streams as it has local ranks, and no rank is a leader. gloo's own reduce-scatte
 plain point-to-point messages: (L-1)/L of a bucket each way inside.
 
 The phases of one exchange depend on each other. On gloo a single thread per optimizer chains them, bucket after bucket in
-the order that all ranks share, so the training thread never waits; on NCCL they are queued on a stream of their own.
+the order that all ranks share, so the training thread never waits. On NCCL they are queued at once, on two side streams in
+turn and on a communicator for each phase: while one bucket is between machines, the next is collected inside. (A
+communicator keeps the order in which its operations were queued, so one for both phases inside would make the next
+bucket's first wait for this one's last.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.exchange import Link, Message, link_for
+from fusedfog.kernels import device
 from fusedfog.kernels.reference import mix_messages
 from fusedfog.topology import Round
 from fusedfog.world import World, find_world
@@ -38,41 +42,38 @@ def mean_of(shards: Sequence[Tensor]) -> Tensor:
 class Chain(Message):
     """An exchange of several phases, carried out by a thread (gloo) or queued on a side stream (NCCL)."""
 
-    def __init__(self, link: Link, label: str, phases: Iterator[Message], pump: ThreadPoolExecutor | None) -> None:
+    def __init__(
+        self, link: Link, label: str, phases: Iterator[Message], on: ThreadPoolExecutor | torch.cuda.Stream
+    ) -> None:
         super().__init__(link, label)
         self._task: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
-        if pump is not None:
-            self._task = pump.submit(_finish, phases)
+        if isinstance(on, ThreadPoolExecutor):
+            self._task = on.submit(_finish, phases)
         else:
-            side = _side_stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                _finish(phases)
-                self._event = side.record_event()
+            on.wait_stream(torch.cuda.current_stream(link.device))
+            with torch.cuda.stream(on):
+                try:
+                    _finish(phases)
+                except RuntimeError as error:
+                    # Only a step that needs this message may complain.
+                    self.failure = error
+                self._event = on.record_event()
 
     def done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""
         if self._task is not None:
             return self._task.done()
-        return self._event is None or self._event.query()
+        return self.failure is not None or self._event is None or self._event.query()
 
     def wait(self) -> None:
-        """Wait for the last phase; raises what failed in any."""
+        """Wait for the last phase; raises what failed in any. On a GPU it is the current stream that waits."""
         if self._task is not None:
             self._task.result()
+        elif self.failure is not None:
+            raise self.failure
         elif self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-
-
-_side_streams: dict[int, torch.cuda.Stream] = {}
-
-
-def _side_stream() -> torch.cuda.Stream:
-    device = torch.cuda.current_device()
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
-    return _side_streams[device]
+            torch.cuda.current_stream(self.link.device).wait_event(self._event)
 
 
 @torch.no_grad()
@@ -89,14 +90,26 @@ class Hierarchy:
         bytes_inside, bytes_across: sent so far.
     """
 
-    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None) -> None:
         across, inside = find_world(mesh.get_group(0)), find_world(mesh.get_group(1))
         self.machine, self.machines = across.rank, across.size
         self.local, self.locals = inside.rank, inside.size
-        self._inside = _open(inside, device)
-        self._across = _open(across, device)
-        self._pump = ThreadPoolExecutor(1, "fusedfog-hierarchy") if device.type == "cpu" else None
+        on_gpu = device.on_gpu(place)
+        self._inside = _open(inside, place, comm_sms)
+        self._across = _open(across, place, comm_sms)
+        self._back = _open(inside, place, comm_sms, number=1) if on_gpu else self._inside
+        self._pump = None if on_gpu else ThreadPoolExecutor(1, "fusedfog-hierarchy")
+        self._streams = cycle([torch.cuda.Stream(place) for _ in range(2)] if on_gpu else [])
         self.bytes_inside = self.bytes_across = 0
+
+    def warm_up(self, rounds: Iterable[Round]) -> None:
+        """Open NCCL's connections inside the machine, and across for these of the machine's rounds."""
+        others = [rank for rank in range(self.locals) if rank != self.local]
+        for end in (self._inside, self._back):
+            if end is not None:
+                end[0].warm_up([(others, others)])
+        if self._across is not None:
+            self._across[0].warm_up((turn.send, turn.recv) for turn in rounds)
 
     def start(self, link: Link, pairs: Sequence[tuple[Tensor, Tensor]], turn: Round, number: int, label: str) -> Chain:
         """Start mixing each (sent, inbox) pair of flat tensors: inbox will hold sum_b W[a, b] mean_b. See `Message`.
@@ -109,7 +122,8 @@ class Hierarchy:
             own = self._cut(sent)[self.local].nbytes
             self.bytes_inside += 2 * (sent.nbytes - own) if self._inside is not None else 0
             self.bytes_across += len(turn.send) * own
-        return Chain(link, label, self._all_phases(pairs, turn, number, label), self._pump)
+        on = self._pump if self._pump is not None else next(self._streams)
+        return Chain(link, label, self._all_phases(pairs, turn, number, label), on)
 
     def _all_phases(
         self, pairs: Sequence[tuple[Tensor, Tensor]], turn: Round, number: int, label: str
@@ -145,18 +159,18 @@ class Hierarchy:
             mixed = mix_messages(own.to(wide), [tensor.to(wide) for _, tensor in came], list(turn.recv.values()))
             own = mixed.to(own.dtype)
         places[me].copy_(own)
-        if self._inside is not None:
-            link, channel = self._inside
+        if self._back is not None:
+            link, channel = self._back
             tag = link.tag(channel, 2 * number + 1)
             yield link.start(
                 [(i, own) for i in others], [(i, places[i]) for i in others], tag=tag, label=f"{label}, handed round"
             )
 
 
-def _open(world: World, device: torch.device) -> tuple[Link, int] | None:
+def _open(world: World, place: torch.device, comm_sms: int | None, number: int = 0) -> tuple[Link, int] | None:
     if world.size == 1:
         return None
-    link = link_for(world, device)
+    link = link_for(world, place, comm_sms, number)
     return link, link.open_channel()
 
 

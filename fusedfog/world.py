@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fusedfog.errors import UnsupportedEnvironment
+
 
 @dataclass(frozen=True)
 class World:
@@ -60,18 +62,25 @@ def init(backend: str | None = None, timeout: timedelta | float | None = None) -
 
     Raises:
         ValueError: `timeout` is not positive.
+        UnsupportedEnvironment: GPUs are to be used by several ranks and this torch was built without NCCL.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = backend != "gloo" and torch.cuda.is_available()
     on_gpu = on_gpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    joining = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if on_gpu and joining and backend is None and not dist.is_nccl_available():
+        raise UnsupportedEnvironment(
+            f"rank {os.environ['RANK']}: ranks on GPUs talk by NCCL, and this torch ({torch.__version__}) was built without it: "
+            f"install a build that has it (the CUDA wheels for Linux do), or train on the CPU with fusedfog.init('gloo')"
+        )
     if on_gpu:
         torch.cuda.set_device(device)
     if isinstance(timeout, (int, float)):
         timeout = timedelta(seconds=timeout)
     if timeout is not None and timeout <= timedelta(0):
         raise ValueError(f"timeout must be positive, got {timeout}")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if joining:
         # Control traffic and CPU tensors need gloo even where gradients and parameters are on GPUs.
         chosen = backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         dist.init_process_group(chosen, timeout=timeout, device_id=device if on_gpu else None)

@@ -166,7 +166,7 @@ def _settle(
             (*near, *(across.ranks[machine] for machine in turn.send)),
             None if problem is None else str(problem),
         )
-        confer(links, report, x.device)
+        confer(links, report)
     if problem is not None:
         raise type(problem)(f"rank {dist.get_rank()}: {_OPERATION}: {problem}") from problem
     return turn

@@ -1,4 +1,4 @@
-"""Do all ranks mean the same exchange? Found out before data moves, by one all-reduce of three integers.
+"""Do all ranks mean the same exchange? Found out before data moves, by adding up three integers over all ranks.
 
 Every rank adds a hash of each message that it expects and subtracts one of each that it sends; over all ranks that is zero
 if and only if (up to 2^-80) every message has both its ends, with one operation, dtype and shape. If it is not, or a rank
@@ -11,11 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-import torch.distributed as dist
-
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout
-from fusedfog.exchange import Link
+from fusedfog.exchange import Link, is_timeout
+from fusedfog.ops import control
 
 _SHOWN = 6
 _HASH_BYTES = 5
@@ -41,7 +39,7 @@ class Report:
     problem: str | None = None
 
 
-def confer(links: Sequence[Link], own: Report, device: torch.device) -> Report:
+def confer(links: Sequence[Link], own: Report) -> Report:
     """Compare reports with all ranks reached by going over `links` in turn; returns the own one with both sides known.
 
     A rank that reports a problem of its own gets its report back, and raises the problem itself.
@@ -51,17 +49,15 @@ def confer(links: Sequence[Link], own: Report, device: torch.device) -> Report:
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     undecided = own.problem is not None or own.recv is None or own.send is None
-    balance = torch.tensor([*_balance(own), int(undecided)], device=device)
+    balance = [*_balance(own), int(undecided)]
     try:
         for link in links:
-            dist.all_reduce(balance, group=link.group)
-        if not any(balance.tolist()):
+            balance = control.add_up(link, balance)
+        if not any(balance):
             return own
         reports = [own]
         for link in links:
-            gathered: list[list[Report]] = [[]] * link.world.size
-            dist.all_gather_object(gathered, reports, group=link.group)
-            reports = [report for part in gathered for report in part]
+            reports = [report for part in control.gather(link, reports) for report in part]
     except RuntimeError as error:
         raise _missing(own, links[0], error) from error
     reports = complete(sorted(reports, key=lambda report: report.rank))
@@ -120,7 +116,7 @@ def _balance(own: Report) -> tuple[int, int]:
 
 def _missing(own: Report, link: Link, error: RuntimeError) -> RuntimeError:
     where = f"rank {own.rank}: {own.operation}"
-    if "imed out" in str(error):
+    if is_timeout(error):
         return PeerTimeout(
             f"{where}: another rank of the group did not come to this call within {link.timeout.total_seconds():g} s; all "
             f"ranks must call the same operations in the same order, with the same check="

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.exchange import Link, link_for
+from fusedfog.groups import check_backend
+from fusedfog.ops import control
 from fusedfog.ops.compressed import check_compressible, mixing_compressed
 from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, confer
@@ -111,7 +113,8 @@ def neighbor_allreduce(
     Raises:
         TypeError: x is an integer or boolean tensor, or not a dense tensor.
         ValueError: bad weights, ranks, step or topology, send_weights other than 1 or values that are not finite in
-            compressed messages, on this rank or, with the check, on any; with the check also
+            compressed messages (on GPUs these are not looked for: they stay unsaid), on this rank or, with the check, on
+            any; with the check also
             (MismatchError) edges, shapes or dtypes that two ranks do not agree on, on all ranks. Nothing has been sent.
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
@@ -278,7 +281,7 @@ def settle(
         recv = None if edges.recv is None else tuple(edges.recv)
         send = None if edges.send is None else tuple(edges.send)
         own = Report(world.rank, operation, about, recv, send, None if problem is None else str(problem))
-        edges = _completed(edges, confer([open_link(world, x.device)], own, x.device))
+        edges = _completed(edges, confer([open_link(world, x.device)], own))
     if problem is not None:
         raise type(problem)(f"{where}: {problem}") from problem
     if world.size == 1:
@@ -291,19 +294,14 @@ def settle(
     return edges, Port(open_link(world, x.device))
 
 
-def open_link(world: World, device: torch.device) -> Link:
-    """The world's link for tensors on `device`.
+def open_link(world: World, place: torch.device) -> Link:
+    """The world's link for tensors on `place`.
 
     Raises:
         ValueError: for a CUDA device in a process group without NCCL.
     """
-    assert world.group is not None
-    if device.type == "cuda" and world.group._get_backend(device).name() != "nccl":
-        raise ValueError(
-            f"rank {world.rank}: a tensor on {device} needs a process group with the NCCL backend (fusedfog.init() makes "
-            f"one); with gloo, pass x.cpu()"
-        )
-    return link_for(world, device)
+    check_backend(world, place)
+    return link_for(world, place)
 
 
 def _completed(edges: Edges, report: Report) -> Edges:
@@ -336,12 +334,8 @@ def _exchange_sizes(port: Port | None, x: Tensor, edges: Edges) -> list[int]:
     """Dim 0 of what each rank of `edges.recv` will send."""
     if port is None:
         return []
-    own = torch.tensor([len(x)], device=x.device)
-    theirs = [torch.zeros_like(own) for _ in edges.recv or ()]
-    parcels = [(peer, own) for peer in edges.send or ()]
-    label = "neighbor_allgather, sizes"
-    port.start(parcels, list(zip(edges.recv or (), theirs, strict=True)), port.tags(1)[0], label).wait()
-    return [int(size.item()) for size in theirs]
+    own = dict.fromkeys(edges.send or (), len(x))
+    return control.tell(port.link, own, list(edges.recv or ()), port.tags(1)[0], "neighbor_allgather, sizes")
 
 
 def _gathering(port: Port | None, x: Tensor, edges: Edges, sizes: list[int]) -> Phases:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedfog.agreement import agree
 from fusedfog.averaging import average_in_place, broadcast
-from fusedfog.exchange import next_agreement
+from fusedfog.groups import next_agreement
 from fusedfog.ops.edges import read_rank
 from fusedfog.ops.neighbors import open_link
 from fusedfog.world import World, find_world

@@ -6,11 +6,11 @@ import functools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fusedfog.kernels import BLOCK, Pass, Region, reference, run_pass
+from fusedfog.environment import check_dtypes, check_kernel
+from fusedfog.kernels import BLOCK, Pass, Region, device, reference, run_pass
 from fusedfog.layout import align
 
 ROUNDING = 1e-12
@@ -67,7 +67,7 @@ def flat_view(x: Tensor) -> Tensor:
 
 def room_for(count: int, like: Tensor) -> Tensor:
     """Uninitialized space for `count` elements; on a GPU with the padding that the kernel wants behind them."""
-    return like.new_empty(align(count) if like.is_cuda else count)[:count]
+    return like.new_empty(align(count) if device.on_gpu(like) else count)[:count]
 
 
 def deliver(flat: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
@@ -100,15 +100,30 @@ def mix(own: Tensor, inbox: Sequence[Tensor], self_weight: float, weights: Seque
 
 def _apply(own: Tensor, base: Sequence[Tensor], inbox: Sequence[Tensor], weights: Sequence[float]) -> None:
     count = len(own)
-    if own.is_cuda and own.dtype not in _MIXED_BY_KERNEL:
+    on_gpu = device.on_gpu(own)
+    if on_gpu and not _kernel_takes(own):
         own.copy_(reference.mix_messages(base[0] if base else own, inbox, weights))
     elif count:
-        region = Region(0, ((0, count),), _blocks(count, own.device) if own.is_cuda else None)
+        region = Region(0, ((0, count),), _blocks(count, own.device, _stream_of(own)) if on_gpu else None)
         run_pass(Pass("mix", own, (), (), region, sent=base, inbox=(tuple(inbox),), weights=tuple(weights)))
 
 
+def _kernel_takes(own: Tensor) -> bool:
+    """Whether the GPU pass can mix this tensor, and not torch's own kernels one after another."""
+    try:
+        check_kernel(own.device)
+        check_dtypes(own.device, {"tensors": own.dtype})
+    except ValueError:
+        return False
+    return own.dtype in _MIXED_BY_KERNEL
+
+
+def _stream_of(own: Tensor) -> int:
+    return torch.cuda.current_stream(own.device).cuda_stream
+
+
 @functools.lru_cache(maxsize=32)
-def _blocks(count: int, device: torch.device) -> Tensor:
-    offsets = np.arange(0, count, BLOCK, dtype=np.int64)
-    rows = np.stack([np.zeros_like(offsets), offsets, np.minimum(count - offsets, BLOCK), offsets], axis=1)
-    return torch.from_numpy(rows).to(device)
+def _blocks(count: int, place: torch.device, stream: int) -> Tensor:
+    """The block table of one tensor, made on the device: no host copy, and one for each stream, which it is ready on."""
+    offsets = torch.arange(0, count, BLOCK, device=place)
+    return torch.stack([torch.zeros_like(offsets), offsets, (count - offsets).clamp(max=BLOCK), offsets], 1)

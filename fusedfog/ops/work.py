@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.exchange import Link, Message, Parcel
+from fusedfog.kernels import device
 
 Phases = Generator[Message, None, Tensor]
 """An operation: yields each message that it has started and now needs, returns the output tensor."""
@@ -30,7 +31,7 @@ class Work:
         self._message: Message | None = None
         self._output: Tensor | None = None
         self._done: torch.cuda.Event | None = None
-        if source.is_cuda:
+        if device.on_gpu(source):
             self._queue(phases, source)
         else:
             self._advance()
@@ -103,8 +104,8 @@ def finish(phases: Phases) -> Tensor:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _side_stream(place: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(place)
 
 
 class Port:
