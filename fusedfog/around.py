@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,9 @@ from fusedfog.trace import span
 class AroundScheduler(Scheduler):
     """A scheduler that leaves the update to somebody else."""
 
-    def step_around(self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def step_around(
+        self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
 
         awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x
@@ -28,7 +28,7 @@ class AroundScheduler(Scheduler):
         if ahead and exchanging:
             self._send_missing()
         corrections = [self._correction(sweep) if ahead and exchanging else None for sweep in sweeps]
-        self._update_outside(update, grad_scale, found_inf)
+        self._update_outside(inner, grad_scale, found_inf)
         for sweep, correction in zip(sweeps, corrections, strict=True):
             if correction is not None:
                 sweep.segment.param[sweep.whole] += correction[sweep.whole]
@@ -64,12 +64,23 @@ class AroundScheduler(Scheduler):
         return received[0]
 
     def _update_outside(
-        self, update: Callable[[], object], grad_scale: Tensor | None, found_inf: Tensor | None
+        self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        if found_inf is None or not found_inf.item():
-            factor = self._multiplier(grad_scale)
-            if factor is not None:
-                torch._foreach_mul_(self._gradients(), factor)
-            update()
+        if found_inf is not None and getattr(inner, "_step_supports_amp_scaling", False):
+            self._unscale(grad_scale)
+            inner.found_inf, inner.grad_scale = found_inf, None  # type: ignore[attr-defined]
+            try:
+                inner.step()
+            finally:
+                del inner.found_inf, inner.grad_scale  # type: ignore[attr-defined]
+        elif found_inf is None or not found_inf.item():
+            # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
+            self._unscale(grad_scale)
+            inner.step()
         for lane in self._lanes:
             lane.counted = False  # The update's own writes are no edits.
+
+    def _unscale(self, grad_scale: Tensor | None) -> None:
+        factor = self._multiplier(grad_scale)
+        if factor is not None:
+            torch._foreach_mul_(self._gradients(), factor)

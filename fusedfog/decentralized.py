@@ -96,7 +96,7 @@ class Decentralized(DecentralizedOptimizer):
             self._share()
             engine.groups = self.param_groups
         assert isinstance(engine, AroundScheduler)
-        engine.step_around(self.inner.step, grad_scale, found_inf)
+        engine.step_around(self.inner, grad_scale, found_inf)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups is not self.inner.param_groups:

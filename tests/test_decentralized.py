@@ -190,7 +190,7 @@ def test_dtypes_mix_each_in_its_own_and_a_parameter_without_gradient_is_only_mix
 # -- loops ------------------------------------------------------------------------------------------------------------
 
 
-def clip_and_scale(algorithm: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], float]:
+def clip_and_scale(algorithm: str, fused: bool) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], float]:
     """The ends with clipping from outside and inside under a scaler, and a path on which rank 1 overflows in step 2."""
     keywords: dict[str, Any] = {"algorithm": algorithm, "topology": "fully_connected"}
     outside, inside, overflowing = (Regression(dist.get_rank()) for _ in range(3))
@@ -207,7 +207,7 @@ def clip_and_scale(algorithm: str) -> tuple[np.ndarray, np.ndarray, list[np.ndar
         scaler.scale(inside()).backward()
         scaler.step(clipped)
         scaler.update()
-    opt = fusedfog.Decentralized(torch.optim.SGD(overflowing.parameters(), lr=0.1), **keywords)
+    opt = fusedfog.Decentralized(torch.optim.SGD(overflowing.parameters(), lr=0.1, fused=fused), **keywords)
     path = []
     for step in range(4):
         opt.zero_grad()
@@ -220,8 +220,10 @@ def clip_and_scale(algorithm: str) -> tuple[np.ndarray, np.ndarray, list[np.ndar
     return vector(outside.parameters()), vector(inside.parameters()), path, scaler.get_scale()
 
 
-def test_clipping_and_grad_scaling_and_an_overflow_that_skips_one_rank(ranks: Pool) -> None:
-    results = ranks.run(N, clip_and_scale, "awc")
+@pytest.mark.parametrize("fused", [False, True])
+def test_clipping_and_grad_scaling_and_an_overflow_that_skips_one_rank(ranks: Pool, fused: bool) -> None:
+    """A fused inner optimizer skips by the device's flag; for others the host looks at it."""
+    results = ranks.run(N, clip_and_scale, "awc", fused)
     for rank, (outside, inside, path, scale) in enumerate(results):
         np.testing.assert_allclose(inside, outside, rtol=1e-5, atol=1e-6)
         assert np.isfinite(path).all()
