@@ -43,7 +43,8 @@ class Decentralized(DecentralizedOptimizer):
 
     Under a `torch.amp.GradScaler` (used with the wrapper, not the wrapped optimizer), and with `max_grad_norm`, `p.grad` is
     multiplied in place before the inner step, as by `scaler.unscale_` and `clip_grad_norm_`; a non-finite gradient skips
-    this rank's inner step, never its exchange. The flag is read by the host, once a step, as GradScaler itself does.
+    this rank's inner step, never its exchange. An inner optimizer that can skip on the device (torch's with `fused=True`) is
+    given the flag; for others the host reads it, once a step, as GradScaler itself does.
 
     Args:
         optimizer: the wrapped one, `opt.inner`; it must have been built on the very parameters that are trained.
