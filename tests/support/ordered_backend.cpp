@@ -35,6 +35,8 @@ std::thread::id issuer;
 std::atomic<int64_t> delay_ms{0};
 std::atomic<int64_t> communicators{0};
 py::object* observer = nullptr;
+std::atomic<bool> observed{false};
+Tensors kept;
 
 struct Part {  // One tensor of an operation.
   std::string what;
@@ -73,6 +75,12 @@ class OrderedWork : public c10d::Work {
   void synchronize() override { wait(Ms(0)); }
 
   void tell_issued() {
+    {
+      // While somebody looks, memory that was sent or received is not used again for something else.
+      std::lock_guard<std::mutex> lock(rules_mutex);
+      if (observed)
+        for (const auto& part : parts_) kept.push_back(part.tensor);
+    }
     tell("issued", [&] {
       py::list parts;
       for (const auto& [what, tensor, peer, writes, number] : parts_)
@@ -88,8 +96,9 @@ class OrderedWork : public c10d::Work {
  private:
   template <typename F>
   void tell(const char* name, F arguments) {
+    if (!observed) return;
     py::gil_scoped_acquire gil;
-    if (observer != nullptr && !observer->is_none()) observer->attr(name)(*arguments());
+    if (observed) observer->attr(name)(*arguments());
   }
 
   const int64_t communicator_, number_;
@@ -391,6 +400,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("observe", [](py::object given) {
     delete observer;
     observer = new py::object(std::move(given));
+    observed = !observer->is_none();
+    kept.clear();
   });
   m.def("delay", [](double seconds) { delay_ms = static_cast<int64_t>(seconds * 1000); });
   m.def("forget_thread", [] { issuer = std::thread::id(); });
