@@ -1,10 +1,9 @@
-"""What the README shows runs as written, and the demo does what it says."""
+"""The demo does what it says."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +12,6 @@ import torch
 from pool import Pool
 
 from fusedfog.examples import digits
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def run_block(code: str, folder: str) -> list[str]:
-    """Run a README block as a script of its own, in `folder`; returns the files that are there afterwards."""
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    return sorted(os.listdir(folder))
-
-
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_blocks_run_alone(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # also undoes run_block's own chdir
-    run_block(code, str(tmp_path))
-
-
-def test_readme_scripts_run_on_two_ranks(ranks: Pool, tmp_path: Path) -> None:
-    scripts = [code for code in BLOCKS if "fusedfog.init()" in code]
-    assert len(scripts) == 3
-    for number, code in enumerate(scripts):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        ranks.run(2, run_block, code, str(folder), init=False)
-    assert (tmp_path / "0" / "model.pt").exists()
-    assert {path.name for path in (tmp_path / "1").iterdir()} == {"checkpoint-0.pt", "checkpoint-1.pt"}
-    assert (tmp_path / "2" / "checkpoint" / ".metadata").exists()
-
-
-def test_snippets_for_frameworks_are_lines_of_scripts_that_are_tested() -> None:
-    scripts = (Path(__file__).parent / "framework_scripts").glob("*.py")
-    tested = {line.strip() for script in scripts for line in script.read_text().splitlines()}
-    tested |= {line.removesuffix(",") for line in tested}
-    snippets = re.findall(r"^```py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 4
-    for line in "\n".join(snippets).splitlines():
-        assert line.strip() in tested or line.startswith("..."), line
-
-
-def test_the_readme_shows_a_picture_that_is_there() -> None:
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures
-    for picture in pictures:
-        assert 0 < (Path(__file__).parents[1] / picture).stat().st_size < 150_000
 
 
 def test_shards_cover_the_images_once_and_differ_by_label() -> None:

@@ -1,0 +1,198 @@
+"""What the docs show runs as written, alone and on ranks; what they point to is there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from pool import Pool
+
+import fusedfog
+from fusedfog.algorithms import TABLE
+from fusedfog.topology.guide import guide_table
+
+ROOT = Path(__file__).parents[1]
+DOORS = [
+    ROOT / "README.md",
+    *sorted(path for room in ("fusedfog", "kernels", "bench", "tests") for path in (ROOT / room).rglob("README.md")),
+]
+DOCS = [*DOORS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+ROOMS_TO_COME = ("optim/", "engine/", "gossip/", "params/", "comm/", "cli/")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """All fenced blocks of a page, which must be closed."""
+    lines, begin = page.read_text().splitlines(), None
+    for number, line in enumerate(lines):
+        if line.startswith("```"):
+            if begin is None:
+                begin = number
+            else:
+                yield Block(page, begin + 1, lines[begin][3:], "\n".join(lines[begin + 1 : number]) + "\n")
+                begin = None
+    assert begin is None, f"{page}:{begin} is never closed"
+
+
+def prose_of(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = [block for page in DOCS for block in blocks_of(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+NOT_RUN = [block for block in PYTHON if block.code.startswith("# Not run")]
+CUT = [block for block in PYTHON if block.code.startswith("# From tests/")]
+RUN = [block for block in PYTHON if block not in NOT_RUN and block not in CUT]
+
+
+def run_block(name: str, code: str, folder: str) -> None:
+    """Run a block as a script of its own, in `folder`."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", RUN, ids=[block.name for block in RUN])
+def test_a_block_runs_alone(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # also undoes run_block's own chdir
+    run_block(block.name, block.code, str(tmp_path))
+
+
+@pytest.mark.parametrize("block", RUN, ids=[block.name for block in RUN])
+def test_a_block_runs_on_two_ranks(ranks: Pool, block: Block, tmp_path: Path) -> None:
+    ranks.run(2, run_block, block.name, block.code, str(tmp_path), init=False)
+    saved = {path.name for path in tmp_path.iterdir()}
+    for name in ("model.pt", "checkpoint", "checkpoint-{rank}.pt", "trace-{rank}.json"):
+        if f'"{name}"' in block.code:
+            assert saved >= {name.format(rank=rank) for rank in range(2)}
+
+
+def test_the_script_of_the_first_page_runs_as_its_command_says(tmp_path: Path) -> None:
+    script = next(block for block in RUN if block.page == ROOT / "README.md")
+    command = "torchrun --standalone --nproc-per-node 4 train.py"
+    assert any(command in block.code for block in BLOCKS if block.page == script.page)
+    (tmp_path / "train.py").write_text(script.code)
+    arguments = command.replace("4", "2").split()[1:]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "consensus distance" in done.stdout
+    assert (tmp_path / "model.pt").exists()
+
+
+def test_blocks_that_do_not_run_are_few_and_say_why() -> None:
+    assert [block.page.parent.name for block in NOT_RUN] == ["optim", "kernels"]
+    for block in NOT_RUN:
+        assert re.match(r"# Not run[\w ]*: \w+", block.code), block.name
+        ast.parse(block.code)
+    assert len(CUT) == 4
+    assert len(RUN) >= 15
+    languages = {block.language for block in BLOCKS}
+    assert languages <= {"python", "bash", "diff", ""}, "other names for Python would not be run"
+
+
+@pytest.mark.parametrize("block", CUT, ids=[block.name for block in CUT])
+def test_snippets_for_frameworks_are_lines_of_a_script_that_is_tested(block: Block) -> None:
+    head, *lines = block.code.splitlines()
+    found = re.match(r"# From (tests/framework_scripts/\w+\.py),", head)
+    assert found is not None, head
+    tested = {line.strip() for line in (ROOT / found[1]).read_text().splitlines()}
+    tested |= {line.removesuffix(",") for line in tested}
+    for line in lines:
+        assert line.strip() in tested or line.startswith("..."), line
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What headings of a page are called in links, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*)$", prose_of(page), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        repeats = sum(one == name or (one.startswith(f"{name}-") and one[len(name) + 1 :].isdigit()) for one in found)
+        found.add(f"{name}-{repeats}" if repeats else name)
+    return found
+
+
+@pytest.mark.parametrize("page", DOCS, ids=[str(page.relative_to(ROOT)) for page in DOCS])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for text, target in re.findall(r"!?\[([^\]]*)\]\(([^)\s]+)\)", prose_of(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_relative_to(ROOT) and there.exists(), f"[{text}]({target})"
+        if anchor:
+            assert anchor in anchors_of(there), f"[{text}]({target}): there are {sorted(anchors_of(there))}"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=[str(page.relative_to(ROOT)) for page in DOCS])
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    moved = (ROOT / "fusedfog" / "engine" / "scheduler.py").exists()
+    for name in re.findall(r"`([\w./-]+/[\w.-]*\.(?:py|md|txt|toml|json|png))`", prose_of(page)):
+        if not moved and name.removeprefix("fusedfog/").startswith(ROOMS_TO_COME):
+            continue  # The docs describe the packages that modules are moving to.
+        places = (page.parent, ROOT, ROOT / "fusedfog")
+        assert any((place / name).exists() for place in places), name
+
+
+@pytest.mark.parametrize("page", DOCS, ids=[str(page.relative_to(ROOT)) for page in DOCS])
+def test_every_name_of_fusedfog_that_is_mentioned_exists(page: Path) -> None:
+    for dotted in set(re.findall(r"(?<![\w/.])fusedfog((?:\.\w+)+)(?![\w/])", page.read_text())):
+        thing: object = fusedfog
+        for name in dotted[1:].split("."):
+            if not hasattr(thing, name):
+                importlib.import_module(f"{thing.__name__}.{name}")  # type: ignore[attr-defined]
+            thing = getattr(thing, name)
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_pictures_are_small() -> None:
+    pictures = [(page, path) for page in DOCS for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", prose_of(page))]
+    assert pictures
+    for page, path in pictures:
+        assert 0 < (page.parent / path).stat().st_size < 250_000
+
+
+def test_the_option_table_has_every_algorithm() -> None:
+    text = (ROOT / "fusedfog" / "README.md").read_text()
+    table = text.split("<!-- option table -->")[1].split("<!-- /option table -->")[0]
+    for names in TABLE.values():
+        for name in names:
+            assert f"`{name}`" in table
+
+
+@pytest.mark.slow
+def test_the_table_of_topologies_is_what_the_command_prints() -> None:
+    assert guide_table() in (ROOT / "fusedfog" / "topology" / "README.md").read_text()
