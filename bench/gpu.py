@@ -1,12 +1,13 @@
-"""Everything that only a GPU can tell, in one call of at most nine minutes: python bench/gpu.py
+"""Everything that only a GPU can tell, in one call of at most eight and a half minutes: python bench/gpu.py
 
     pip install --no-deps --no-build-isolation -e .     # optional: without it, the source tree is imported as it lies
     python bench/gpu.py [--out FOLDER] [--only NAME ...] [--minutes M]
-    python bench/gpu.py --smoke                         # tiny sizes on the CPU: do the sections themselves work?
+    python bench/gpu.py --dry-run                       # tiny sizes without a GPU: do the sections themselves work?
 
 Sections run one after the other, the most important first, each in a process of its own: a crash, a hang or a poisoned
 CUDA context costs one section and no more. What a section found before it failed is kept, with the end of its log. After
-every section gpu.json and gpu.md are written to FOLDER (bench/results, or a temporary folder with --smoke).
+every section gpu.json and gpu.md are written to FOLDER (bench/results, or a temporary folder with --dry-run). The last
+line says what passed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -36,29 +40,35 @@ class Section:
     Attributes:
         most: seconds it may take.
         shards: processes that share its work.
+        dry: how much of a GPU a dry run has to stand in for; see `gpu_dry`.
     """
 
     name: str
     module: str
     most: float
     shards: int = 1
+    dry: Literal["stub", "passes", "cpu"] = "stub"
 
 
 SECTIONS = [
-    Section("device", "gpu_sections", 45),
-    # Compiles what `speed` needs: in parallel, since a kernel takes a core about a second.
-    Section("passes", "gpu_sections", 150, shards=8),
-    Section("speed", "gpu_sections", 140),
-    Section("optimizers", "gpu_sections", 75),
-    Section("host", "gpu_sections", 60),
-    Section("graphs", "gpu_sections", 45),
-    Section("memory", "gpu_sections", 40),
-    Section("overlap", "gpu_sections", 45),
-    Section("ranks", "gpu_ranks", 120),
-    Section("counters", "gpu_sections", 60),
-    Section("memcheck", "gpu_sections", 60),
+    # Compiles what others need: in parallel, since a kernel takes a core about a second.
+    Section("passes", "gpu_sections", 100, shards=14, dry="cpu"),
+    Section("device", "gpu_sections", 20),
+    Section("optimizers", "gpu_sections", 45, dry="cpu"),
+    Section("loopback", "gpu_loopback", 60, dry="passes"),
+    Section("speed", "gpu_sections", 110),
+    Section("graphs", "gpu_sections", 35, dry="cpu"),
+    Section("memory", "gpu_sections", 20),
+    Section("host", "gpu_sections", 25),
+    Section("ranks", "gpu_ranks", 45, dry="cpu"),
+    Section("counters", "gpu_sections", 25),
+    Section("memcheck", "gpu_sections", 25, dry="cpu"),
 ]
-CHILDREN = {section.name: section.module for section in SECTIONS} | {"counter_target": "gpu_sections"}
+CHILDREN = {section.name: section for section in SECTIONS} | {
+    "counter_target": Section("counter_target", "gpu_sections", 25)
+}
+WORKERS = 3
+"""Sections of a dry run at a time."""
 
 
 def child(args: argparse.Namespace) -> None:
@@ -68,19 +78,26 @@ def child(args: argparse.Namespace) -> None:
     shard, shards = map(int, args.shard.split("/"))
     notes = Notes(args.notes)
     deadline = args.deadline or time.time() + 600
-    run = Run(args.smoke, deadline, shard, shards, args.notes.parent)
+    run = Run(args.dry_run, deadline, shard, shards, args.notes.parent)
+    section = CHILDREN[args.child]
     try:
-        getattr(importlib.import_module(CHILDREN[args.child]), args.child)(notes, run)
+        with ExitStack() as stack:
+            if args.dry_run:
+                from gpu_dry import dry_run
+
+                stack.enter_context(dry_run(section.dry))
+            getattr(importlib.import_module(section.module), section.name)(notes, run)
     except Exception as error:
         notes["error"] = f"{type(error).__name__}: {error}"[:1000]
         traceback.print_exc()
         raise SystemExit(1) from error
 
 
-def perform(section: Section, work: Path, deadline: float, smoke: bool) -> dict[str, Any]:
+def perform(section: Section, work: Path, deadline: float, dry: bool) -> dict[str, Any]:
     """Run a section's processes to their end or to its limit; its entry in the report."""
-    begin, shards = time.time(), 2 if smoke and section.shards > 1 else section.shards
-    limit = min(begin + section.most, deadline)
+    begin, shards = time.time(), 2 if dry and section.shards > 1 else section.shards
+    # Sections of a dry run share the cores, and nothing is paid by the minute.
+    limit = min(begin + section.most * (WORKERS if dry else 1), deadline)
     notes = [work / f"{section.name}-{shard}.json" for shard in range(shards)]
     logs = [path.with_suffix(".log") for path in notes]
     processes = []
@@ -96,10 +113,10 @@ def perform(section: Section, work: Path, deadline: float, smoke: bool) -> dict[
             f"{shard}/{shards}",
         ]
         # A section that watches the time ends by itself, before it is killed.
-        command += ["--deadline", str(limit - 5), *(["--smoke"] if smoke else [])]
+        command += ["--deadline", str(limit - 5), *(["--dry-run"] if dry else [])]
         with log.open("w") as out:
             processes.append(
-                subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment(smoke))
+                subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment(dry))
             )
     outcomes = []
     for process in processes:
@@ -122,9 +139,9 @@ def perform(section: Section, work: Path, deadline: float, smoke: bool) -> dict[
     }
 
 
-def environment(smoke: bool) -> dict[str, str]:
+def environment(dry: bool) -> dict[str, str]:
     """The processes' environment; the CPU's threads are shared out among those that run together."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if smoke else {}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if dry else {}
     return {**os.environ, **hidden, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -159,15 +176,51 @@ def write(report: dict[str, Any], folder: Path) -> None:
     (folder / "gpu.md").write_text(markdown(report))
 
 
+def entries(
+    sections: list[Section], work: Path, deadline: float, dry: bool
+) -> Iterator[tuple[Section, dict[str, Any]]]:
+    """Every section with its entry in the report: one after the other, but in a dry run a few at a time."""
+
+    def entry(section: Section) -> dict[str, Any]:
+        if deadline - time.time() < 15:
+            return {"status": "no time left", "seconds": 0.0, "found": {}, "log": ""}
+        return perform(section, work, deadline, dry)
+
+    if not dry:
+        yield from ((section, entry(section)) for section in sections)
+        return
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield from zip(sections, pool.map(entry, sections), strict=True)
+
+
+def everything(sections: list[Section], minutes: float, out: Path, dry: bool) -> dict[str, Any]:
+    """Run the sections, write the report after every one of them, and return it."""
+    from gpu_notes import verdict
+
+    begin = time.time()
+    report: dict[str, Any] = {"machine": {"day": date.today().isoformat()}, "sections": {}}
+    if dry:
+        report["machine"]["dry run"] = "no GPU: no number here means anything"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for section, entry in entries(sections, Path(folder), begin + 60 * minutes, dry):
+            report["sections"][section.name] = {"about": about(section)} | entry
+            if section.name == "device":
+                report["machine"] |= {key: value for key, value in entry["found"].items() if key != "copy"}
+            report["seconds"] = time.time() - begin
+            report["verdict"] = verdict(report["sections"])
+            write(report, out)
+            print(f"{section.name}: {entry['status']} ({entry['seconds']:.0f} s)", flush=True)
+    return report
+
+
 def main() -> None:
     """Run the sections, or one of them as a child of such a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
-    parser.add_argument(
-        "--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections alone"
-    )
-    parser.add_argument("--minutes", type=float, default=8.7, help="time for everything")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--only", nargs="+", choices=names, help="these sections alone")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time for everything")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes without a GPU")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="0/1", help=argparse.SUPPRESS)
@@ -176,29 +229,12 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    begin = time.time()
-    deadline = begin + 60 * args.minutes
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        work = Path(folder)
-        out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-smoke-")) if args.smoke else RESULTS)
-        report: dict[str, Any] = {"machine": {"day": date.today().isoformat()}, "sections": {}}
-        if args.smoke:
-            report["machine"]["smoke"] = "on the CPU: no number here means anything"
-        for section in SECTIONS:
-            if args.only and section.name not in args.only:
-                continue
-            if deadline - time.time() < 15:
-                entry: dict[str, Any] = {"status": "no time left", "seconds": 0.0, "found": {}, "log": ""}
-            else:
-                entry = perform(section, work, deadline, args.smoke)
-            report["sections"][section.name] = {"about": about(section)} | entry
-            if section.name == "device":
-                report["machine"] |= {key: value for key, value in entry["found"].items() if key != "copy"}
-            report["seconds"] = time.time() - begin
-            write(report, out)
-            print(f"{section.name}: {entry['status']} ({entry['seconds']:.0f} s)", flush=True)
+    out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if args.dry_run else RESULTS)
+    wanted = [section for section in SECTIONS if not args.only or section.name in args.only]
+    report = everything(wanted, args.minutes, out, args.dry_run)
     print((out / "gpu.md").read_text(), flush=True)
     print(f"written to {out}/gpu.json and {out}/gpu.md")
+    print(report["verdict"], flush=True)
     sys.exit(any(section["status"] != "ok" for section in report["sections"].values()))
 
 

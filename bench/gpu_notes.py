@@ -40,13 +40,13 @@ class Run:
     """How a section is to run.
 
     Attributes:
-        smoke: tiny sizes, on the CPU: only to see that the section works.
+        dry: tiny sizes, without a GPU (`gpu_dry`): only to see that the section works.
         deadline: seconds of `time.time()` after which nothing new is begun.
         shard, shards: which part of the work this process does.
         work: a folder for files between processes.
     """
 
-    smoke: bool
+    dry: bool
     deadline: float
     shard: int
     shards: int
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.smoke else "cuda")
+        return torch.device("cpu" if self.dry else "cuda")
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -104,3 +104,11 @@ def _lines(key: str, value: Any) -> list[str]:
         if isinstance(value, str) and "\n" in value
         else [f"{key}: {value}"]
     )
+
+
+def verdict(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line: what passed, and what did not and why."""
+    good = [name for name, section in sections.items() if section["status"] == "ok"]
+    bad = [f"{name} ({section['status']})" for name, section in sections.items() if section["status"] != "ok"]
+    words = [f"PASSED {len(good)} of {len(sections)}: {', '.join(good) or 'none'}"]
+    return "; ".join([*words, f"NOT PASSED: {', '.join(bad)}"] if bad else words)

@@ -42,7 +42,7 @@ METHODS = [
 
 def ranks(notes: Notes, run: Run) -> None:
     """Two processes on one GPU: which transports work, and whether training equals that on the CPU over gloo."""
-    version = torch.cuda.nccl.version() if not run.smoke else (0,)
+    version = torch.cuda.nccl.version() if not run.dry else (0,)
     transports = ["cpu", "staged", "symmetric"]
     if version >= (2, 30):
         transports.insert(1, "nccl")
@@ -53,7 +53,7 @@ def ranks(notes: Notes, run: Run) -> None:
         if run.left() < 10:
             notes[transport] = "not reached"
             continue
-        if run.smoke and transport == "symmetric":
+        if run.dry and transport == "symmetric":
             notes[transport] = "needs a GPU"
             continue
         folder = run.work / transport
@@ -106,7 +106,7 @@ def launch(transport: str, folder: Path, run: Run) -> str | None:
     }
     processes, logs = [], [folder / f"{rank}.log" for rank in range(2)]
     for rank, log in enumerate(logs):
-        command = [sys.executable, __file__, transport, str(folder), "cpu" if run.smoke else "cuda"]
+        command = [sys.executable, __file__, transport, str(folder), "cpu" if run.dry else "cuda"]
         with log.open("w") as out:
             environment["RANK"] = str(rank)
             processes.append(subprocess.Popen(command, env=dict(environment), stdout=out, stderr=out))

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pstats
+import re
 import shutil
 import statistics
 import subprocess
@@ -41,19 +42,19 @@ SHARE_OF_COPY, OVER_DECENT_DP, HOST_US = 0.92, 1.6, 150.0
 
 def device(notes: Notes, run: Run) -> None:
     """The GPU, the versions and how fast it copies."""
-    notes["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda}"
-    if run.smoke:
-        return
     import triton
+
+    notes["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda}"
 
     properties = torch.cuda.get_device_properties(0)
     notes["gpu"] = f"{properties.name}, {properties.multi_processor_count} SMs, {properties.total_memory >> 30} GiB"
     notes["triton"], notes["nccl"] = triton.__version__, ".".join(map(str, torch.cuda.nccl.version()))
     query = "driver_version,clocks.max.sm,clocks.max.mem,clocks_event_reasons.active,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-    notes["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    for numel in (1 << 24, 1 << 26, 1 << 28, 1 << 30):
-        source = torch.rand(numel, device="cuda")
+    if shutil.which(command[0]):
+        notes["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    for numel in (1 << 10,) if run.dry else (1 << 24, 1 << 26, 1 << 28, 1 << 30):
+        source = torch.rand(numel, device=run.device)
         target = torch.empty_like(source)
         times = []
         for _ in range(12):
@@ -77,7 +78,7 @@ def passes(notes: Notes, run: Run) -> None:
         groups.setdefault((row.rule, row.states, case.dtype, case.neighbours), []).append(case)
     mine = [case for number, group in enumerate(groups.values()) if number % run.shards == run.shard for case in group]
     notes["cases"], notes["failed"], notes["not reached"], worst = 0, 0, len(mine), 0.0
-    for case in mine:
+    for case in mine[::8] if run.dry else mine:
         if run.left() < 5:
             return
         try:
@@ -94,8 +95,8 @@ def passes(notes: Notes, run: Run) -> None:
 
 def speed(notes: Notes, run: Run) -> None:
     """Every rule on 128M elements: share of copy bandwidth, against torch and Decent-DP, interleaved; registers."""
-    numel, rounds = (4096, 2) if run.smoke else (1 << 27, 15)
-    counts, names = ((0, 1) if run.smoke else (0, 1, 2, 4)), USES
+    numel, rounds = (4096, 2) if run.dry else (1 << 27, 15)
+    counts, names = ((0, 1) if run.dry else (0, 1, 2, 4)), USES
     lines = []
     for dtype in (torch.float32, torch.bfloat16):
         for line in rows(names, counts, (dtype,), numel, run.device, rounds):
@@ -127,7 +128,7 @@ def _verdicts(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 def optimizers(notes: Notes, run: Run) -> None:
     """Whole optimizers against torch.optim, GradScaler, clipping, half precision, checkpoints, streams, host syncs."""
-    checks = CHECKS if run.smoke else CHECKS | {"beyond_int32": check_beyond_int32}
+    checks = CHECKS if run.dry else CHECKS | {"beyond_int32": check_beyond_int32}
     for name, check in checks.items():
         if run.left() < 10:
             notes.add("checks", {"check": name, "result": "not reached"})
@@ -161,7 +162,7 @@ SETTINGS = [("local", 1), ("awc", 2), ("awc", 4), ("atc", 2), ("torch.optim fuse
 
 def host(notes: Notes, run: Run) -> None:
     """The host's time in step() for 300 parameters with a link that sends nothing, and kernels launched per step."""
-    count, numel, rounds = (300, 64, 5) if run.smoke else (300, 40_000, 50)
+    count, numel, rounds = (300, 64, 5) if run.dry else (300, 40_000, 50)
     for kind in ("SGD", "AdamW"):
         for algorithm, size in SETTINGS:
             if run.left() < 5:
@@ -172,7 +173,7 @@ def host(notes: Notes, run: Run) -> None:
                 param.grad = torch.rand_like(param)
             steps, reads = [], []
             for turn in range(rounds + 5):
-                _synchronize(run)
+                torch.cuda.synchronize()
                 begin = time.perf_counter()
                 optimizer.step()
                 middle = time.perf_counter()
@@ -194,7 +195,7 @@ def host(notes: Notes, run: Run) -> None:
 
 def graphs(notes: Notes, run: Run) -> None:
     """Steps replayed from a CUDA graph against eager ones: the host's time and the time from step to step, in us."""
-    count, numel, rounds = (300, 64, 5) if run.smoke else (300, 40_000, 50)
+    count, numel, rounds = (300, 64, 5) if run.dry else (300, 40_000, 50)
     for kind in ("SGD", "AdamW"):
         for algorithm, size in (("local", 1), ("awc", 2), ("awc", 4)):
             entry: dict[str, Any] = {"optimizer": kind, "algorithm": algorithm, "neighbours": min(size - 1, 2)}
@@ -210,15 +211,12 @@ def graphs(notes: Notes, run: Run) -> None:
             step = _replayed(optimizer, optimizer.step, run)
             entry["replayed: host"], entry["replayed: step to step"] = _paces(step, run, rounds)
             notes.add("step alone", entry)
-    if run.smoke:
-        notes["training steps"] = "need a GPU"
-        return
-    for width in (64, 1024):
+    for width in (8,) if run.dry else (64, 1024):
         entry = {"layers": 24, "width": width}
         for captured in (False, True):
-            model = nn.Sequential(*(nn.Linear(width, width, device="cuda") for _ in range(24)))
+            model = nn.Sequential(*(nn.Linear(width, width, device=run.device) for _ in range(24)))
             optimizer = _optimizer("AdamW", "awc", 2, list(model.parameters()), silent=False, capturable=captured)
-            x = torch.randn(256, width, device="cuda")
+            x = torch.randn(256, width, device=run.device)
 
             def train(model: nn.Module = model, optimizer: Any = optimizer, x: torch.Tensor = x) -> None:
                 model(x).square().mean().backward()
@@ -257,26 +255,19 @@ def _paces(step: Any, run: Run, rounds: int) -> tuple[float, float]:
     """The host's time in a step that finds the device idle (median), and the time a step takes in a row of them, in us."""
     hosts = []
     for turn in range(rounds + 5):
-        _synchronize(run)
+        torch.cuda.synchronize()
         begin = time.perf_counter()
         step()
         hosts += [1e6 * (time.perf_counter() - begin)] * (turn >= 5)
-    _synchronize(run)
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(rounds):
         step()
-    _synchronize(run)
+    torch.cuda.synchronize()
     return statistics.median(hosts), 1e6 * (time.perf_counter() - begin) / rounds
 
 
-def _synchronize(run: Run) -> None:
-    if not run.smoke:
-        torch.cuda.synchronize()
-
-
 def _launches(optimizer: Any, run: Run) -> str:
-    if run.smoke:
-        return ""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         optimizer.step()
@@ -299,7 +290,7 @@ def _on_gpu(profiler: torch.profiler.profile) -> list[Any]:
 def _profile(optimizer: Any, run: Run) -> str:
     profiler = cProfile.Profile()
     for _ in range(100):
-        _synchronize(run)
+        torch.cuda.synchronize()
         profiler.enable()
         optimizer.step()
         profiler.disable()
@@ -310,15 +301,13 @@ def _profile(optimizer: Any, run: Run) -> str:
 
 def memory(notes: Notes, run: Run) -> None:
     """Peak memory of a step: parameters, gradients, states and inbox, and nothing else."""
-    if run.smoke:
-        notes["skipped"] = "needs a GPU"
-        return
+    numel, count = (64, 4) if run.dry else (1 << 20, 256)
     for kind, states in (("SGD", 1), ("AdamW", 2)):
         for algorithm, size in SETTINGS:
             gc.collect()  # an optimizer of the round before may still hold its parameters, in a cycle
             torch.cuda.empty_cache()
             empty = torch.cuda.memory_allocated()
-            params = [nn.Parameter(torch.rand(1 << 20, device="cuda")) for _ in range(256)]
+            params = [nn.Parameter(torch.rand(numel, device=run.device)) for _ in range(count)]
             whole = sum(param.nbytes for param in params)
             optimizer = _optimizer(kind, algorithm, size, params, silent=False)
             for param in params:
@@ -339,29 +328,8 @@ def memory(notes: Notes, run: Run) -> None:
             del optimizer, params
 
 
-def overlap(notes: Notes, run: Run) -> None:
-    """What share of the exchange's time runs under other kernels; copies on a side stream stand for NCCL's."""
-    if run.smoke:
-        notes["skipped"] = "needs a GPU"
-        return
-    for algorithm, fused in (("awc", False), ("atc", False), ("atc", True)):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(4096, 4096, device="cuda") for _ in range(8)))
-        optimizer = fusedfog.SGD(model.parameters(), lr=1e-4, momentum=0.9, algorithm="local")
-        among_echoes(optimizer, algorithm, 2, fused_backward=fused)
-        x = torch.randn(8192, 4096, device="cuda")
-
-        def step(model: nn.Module = model, optimizer: Any = optimizer, x: torch.Tensor = x) -> None:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-        found = overlapped(step, "Memcpy DtoD")
-        notes.add("overlap", {"algorithm": algorithm, "fused_backward": fused} | found)
-
-
 def overlapped(step: Any, exchange: str, steps: int = 5) -> dict[str, float]:
-    """Profile `steps` calls; how much of the time of the GPU events named `exchange` other events cover."""
+    """Profile `steps` calls; how much of the time of the GPU events that match `exchange` the others cover."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -373,7 +341,7 @@ def overlapped(step: Any, exchange: str, steps: int = 5) -> dict[str, float]:
     sent, computed = [], []
     for event in _on_gpu(profiler):
         span = (event.time_range.start, event.time_range.end)
-        (sent if exchange in event.name else computed).append(span)
+        (sent if re.search(exchange, event.name) else computed).append(span)
     total = sum(end - begin for begin, end in sent)
     under = covered(sent, computed)
     return {
@@ -401,26 +369,26 @@ COUNTED = [("mix", 1), ("sgd", 0), ("sgd-momentum", 1), ("adamw", 0), ("adamw", 
 
 def counter_target(notes: Notes, run: Run) -> None:
     """The program that ncu looks at: each pass once."""
-    numel = 4096 if run.smoke else 1 << 25
+    numel = 4096 if run.dry else 1 << 25
     for dtype in (torch.float32, torch.bfloat16):
         for name, neighbours in COUNTED:
             one = Pass(name, neighbours, dtype, numel, run.device)
             one()
-            _synchronize(run)
+            torch.cuda.synchronize()
             notes.add("passes", {"rule": name, "K": neighbours, "dtype": str(dtype)[6:], "due": one.traffic() / numel})
 
 
 def counters(notes: Notes, run: Run) -> None:
     """DRAM bytes per element by the hardware's counters, where ncu is there and permitted."""
-    ncu = shutil.which("ncu") or next((str(path) for path in Path("/usr/local").glob("cuda*/bin/ncu")), None)
-    if run.smoke or ncu is None:
-        notes["skipped"] = "needs a GPU and ncu"
+    ncu = _tool("ncu", run, NCU_SAYS)
+    if ncu is None:
+        notes["skipped"] = "no ncu here"
         return
     metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
     target = run.work / "counter_target.json"
     command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--metrics", metrics, "--clock-control", "none"]
     command += ["--kernel-name", "regex:fused_pass", sys.executable, str(Path(__file__).parent / "gpu.py")]
-    command += ["--child", "counter_target", "--notes", str(target)]
+    command += ["--child", "counter_target", "--notes", str(target), *(["--dry-run"] if run.dry else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(10.0, run.left() - 5))
     found = counted(done.stdout)
     if not found:
@@ -431,6 +399,26 @@ def counters(notes: Notes, run: Run) -> None:
         entry = line | {"read": read / (1 << 25), "written": written / (1 << 25)}
         entry["moved / due"] = (read + written) / (1 << 25) / line["due"]
         notes.add("DRAM bytes per element", entry | {"GB/s": (read + written) / nanoseconds})
+
+
+NCU_SAYS = """"ID","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"
+"","byte","byte","ns"
+"0","1,000","2,000","3,000\""""
+"""What the stand-in for ncu prints."""
+
+
+def _tool(name: str, run: Run, says: str) -> str | None:
+    """A tool's path; in a dry run that of a script which runs the program that it is given, and then says `says`."""
+    if not run.dry:
+        places = (str(path) for path in Path("/usr/local").glob(f"cuda*/bin/{name}"))
+        return shutil.which(name) or next(places, None)
+    path = run.work / name
+    path.with_suffix(".txt").write_text(says + "\n")
+    path.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\n"$@" && cat "{path.with_suffix(".txt")}"\n'
+    )
+    path.chmod(0o755)
+    return str(path)
 
 
 def counted(text: str) -> list[tuple[float, float, float]]:
@@ -449,13 +437,14 @@ def counted(text: str) -> list[tuple[float, float, float]]:
 
 def memcheck(notes: Notes, run: Run) -> None:
     """A share of the passes under compute-sanitizer: reads and writes outside tensors."""
-    tool = shutil.which("compute-sanitizer")
-    if run.smoke or tool is None:
-        notes["skipped"] = "needs a GPU and compute-sanitizer"
+    tool = _tool("compute-sanitizer", run, "========= ERROR SUMMARY: 0 errors")
+    if tool is None:
+        notes["skipped"] = "no compute-sanitizer here"
         return
     target = run.work / "memcheck_target.json"
     command = [tool, "--tool", "memcheck", sys.executable, str(Path(__file__).parent / "gpu.py"), "--child", "passes"]
-    command += ["--notes", str(target), "--shard", "3/24", "--deadline", str(run.deadline - 15)]
+    command += ["--notes", str(target), "--shard", "3/24", "--deadline", str(run.deadline - 8)]
+    command += ["--dry-run"] if run.dry else []
     # Without it the allocator hides small overruns inside its own large blocks.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(20.0, run.left() - 2))

@@ -10,6 +10,7 @@ import common  # noqa: F401 (makes fusedfog and the tests' table of rules import
 import torch
 import torch.distributed as dist
 from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
+from fusedfog.kernels import device as place
 from kernel_rules import ROWS, SHAPES
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Pass:
         bases = self.sent or (self.param,)
         self.inbox = tuple(tuple(flat(base.dtype) for _ in range(neighbours)) for base in bases) if neighbours else ()
         blocks, addresses = None, None
-        if device.type == "cuda":
+        if place.on_gpu(device):
             starts = torch.arange(0, numel, BLOCK)
             blocks = torch.stack([0 * starts, starts, (numel - starts).clamp(max=BLOCK), starts], dim=1).to(device)
             addresses = torch.tensor([self.grad.data_ptr()], device=device)

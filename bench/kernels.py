@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from common import measure, ratio, save, table
 from fusedfog.kernels import compile_now
+from fusedfog.kernels import device as place
 from kernel_cases import TORCH, USES, Kernels, Pass, neighbours_of, silent_world, torch_runs
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def rows(
         for name in names:
             for neighbours in neighbours_of(name, counts):
                 line = row(name, neighbours, dtype, numel, device, rounds)
-                yield line | (kernels.newest() if device.type == "cuda" else {})
+                yield line | (kernels.newest() if place.on_gpu(device) else {})
 
 
 def targets(numel: int, rounds: int) -> list[dict[str, Any]]:

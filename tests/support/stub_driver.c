@@ -151,6 +151,14 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+  static _Thread_local CUstreamCaptureMode own = CU_STREAM_CAPTURE_MODE_GLOBAL;
+  CUstreamCaptureMode before = own;
+  own = *mode;
+  *mode = before;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuGetErrorString(CUresult error, const char **text) {
   static const char *const other = "the stub driver says no";
   *text = error == CUDA_SUCCESS                 ? "no error"
