@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from pool import Pool
+from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
 from fusedfog.algorithms import TABLE
 from fusedfog.topology.guide import guide_table
 
 ROOT = Path(__file__).parents[1]
-DOORS = [
+PAGES = [
     ROOT / "README.md",
     *sorted(path for room in ("fusedfog", "kernels", "bench", "tests") for path in (ROOT / room).rglob("README.md")),
 ]
-DOCS = [*DOORS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ROOMS_TO_COME = ("optim/", "engine/", "gossip/", "params/", "comm/", "cli/")
 
 
@@ -185,12 +188,61 @@ def test_pictures_are_small() -> None:
         assert 0 < (page.parent / path).stat().st_size < 250_000
 
 
-def test_the_option_table_has_every_algorithm() -> None:
+def option_table() -> list[dict[str, str]]:
+    """The option table's rows, by column."""
     text = (ROOT / "fusedfog" / "README.md").read_text()
-    table = text.split("<!-- option table -->")[1].split("<!-- /option table -->")[0]
-    for names in TABLE.values():
-        for name in names:
-            assert f"`{name}`" in table
+    table = text.split("<!-- option table -->")[1].split("<!-- /option table -->")[0].strip()
+    head, _, *rows = [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def build_every_cell() -> list[str]:
+    """Cells of the option table that are not what an optimizer with that option does."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    keywords: dict[str, dict[str, Any]] = {
+        "momentum": {"momentum": 0.9},
+        "communicate_every` > 1": {"communicate_every": 2},
+        "global_average_every": {"global_average_every": 2},
+        "mesh": {"mesh": mesh},
+        "wire_dtype": {"wire_dtype": "bf16"},
+        "low_precision": {"low_precision": "kahan"},
+        "state_dtype` bf16": {"state_dtype": torch.bfloat16},
+        "capturable": {"capturable": True},
+    }
+    wrong = []
+    for row in option_table():
+        for kind, option in itertools.product(row["optimizer"].split(", "), keywords):
+            said, why = row[option], ""
+            dtype = torch.bfloat16 if option == "low_precision" else torch.float32
+            p = torch.nn.Parameter(torch.zeros(8, dtype=dtype))
+            try:
+                opt = getattr(fusedfog, kind)([p], lr=0.1, algorithm=row["algorithm"], **keywords[option])
+                for _ in range(2):
+                    p.grad = torch.ones_like(p)
+                    opt.step()
+                opt.drain()
+                found = "yes"
+            except (ValueError, TypeError) as error:
+                found, why = "no" if isinstance(error, ValueError) else "", str(error)
+            if said != found:
+                wrong.append(f"{kind} {row['algorithm']} {option}: {said!r}, but {found!r} {why}")
+    return wrong
+
+
+def test_every_cell_of_the_option_table_is_what_optimizers_do(ranks: Pool) -> None:
+    assert ranks.run(2, build_every_cell) == [[], []]
+    rows = {(row["optimizer"].split(",")[0], row["algorithm"]) for row in option_table()}
+    assert rows == {(family.replace("AccumAdam", "AccumAdamW"), name) for family in TABLE for name in TABLE[family]}
+
+
+def test_the_package_index_is_shown_no_relative_links() -> None:
+    spec = importlib.util.spec_from_file_location("setup_file", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = module.long_description()
+    assert "import fusedfog" in shown
+    assert not re.findall(r"\]\((?!https?:|#)", shown)
 
 
 @pytest.mark.slow
