@@ -174,9 +174,9 @@ class Link:
         assert world.group is not None
         self.world, self.device = world, place
         self.on_gpu = device.on_gpu(place)
+        check_backend(world, place)
         self.timeout = group_timeout(world, place)
         if self.on_gpu:
-            check_backend(world, place)
             check_one_rank_per_gpu(world, place, self.timeout)
         options = nccl_options(world, place, self.timeout, comm_sms) if self.on_gpu else None
         self._group: dist.ProcessGroup | None = dedicated_group(world.ranks, self.timeout, options)
@@ -312,7 +312,7 @@ class Link:
 
     def keep(self, message: Message) -> None:
         """Keep an abandoned message's works alive until they have completed."""
-        if message.pending:
+        if message.pending and message not in self._abandoned:
             self._abandoned.append(message)
 
     def failure(self, error: Exception, what: str) -> Exception:

@@ -13,6 +13,7 @@ from torch import nn
 
 import fusedfog
 from fusedfog import environment
+from fusedfog.ops import tensors
 
 GPU = torch.device("cuda", 0)
 
@@ -77,6 +78,18 @@ def test_construction_asks_for_what_it_will_use(keywords: dict[str, Any]) -> Non
         fusedfog.AdamW([("weight", nn.Parameter(torch.ones(3, dtype=dtype)))], topology="ring", **keywords)
     assert torch.bfloat16 in asked.values()
     assert "parameters (weight)" in asked
+
+
+def test_operations_do_without_triton() -> None:
+    """They have no kernel of their own to lose: torch's, one after another, give the same numbers."""
+    own, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
+    with (
+        mock.patch.object(device, "on_gpu", lambda where: True),
+        mock.patch.object(environment, "triton_version", lambda: None),
+        mock.patch("fusedfog.ops.tensors.run_pass", side_effect=AssertionError),
+    ):
+        tensors.mix(own, [other], 0.5, [0.5], 0)
+    assert own.tolist() == [2.0, 4.0]
 
 
 def test_a_torch_without_nccl_cannot_join_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,10 +128,14 @@ def test_two_ranks_on_one_gpu_are_named_on_every_rank(ranks: Pool) -> None:
 
 
 def over_gloo() -> list[str]:
-    param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    x = torch.ones(3, dtype=torch.float64)
     said = []
     with mock.patch.object(device, "on_gpu", lambda where: True):
-        for call in (lambda: fusedfog.neighbor_allreduce(param.detach()), lambda: link_for(find_world(), CPU)):
+        for call in (
+            lambda: fusedfog.neighbor_allreduce(x),
+            lambda: fusedfog.allreduce_parameters([x]),
+            lambda: link_for(find_world(), CPU),
+        ):
             with pytest.raises(ValueError, match=r"travel by NCCL, but .* is gloo") as error:
                 call()
             said.append(str(error.value))
@@ -337,6 +341,15 @@ def test_batches_are_started_on_the_device_of_their_tensors() -> None:
         message = link.start([(1, torch.zeros(1))], [], tag=0, label="")
     assert len(message.pending) == 1
     assert current == [0]
+
+
+def test_a_failed_message_is_kept_once() -> None:
+    link = link_stub(0, 2)
+    message = Message(link, "bucket 0")
+    message.pending.append((object(), "rank 1"))  # type: ignore[arg-type]
+    link.keep(message)
+    link.keep(message)
+    assert link._abandoned == [message]
 
 
 class Stream:

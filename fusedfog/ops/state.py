@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedfog.agreement import agree
 from fusedfog.averaging import average_in_place, broadcast
-from fusedfog.groups import next_agreement
+from fusedfog.groups import check_backend, group_timeout, next_agreement
 from fusedfog.ops.edges import read_rank
 from fusedfog.ops.neighbors import open_link
 from fusedfog.world import World, find_world
@@ -189,9 +189,9 @@ def _agree_on_tensors(
     fields = {"src": str(src), "number of tensors": str(len(named)), **(extra or {})}
     for name, tensor in named.items():
         fields[name] = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device.type}"
-    device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
-    timeout = world.group._get_backend(device).options._timeout
-    agree(world, next_agreement(world), fields, timeout, what)
+    place = next((tensor.device for tensor in named.values()), torch.device("cpu"))
+    check_backend(world, place)
+    agree(world, next_agreement(world), fields, group_timeout(world, place), what)
 
 
 def _packed(tensors: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
