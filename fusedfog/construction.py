@@ -290,11 +290,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     world = World(0, 1, None) if alone else find_world(options.group)
     mesh = options.mesh
     if mesh is not None:
-        check_mesh(mesh, world)
-        if algorithm.graph == "any":
-            raise ValueError(f"{algorithm.name} works on the ranks' own edges and not on a mesh; use awc or atc")
-        if options.codes is not None:
-            raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
+        _check_by_machine(mesh, world, algorithm, options)
     size = world.size if mesh is None else mesh.size(0)
     topology = resolve_topology(algorithm, options.topology, size, static=options.codes is not None)
     if world.size == 1:
@@ -320,8 +316,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         agree(everyone or world, next_agreement(everyone or world), fields, group_timeout(world, place), kind)
         link = link_for(world, place, options.comm_sms)
         channel = link.open_channel()
-        if mesh is not None and topology is not None:
-            hierarchy = Hierarchy(mesh, place, options.comm_sms)
+        hierarchy = Hierarchy(mesh, place, options.comm_sms) if mesh is not None and topology is not None else None
         _warm_up(link, hierarchy, topology)
     compiled = bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
     params = [param for group in groups for param in group["params"]]
@@ -340,16 +335,20 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         topology,
         link,
         channel,
-        Rhythm(
-            communicate_every=options.outer.every if options.outer is not None else options.communicate_every,
-            global_average_every=options.global_average_every,
-            fused_backward=options.fused_backward,
-            max_grad_norm=options.max_grad_norm,
-            measure=options.measure,
-        ),
+        _rhythm(options),
         hierarchy,
         options.codes,
         sharding,
+    )
+
+
+def _rhythm(options: Options) -> Rhythm:
+    return Rhythm(
+        communicate_every=options.outer.every if options.outer is not None else options.communicate_every,
+        global_average_every=options.global_average_every,
+        fused_backward=options.fused_backward,
+        max_grad_norm=options.max_grad_norm,
+        measure=options.measure,
     )
 
 
@@ -359,6 +358,15 @@ def _scheduler_for(algorithm: Algorithm, family: str, options: Options) -> type[
     if algorithm.exchanges == "gradients":
         return AllReduceScheduler
     return CapturableScheduler if options.capturable else Scheduler
+
+
+def _check_by_machine(mesh: DeviceMesh, world: World, algorithm: Algorithm, options: Options) -> None:
+    """Raise ValueError for what does not go by machines."""
+    check_mesh(mesh, world)
+    if algorithm.graph == "any":
+        raise ValueError(f"{algorithm.name} works on the ranks' own edges and not on a mesh; use awc or atc")
+    if options.codes is not None:
+        raise ValueError("machines of a mesh exchange exact means: use wire_dtype without mesh, or mesh without it")
 
 
 def _check_precision(
