@@ -13,8 +13,10 @@ line says what passed.
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -100,21 +102,16 @@ def perform(section: Section, work: Path, deadline: float, dry: bool) -> dict[st
     limit = min(begin + section.most * (WORKERS if dry else 1), deadline)
     notes = [work / f"{section.name}-{shard}.json" for shard in range(shards)]
     logs = [path.with_suffix(".log") for path in notes]
-    processes = []
+    processes: list[subprocess.Popen | Forked] = []
     for shard, (path, log) in enumerate(zip(notes, logs, strict=True)):
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            section.name,
-            "--notes",
-            str(path),
-            "--shard",
-            f"{shard}/{shards}",
-        ]
         # A section that watches the time ends by itself, before it is killed.
-        command += ["--deadline", str(limit - 5), *(["--dry-run"] if dry else [])]
+        arguments = ["--child", section.name, "--notes", str(path), "--shard", f"{shard}/{shards}"]
+        arguments += ["--deadline", str(limit - 5)]
+        if dry:
+            processes.append(Forked([*arguments, "--dry-run"], log))
+            continue
         with log.open("w") as out:
+            command = [sys.executable, __file__, *arguments]
             processes.append(
                 subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment(dry))
             )
@@ -145,7 +142,41 @@ def environment(dry: bool) -> dict[str, str]:
     return {**os.environ, **hidden, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
-def end_group(process: subprocess.Popen) -> None:
+PRELOADED = ["torch._dynamo", "gpu_dry", "gpu_sections", "gpu_loopback", "gpu_ranks"]
+
+
+class Forked:
+    """A dry run's process, which finds its imports made: they are most of what so small a section costs."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._process = context.Process(target=_forked, args=(arguments, str(log)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As `subprocess.Popen.wait`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a section", timeout or 0.0)
+        return self._process.exitcode
+
+
+def _forked(arguments: list[str], log: str) -> None:
+    os.setsid()
+    with open(log, "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv = [__file__, *arguments]
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not
+
+
+def end_group(process: subprocess.Popen | Forked) -> None:
     """Kill what a section's process left running, and itself if it still does."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -190,7 +221,9 @@ def entries(
         yield from ((section, entry(section)) for section in sections)
         return
     with ThreadPoolExecutor(WORKERS) as pool:
-        yield from zip(sections, pool.map(entry, sections), strict=True)
+        # The last ones first: they start most processes.
+        futures = {section.name: pool.submit(entry, section) for section in reversed(sections)}
+        yield from ((section, futures[section.name].result()) for section in sections)
 
 
 def everything(sections: list[Section], minutes: float, out: Path, dry: bool) -> dict[str, Any]:
@@ -229,6 +262,8 @@ def main() -> None:
     if args.child:
         child(args)
         return
+    if args.dry_run:
+        os.environ.update(environment(dry=True), PYTHONPATH=os.pathsep.join(sys.path))
     out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if args.dry_run else RESULTS)
     wanted = [section for section in SECTIONS if not args.only or section.name in args.only]
     report = everything(wanted, args.minutes, out, args.dry_run)

@@ -28,10 +28,8 @@ from torch import Tensor, nn
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
-from fusedfog.capture import CapturableScheduler
 from fusedfog.exchange import Link, Message
 from fusedfog.rhythm import Rhythm
-from fusedfog.scheduler import Scheduler
 from fusedfog.world import World, find_world
 
 TRANSFERS = r"nccl|Memcpy DtoD"
@@ -53,8 +51,7 @@ class LoopLink(Link):
 def among_loops(optimizer: Any, algorithm: str, link: LoopLink, *, fused_backward: bool = False) -> Any:
     """`optimizer`, built with algorithm="local", as one of the link's ranks on a ring."""
     engine = optimizer._scheduler
-    make = CapturableScheduler if isinstance(engine, CapturableScheduler) else Scheduler
-    optimizer._scheduler = make(
+    optimizer._scheduler = type(engine)(
         optimizer.param_groups,
         engine.segments,
         algorithm_for(algorithm, optimizer._family),

@@ -28,13 +28,12 @@ import torch
 from gpu_cases import Case, all_cases, check_beyond_int32
 from gpu_checks import CHECKS, among_echoes
 from gpu_notes import Notes, Run
-from kernel_cases import TORCH, USES, Pass
+from kernel_cases import TORCH, USES, Pass, rows
 from kernel_rules import ROWS
 from recorded import record
 from torch import nn
 
 import fusedfog
-from kernels import rows
 
 SHARE_OF_COPY, OVER_DECENT_DP, HOST_US = 0.92, 1.6, 150.0
 """Targets: least share of copy bandwidth; Decent-DP's time over ours with one neighbour; the host's time in a step."""

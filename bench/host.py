@@ -1,4 +1,4 @@
-"""What a step costs the host on the GPU path, measured without a GPU: python bench/host.py [--profile]
+"""What a step costs the host on the GPU path, measured without a GPU: python bench/host.py [--profile | --no-save]
 
 300 parameters of one element each, so that nothing but the host is at work: the engine's own loops, Triton's launcher down
 to a driver library that only counts (tests/support/stub_driver.py), and a neighbour that is silent in the place of NCCL.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import save
+from common import save, table
 from gpu_checks import among_echoes
 from support.stub_driver import StubGpu, stub_gpu
 from torch import nn
@@ -113,13 +113,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="where the time goes, instead")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--no-save", action="store_true", help="print alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with stub_gpu(take_gpu_way=True, record=False, optimized=True) as stub:
         if args.profile:
             print(profile())
             return
-        save("host", compared(stub, steps=args.steps), parameters=PARAMETERS, steps=args.steps)
+        rows = compared(stub, steps=args.steps)
+        if args.no_save:
+            print(table(rows))
+        else:
+            save("host", rows, parameters=PARAMETERS, steps=args.steps)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import common  # noqa: F401 (makes fusedfog and the tests' table of rules importable)
 import torch
 import torch.distributed as dist
+from common import measure, ratio
 from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
 from fusedfog.kernels import device as place
 from kernel_rules import ROWS, SHAPES
@@ -25,6 +27,8 @@ TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {
     "adamw-amsgrad": lambda params: torch.optim.AdamW(params, lr=1e-3, amsgrad=True, fused=True),
 }
 """The uses of rules that torch can do too, and its optimizer for them."""
+
+OPPONENTS = ("torch", "decent-dp", "decent-dp package")
 
 USES = [*TORCH, *(name for name in SHAPES if ROWS[name].rule not in ("mix", "sgd") and name not in (*TORCH, "adam"))]
 """One use, by its name in the tests' table, of every rule and number of states; adamw stands for adam."""
@@ -200,3 +204,42 @@ class Kernels:
                     )
                     found["shared"], found["warps"] = kernel.metadata.shared, kernel.metadata.num_warps
         return found
+
+
+def row(
+    name: str, neighbours: int, dtype: torch.dtype, numel: int, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """One line of the table."""
+    fused = Pass(name, neighbours, dtype, numel, device)
+    moved = fused.traffic()
+    source = torch.rand(math.ceil(moved / 8), device=device)
+    target = torch.empty_like(source)
+    others = torch_runs(name, neighbours, dtype, numel, device)
+    times = measure({"fused": fused, "copy": lambda: target.copy_(source)} | others, rounds, device)
+    line: dict[str, Any] = {
+        "rule": name,
+        "K": neighbours,
+        "dtype": str(dtype).removeprefix("torch."),
+        "B/element": moved / numel,
+        "ms": 1e3 * statistics.median(times["fused"]),
+        "GB/s": moved / statistics.median(times["fused"]) / 1e9,
+        "of copy": ratio(times, "copy", "fused"),
+    }
+    return line | {f"{who} / fused": ratio(times, who, "fused") if who in others else None for who in OPPONENTS}
+
+
+def rows(
+    names: Sequence[str],
+    counts: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    numel: int,
+    device: torch.device,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """The lines of the table of these rules, numbers of neighbours and dtypes; on a GPU with the kernels' resources."""
+    kernels = Kernels()
+    for dtype in dtypes:
+        for name in names:
+            for neighbours in neighbours_of(name, counts):
+                line = row(name, neighbours, dtype, numel, device, rounds)
+                yield line | (kernels.newest() if place.on_gpu(device) else {})

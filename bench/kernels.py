@@ -18,64 +18,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import measure, ratio, save, table
 from fusedfog.kernels import compile_now
-from fusedfog.kernels import device as place
-from kernel_cases import TORCH, USES, Kernels, Pass, neighbours_of, silent_world, torch_runs
+from kernel_cases import TORCH, USES, Pass, rows, silent_world, torch_runs
 from torch import Tensor
 
-OPPONENTS = ("torch", "decent-dp", "decent-dp package")
 TARGET_NUMEL = 25_000_000
 TARGETS = {"default": 0.92, "compiled": 0.75}
 """Time over that of torch's fused AdamW and lerp_, by CPU path."""
 FLOOR = "same traffic, sums only"
 """What the memory allows: a compiled loop that reads and writes what the pass does, with next to no arithmetic."""
-
-
-def row(
-    name: str, neighbours: int, dtype: torch.dtype, numel: int, device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """One line of the table."""
-    fused = Pass(name, neighbours, dtype, numel, device)
-    moved = fused.traffic()
-    source = torch.rand(math.ceil(moved / 8), device=device)
-    target = torch.empty_like(source)
-    others = torch_runs(name, neighbours, dtype, numel, device)
-    times = measure({"fused": fused, "copy": lambda: target.copy_(source)} | others, rounds, device)
-    line: dict[str, Any] = {
-        "rule": name,
-        "K": neighbours,
-        "dtype": str(dtype).removeprefix("torch."),
-        "B/element": moved / numel,
-        "ms": 1e3 * statistics.median(times["fused"]),
-        "GB/s": moved / statistics.median(times["fused"]) / 1e9,
-        "of copy": ratio(times, "copy", "fused"),
-    }
-    return line | {f"{who} / fused": ratio(times, who, "fused") if who in others else None for who in OPPONENTS}
-
-
-def rows(
-    names: Sequence[str],
-    counts: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    numel: int,
-    device: torch.device,
-    rounds: int,
-) -> Iterator[dict[str, Any]]:
-    """The lines of the table of these rules, numbers of neighbours and dtypes; on a GPU with the kernels' resources."""
-    kernels = Kernels()
-    for dtype in dtypes:
-        for name in names:
-            for neighbours in neighbours_of(name, counts):
-                line = row(name, neighbours, dtype, numel, device, rounds)
-                yield line | (kernels.newest() if place.on_gpu(device) else {})
 
 
 def targets(numel: int, rounds: int) -> list[dict[str, Any]]:
