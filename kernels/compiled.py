@@ -27,6 +27,11 @@ def _mixed(x: Tensor, inbox: Sequence[Tensor], weights: Tensor) -> Tensor:
     return mixed
 
 
+def _descent(gradient: Tensor, x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
+    # Without decay, an x that is not finite stays out of it, and out of the moments.
+    return scale * gradient.to(x.dtype) + torch.where(decay != 0, decay * x, 0.0)
+
+
 def _mix(param: Tensor, inbox: Sequence[Tensor], numbers: Tensor) -> None:
     param.copy_(_mixed(param.to(numbers.dtype), inbox, numbers))
 
@@ -34,7 +39,7 @@ def _mix(param: Tensor, inbox: Sequence[Tensor], numbers: Tensor) -> None:
 def _sgd(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
     x = param.to(numbers.dtype)
     lr, carried, undamped, direct, through, scale, decay = numbers[:7].unbind()
-    d = scale * gradient.to(x.dtype) + decay * x
+    d = _descent(gradient, x, scale, decay)
     step = d
     if states:
         buf = carried * states[0] + undamped * d
@@ -46,7 +51,7 @@ def _sgd(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Seque
 def _adam(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
     x = param.to(numbers.dtype)
     size, rescale, eps, drawn, beta1, undecayed1, beta2, undecayed2, scale, decay = numbers[:10].unbind()
-    d = scale * gradient.to(x.dtype) + decay * x
+    d = _descent(gradient, x, scale, decay)
     m = beta1 * states[0] + undecayed1 * d  # with the difference, a large m drowns a small d where beta1 is 0
     v = beta2 * states[1] + undecayed2 * (d * d)
     top = torch.maximum(states[2], v) if len(states) == 3 else v

@@ -7,10 +7,14 @@ bit for bit as loaded. And a full block reads its gradient, which has no padding
 
 Scalars arrive as floats, which never become part of the compile key; the rule, the number of neighbours, states and
 messages, and the dtypes do. Passes that are recorded read them from the device. No autotuning: passes work in place.
+
+No tuple holds a None, neither among arguments nor among results: Triton before 3.7 doesn't compile that. What is absent
+in one place of a tuple is a bit of a constexpr instead, or follows from a dtype.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,6 +26,7 @@ from . import rules
 from .lossy import give, held, mix_wired, nearest, stochastic
 from .passes import Pass
 from .region import ALIGNMENT, BLOCK, Gradients
+from .wire import Wire
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -30,6 +35,10 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 FP_FUSION = False
 
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+# Pointers to single numbers and to rows of tables, which callers cut at any row. Whether they are aligned to 16 bytes says
+# nothing about the code, and must not make another kernel of it.
+_UNALIGNED = ["blocks", "steps", "addresses", "grad_scale", "found_inf", "extra", "figures", "numbers"]
 
 
 @triton.jit
@@ -72,7 +81,7 @@ def store(pointer, at, value, lanes, n, inside, BLOCK: tl.constexpr):
     tl.store(pointer + at, tl.where(lanes < n, value.to(old.dtype), old), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def fused_pass(
     param,
     rest,
@@ -98,13 +107,17 @@ def fused_pass(
     weights,
     hyper,
     RULE: tl.constexpr,
+    LEFT: tl.constexpr,
+    OWN: tl.constexpr,
     ZERO_MISSING: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on.
 
-    A None in `sent` is `param` itself, which is read but once. `taken` and `given` hold codes and scales in turn.
+    `taken` and `given` hold codes and scales in turn. Formats without scales have their codes in the scales' places, here and
+    in `inbox_scales`. Bit m of OWN says that sent[m] is `param`, which is read but once; bit 0 of LEFT that the rule leaves
+    x as it was, and bit 1 + s that it leaves state s, which are then not stored.
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
     index, offset, n = tl.load(row), tl.multiple_of(tl.load(row + 1), 16), tl.load(row + 2).to(tl.int32)
@@ -127,7 +140,7 @@ def fused_pass(
     # Device code has no `(*mixed, ...)`.
     mixed = ()
     for m in tl.static_range(len(sent)):
-        base = x if sent[m] is None else tl.load(sent[m] + at, mask=inside).to(tl.float32)
+        base = x if OWN >> m & 1 else tl.load(sent[m] + at, mask=inside).to(tl.float32)
         if m == 0:
             first = base
         if len(gaps) != 0:
@@ -146,7 +159,7 @@ def fused_pass(
                 inside,
             )
         else:
-            got = stored.to(tl.float32) if sent[m] is None else base
+            got = stored.to(tl.float32) if OWN >> m & 1 else base
             one = mix_one(base, got, inbox, weights, row_sum, m * K, at, inside)
         mixed = mixed + (one,)  # noqa: RUF005
     old_states = ()
@@ -179,7 +192,7 @@ def fused_pass(
         hyper = hyper + (tl.load(extra).to(tl.float32),)  # noqa: RUF005
 
     x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
-    if x_new is not None:
+    if not LEFT & 1:
         x_new = tl.where(update, x_new, mixed[0])
         if rest is not None:
             kept = nearest(x_new, stored.dtype)
@@ -193,7 +206,7 @@ def fused_pass(
         else:
             store(param, at, x_new, lanes, n, inside, BLOCK)
     for s in tl.static_range(len(states)):
-        if new_states[s] is not None:
+        if not LEFT >> (1 + s) & 1:
             state = new_states[s]
             if seed is not None and states[s].dtype.element_ty != tl.float32:
                 state = stochastic(state, states[s].dtype.element_ty, seed, 1 + s, at)
@@ -209,7 +222,7 @@ def fused_pass(
         give(value, given[2 * m], given[2 * m + 1], replicas[m], at, lanes, real, inside, BLOCK)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["steps", "addresses", "found_inf"])
 def advance(steps, addresses, found_inf, count, BLOCK: tl.constexpr):
     """`steps += 1` where there is a gradient, unless found_inf."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -254,6 +267,7 @@ def launch(work: Pass) -> None:
         raise ValueError("the GPU pass needs the region's block table and the gradients' address table")
     received = tuple(tensor for message in work.inbox for tensor in message)
     rest = () if work.rest is None else (work.rest,)
+    sent = tuple(work.sent) or (param,)
     wires = tuple(tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica))
     others = [tensor.dtype for tensor in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)]
     with _on(param):
@@ -261,13 +275,17 @@ def launch(work: Pass) -> None:
             param,
             work.rest,
             tuple(work.states),
-            tuple(None if tensor is param else tensor for tensor in work.sent) or (None,),
+            sent,
             received,
             tuple(work.messages),
-            tuple(tensor for wire in work.taken for tensor in (wire.codes, wire.scales)),
+            _ends(work.taken),
             tuple(wire.gap for wire in work.taken),
-            tuple(tensor for message in work.scales for tensor in message),
-            tuple(tensor for wire in work.given for tensor in (wire.codes, wire.scales)),
+            tuple(
+                codes if scales is None else scales
+                for message in zip(work.inbox, work.scales, strict=False)
+                for codes, scales in zip(*message, strict=True)
+            ),
+            _ends(work.given),
             tuple(wire.replica for wire in work.given),
             region.blocks,
             work.steps,
@@ -283,6 +301,8 @@ def launch(work: Pass) -> None:
             tuple(map(float, work.weights)),
             tuple(map(float, work.hyper)),
             RULE=getattr(rules, work.rule),
+            LEFT=_left(work.rule),
+            OWN=sum(1 << m for m, tensor in enumerate(sent) if tensor is param),
             ZERO_MISSING=work.missing == "zero",
             GRAD_DTYPE=DTYPES[grad_dtype],
             BLOCK=BLOCK,
@@ -302,6 +322,19 @@ def launch_advance(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tenso
     grid = (triton.cdiv(len(steps), BLOCK),)
     with _on(steps):
         advance[grid](steps, grads.addresses, found_inf, len(steps), BLOCK=BLOCK, num_warps=8)
+
+
+def _ends(wires: Sequence[Wire]) -> tuple[torch.Tensor, ...]:
+    """Codes and scales of wires in turn; codes twice where there are no scales."""
+    return tuple(
+        tensor for wire in wires for tensor in (wire.codes, wire.codes if wire.scales is None else wire.scales)
+    )
+
+
+@functools.cache
+def _left(rule: str) -> int:
+    """What a rule leaves as it was, as bits: x, then each state."""
+    return sum(1 << ("x0123456789".index(name)) for name in rules.LEFT.get(rule, ""))
 
 
 def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:

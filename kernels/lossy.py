@@ -67,10 +67,10 @@ def held(stored, rest, at, inside):
 
 @triton.jit
 def decode(codes, scales, at, inside):
-    """`wire.decode` of the codes at `at`."""
+    """`wire.decode` of the codes at `at`; bf16 has no scales."""
     value = tl.load(codes + at, mask=inside).to(tl.float32)
     # Not an early return: the compiler would go on behind it, without scales.
-    if scales is None:
+    if codes.dtype.element_ty == tl.bfloat16:
         difference = tl.where(tl.abs(value) < float("inf"), value, 0.0)
     else:
         exponent = tl.load(scales + at // _GROUP * 4 + at % 4, mask=inside).to(tl.int32)
@@ -93,10 +93,16 @@ def mix_wired(base, codes, scales, gap, inbox, inbox_scales, weights, row_sum, F
 
 @triton.jit
 def give(value, codes, scales, replica, at, lanes, real, inside, BLOCK: tl.constexpr):
-    """`wire.give`; zeros go into the padding."""
+    """`wire.give`; zeros go into the padding.
+
+    Codes and scales are mostly those that `decode` has read in the same pass. A thread writes the codes that it has read
+    itself. A scale is read by sixteen threads and written by one of them, without a barrier between: none is needed,
+    because what is written is a maximum over those sixteen threads, taken by shuffles, of values for which each of them
+    had to have read it. A grouping of other threads than those of one maximum would need `tl.debug_barrier()` here.
+    """
     known = tl.load(replica + at, mask=inside)
     difference = tl.where(real, value - known, 0.0)
-    if scales is None:
+    if codes.dtype.element_ty == tl.bfloat16:
         code = nearest(difference, tl.bfloat16)
         tl.store(codes + at, code.to(tl.bfloat16), mask=inside)
         said = tl.where(tl.abs(code) < float("inf"), code, 0.0)

@@ -2,12 +2,21 @@
 
 A rule is `RULE(x, mixed, g, states, step, hyper) -> (x_new, states_new, messages)` on fp32 blocks in registers;
 `mixed`, `states` and `messages` are tuples of blocks, `step` and the floats of `hyper` run-time scalars. Division and
-square root of blocks are the correctly rounded ones, as torch's are. What stays as it was is returned as None, which
-saves writing it; states beyond those that the pass was given are dropped.
+square root of blocks are correctly rounded, as numpy's are. (torch's square root on the CPU is not: one in six fp32
+results is off by one unit in the last place, so the last bits of Adam's steps differ between the two.) States beyond those
+that the pass was given are dropped.
 """
 
 import triton
 import triton.language as tl
+
+LEFT = {
+    "descend": "x",
+    "quasi_global_before": "x0",
+    "exact_diffusion_before": "0",
+    "quasi_global_adam_before": "x2",
+}
+"""Rule -> which of x and its states, by number, it returns as they were: they aren't stored. Others store all."""
 
 
 @triton.jit
@@ -22,6 +31,12 @@ def one_minus_power(log_beta, step):
 
 
 @triton.jit
+def descent(g, x, sign, decay):
+    """`sign*g + decay*x`; without decay an x that isn't finite stays out of it, and out of the moments, as in torch."""
+    return sign * g + tl.where(decay != 0.0, decay * x, 0.0)
+
+
+@triton.jit
 def mix(x, mixed, g, states, step, hyper):
     """Averaging alone."""
     return mixed[0], states, (mixed[0],)
@@ -31,7 +46,7 @@ def mix(x, mixed, g, states, step, hyper):
 def sgd(x, mixed, g, states, step, hyper):
     """torch.optim.SGD; states () or (momentum_buffer,)."""
     lr, momentum, undamped, decay, sign, nesterov = hyper
-    d = sign * g + decay * x
+    d = descent(g, x, sign, decay)
     buf = d
     if len(states) == 1:
         buf = tl.where(step == 1.0, d, momentum * states[0] + undamped * d)
@@ -62,14 +77,15 @@ def adapt(x, start, d, states, step, hyper):
     m, v = moments(states[0], states[1], d, hyper)
     top = v
     if len(states) == 3:
-        top = tl.maximum(states[2], v)
+        # torch's maximum keeps a NaN of either; the GPU's own takes the other operand.
+        top = tl.maximum(states[2], v, propagate_nan=tl.PropagateNan.ALL)
     return stride(x, start, m, top, step, hyper), (m, v, top)
 
 
 @triton.jit
 def adam(x, mixed, g, states, step, hyper):
     """torch.optim.Adam and AdamW; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    x_new, states = adapt(x, mixed[0], hyper[10] * g + hyper[8] * x, states, step, hyper)
+    x_new, states = adapt(x, mixed[0], descent(g, x, hyper[10], hyper[8]), states, step, hyper)
     return x_new, states, (x_new,)
 
 
@@ -78,7 +94,7 @@ def accum_adam(x, mixed, g, states, step, hyper):
     """AccumAdam and AccumAdamW; states (exp_avg, exp_avg_sq, accumulator)."""
     m, v, total = states
     period = hyper[11]
-    d = hyper[10] * g + hyper[8] * x
+    d = descent(g, x, hyper[10], hyper[8])
     # Correctly rounded, the quotient is an integer only for multiples of the period.
     k = tl.ceil(tl.div_rn(step, period))
     x_new, _ = adapt(x, mixed[0], d, (m, v), k, hyper[:11])
@@ -92,7 +108,7 @@ def accum_adam(x, mixed, g, states, step, hyper):
 def descend(x, mixed, g, states, step, hyper):
     """Before `decentlam` and `dag`; no states."""
     lr, decay, sign = hyper
-    return None, (), (x - lr * (sign * g + decay * x),)
+    return x, (), (x - lr * descent(g, x, sign, decay),)
 
 
 @triton.jit
@@ -107,9 +123,9 @@ def decentlam(x, mixed, g, states, step, hyper):
 def quasi_global_before(x, mixed, g, states, step, hyper):
     """Before `quasi_global`; states (mh,)."""
     lr, momentum, decay, sign, nesterov = hyper
-    d = sign * g + decay * x
+    d = descent(g, x, sign, decay)
     m = d + momentum * states[0]
-    return None, (None,), (x - lr * tl.where(nesterov != 0.0, d + momentum * m, m),)
+    return x, states, (x - lr * tl.where(nesterov != 0.0, d + momentum * m, m),)
 
 
 @triton.jit
@@ -126,7 +142,7 @@ def exact_diffusion_before(x, mixed, g, states, step, hyper):
     """SGD's step less y; states (y[, momentum_buffer])."""
     x_new, kept, _ = sgd(x, mixed, g, states[1:], step, hyper)
     x_new = x_new - states[0]
-    return x_new, (None,) + kept, (x_new,)  # noqa: RUF005
+    return x_new, (states[0],) + kept, (x_new,)  # noqa: RUF005
 
 
 @triton.jit
@@ -147,7 +163,7 @@ def extra(x, mixed, g, states, step, hyper):
 def tracking(x, mixed, g, states, step, hyper):
     """Gradient and momentum tracking, of two messages; states (y, u)."""
     lr, momentum, decay, sign = hyper
-    u = sign * g + decay * x + momentum * states[1]
+    u = descent(g, x, sign, decay) + momentum * states[1]
     y = mixed[1] + (u - states[1])
     x_new = mixed[0] - lr * y
     return x_new, (y, u), (x_new, y)
@@ -156,7 +172,7 @@ def tracking(x, mixed, g, states, step, hyper):
 @triton.jit
 def adam_tracking(x, mixed, g, states, step, hyper):
     """GT-Adam, of two messages; states (y, g_prev, exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    d = hyper[10] * g + hyper[8] * x
+    d = descent(g, x, hyper[10], hyper[8])
     y = mixed[1] + (d - states[1])
     x_new, kept = adapt(x, mixed[0], y, states[2:], step, hyper)
     return x_new, (y, d) + kept, (x_new, y)  # noqa: RUF005
@@ -182,9 +198,9 @@ def quasi_global_adam_before(x, mixed, g, states, step, hyper):
     mh_new, vh_new = moments(mh, vh, delta * inverse_norm, hyper[:11])
     mh = tl.where(inverse_norm != 0.0, mh_new, mh)
     vh = tl.where(inverse_norm != 0.0, vh_new, vh)
-    d = hyper[10] * g + hyper[8] * x
+    d = descent(g, x, hyper[10], hyper[8])
     m, v = hyper[1] * mh + d, hyper[3] * vh + hyper[4] * d * d
-    return None, (mh, vh, None), (stride(x, x, m, v, step, hyper[:11]),)
+    return x, (mh, vh, delta), (stride(x, x, m, v, step, hyper[:11]),)
 
 
 @triton.jit

@@ -28,11 +28,12 @@ pytestmark = pytest.mark.skipif(
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NEIGHBOURS, DTYPES, CAPABILITIES = (0, 1, 2, 4), (torch.float32, torch.bfloat16), (80, 90, 100)
-# Where 64 registers a thread do not do, what up to two neighbours and four of them take: measured, rounded up to 8.
+# Where 64 registers a thread do not do, what up to two neighbours and four of them take: measured, rounded up to 8, on the
+# Triton that takes most. accum-adam with two neighbours takes 68 from 3.8 on, 64 before; adam-tracking 70 on 3.9.
 REGISTERS = {
-    "accum-adam": (64, 72),
+    "accum-adam": (72, 72),
     "tracking": (64, 72),
-    "adam-tracking": (64, 80),
+    "adam-tracking": (72, 80),
     "adamw-tracking-amsgrad": (80, 96),
 }
 
@@ -75,6 +76,7 @@ class Compiler:
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 2**16},
             load_binary=lambda *_: (object(), object(), 0, 0, 1024),
+            unload_module=lambda module: None,
         )
         self.launcher_cls = lambda source, metadata: lambda *arguments: None
         for kernel in (fused_pass.fused_pass, fused_pass.advance):
@@ -241,7 +243,7 @@ def test_gradients_that_count_as_zero_cost_nothing(missing, compiler, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [("mix", 80), ("sgd-momentum", 80), ("adamw-amsgrad", 80), ("accum-adam", 96), ("adamw-tracking-amsgrad", 120)],
+    [("mix", 80), ("sgd-momentum", 80), ("adamw-amsgrad", 88), ("accum-adam", 96), ("adamw-tracking-amsgrad", 128)],
 )
 def test_eight_neighbours_need_no_local_memory(name, most, compiler, tmp_path):
     for dtype in DTYPES:
@@ -271,6 +273,34 @@ def test_steps_advance_by_one_kernel_for_all_sizes(compiler):
     for count in (1, 2, 16, 1000, 5000):
         addresses = torch.zeros(count, dtype=torch.int64)
         fused_pass.launch_advance(torch.zeros(count), Gradients((), addresses, torch.float32), torch.zeros(()))
+    assert len(compiler.compiled(fused_pass.advance)) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw-amsgrad", "dag-amsgrad", "adamw-tracking-amsgrad"])
+def test_amsgrads_maximum_keeps_what_is_not_a_number(name, compiler):
+    launch(name, 0, torch.float32)
+    (kernel,) = compiler.compiled()
+    assert set(re.findall(r"\bmax[.\w]*f32", kernel.asm["ptx"])) - {"max.f32"} == {"max.NaN.f32"}
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "quasi-global-adam-before"])
+def test_tables_and_numbers_that_begin_anywhere_never_recompile(name, compiler):
+    """Buckets cut figures, steps, addresses and block tables at any row; single numbers are places of larger tensors."""
+    row, hyper = ROWS[name], len(ROWS[name].hyper)
+    for first in range(5):
+        offset = {  # In elements; figures have two a row, blocks four.
+            "figures": torch.zeros(16, 2)[first : first + 2],
+            "steps": torch.zeros(16)[first : first + 1],
+            "grads": Gradients((None,), torch.zeros(16, dtype=torch.int64)[first : first + 1], torch.float32),
+            "region": Region(0, ((0, 2 * BLOCK),), torch.zeros(16, 4, dtype=torch.int64)[first : first + 2]),
+            "numbers": torch.zeros(64)[first : first + 2 + hyper],
+            **{key: torch.zeros(16)[first] for key in ("grad_scale", "found_inf")},
+            "extra": None if row.extra is None else torch.zeros(16)[first],
+        }
+        launch(name, 1 if "x" in row.writes else 0, torch.float32, **offset)
+        steps, found_inf = offset["steps"], offset["found_inf"]
+        fused_pass.launch_advance(steps, offset["grads"], found_inf)
+    assert len(compiler.compiled()) == 1
     assert len(compiler.compiled(fused_pass.advance)) == 1
 
 

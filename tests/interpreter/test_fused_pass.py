@@ -96,7 +96,7 @@ class Case:
         values = self.uniform(self.size).to(dtype)
         return torch.where(self.valid, values.abs() if positive else values, math.nan)
 
-    def run(self, run) -> list[torch.Tensor]:
+    def run(self, run, finite: bool = True) -> list[torch.Tensor]:
         """The pass on copies: parameters, states and messages after it; NaN wherever nothing belongs."""
         written, states = [tensor.clone() for tensor in self.written], self.row.states
         run(
@@ -113,7 +113,7 @@ class Case:
         for tensor, before in zip(written, self.written, strict=True):
             bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
             assert torch.equal(tensor.view(bits)[~self.valid], before.view(bits)[~self.valid])
-            assert tensor[self.valid].isfinite().all()
+            assert not finite or tensor[self.valid].isfinite().all()
         return written
 
     def check(self) -> list[torch.Tensor]:
@@ -240,6 +240,25 @@ def test_a_zero_weight_keeps_its_neighbours_nans_out(dtype):
     case.arguments["inbox"], case.arguments["weights"] = ((received[0], received[2]),), (0.5, 0.25)
     for tensor, expected in zip(with_nan, case.check(), strict=True):
         assert torch.equal(tensor[case.valid], expected[case.valid])
+
+
+NANS = [name for name in ROWS if ROWS[name].states]
+
+
+@pytest.mark.parametrize("name", NANS)
+def test_what_is_not_a_number_stays_where_the_reference_keeps_it(name):
+    """A NaN in any one tensor: the same elements are NaN afterwards, and amsgrad's maximum is one of them."""
+    case = Case(ROWS[name], neighbours=1, numels=(65, 1025))
+    gradients = [] if case.arguments["grads"] is None else case.arguments["grads"].tensors[1:]
+    inboxes = [received for message in case.arguments["inbox"] for received in message]
+    for tensor in (*case.written[: 1 + ROWS[name].states], case.message, *gradients, *inboxes):
+        place = 7 if tensor.numel() == 1025 else 135  # The same element of parameter 1, which starts at 128.
+        before = tensor[place].clone()
+        tensor[place] = math.nan
+        ours, theirs = case.run(fused_pass.launch, finite=False), case.run(reference.run_pass, finite=False)
+        for got, expected in zip(ours, theirs, strict=True):
+            assert torch.equal(got[case.valid].isnan(), expected[case.valid].isnan())
+        tensor[place] = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
