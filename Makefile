@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 FRAMEWORKS := $(VENV)/.frameworks
 TYPED := build/typed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-triton lint bench clean
 
 # GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them.
 demo: $(INSTALLED)
@@ -23,6 +23,10 @@ test: lint
 test-all: lint $(FRAMEWORKS)
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+# With every supported Triton, unpacked in build/triton; `make test` does so with the oldest. FULL=1 tries all combinations.
+test-triton: $(INSTALLED)
+	$(BIN)/python tests/support/triton_versions.py $(if $(FULL),--full)
 
 # mypy cannot see that kernels/ is installed as fusedfog.kernels: show it the files where they are imported from.
 lint: $(INSTALLED)
