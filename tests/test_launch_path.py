@@ -10,6 +10,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import triton.language as tl
 from fusedfog.kernels import BLOCK, Gradients, Pass, Region, Wire, fused_pass
 from gpu_checks import among_echoes
 from kernel_rules import ROWS
+from support import triton_versions
 from support.stub_driver import Launch, StubGpu, stub_gpu, unavailable
 from torch import nn
 
@@ -409,3 +411,15 @@ def test_after_the_stub_there_is_no_driver() -> None:
         launched(stub, pass_of("mix"))
     with pytest.raises(RuntimeError, match="active drivers"):
         fused_pass.launch(pass_of("mix"))
+
+
+def test_the_same_with_the_oldest_triton() -> None:
+    if triton_versions.HOME in Path(triton.__file__).parents:
+        pytest.skip("this is the run with another Triton")
+    try:
+        triton_versions.unpacked(triton_versions.VERSIONS[0])
+    except triton_versions.Unavailable as problem:
+        pytest.skip(f"launches were NOT tested with the oldest Triton: {problem}")
+    done = triton_versions.run(triton_versions.VERSIONS[0], "tests/test_launch_path.py", "-k", "not bfloat16", "-v")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert triton_versions.counts(done.stdout)["passed"] > 60
