@@ -78,7 +78,7 @@ def test_collectives_batches_and_repeated_waits(ranks: Pool) -> None:
 
 
 def _bad_order() -> str:
-    ordered_backend.open_world(timeout=1.0)
+    ordered_backend.open_world(timeout=1.5)
     dist.barrier()
     a, b = torch.zeros(2), torch.zeros(3)
     kind, peer = ("send", 1) if dist.get_rank() == 0 else ("recv", 0)
@@ -89,7 +89,7 @@ def _bad_order() -> str:
 
 def _crossed_batches() -> str:
     # Rank 0 sends and then receives, rank 1 too: as two batches each waits for the other, as one batch they pass.
-    ordered_backend.open_world(timeout=1.0)
+    ordered_backend.open_world(timeout=1.5)
     dist.barrier()
     peer = 1 - dist.get_rank()
     works = _batch(("send", torch.zeros(2), peer)) + _batch(("recv", torch.zeros(2), peer))
@@ -115,10 +115,10 @@ def _two_threads() -> str:
 
 
 def _first_of_some() -> str:
-    ordered_backend.open_world(timeout=1.0)
-    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=1))  # Its own; it does not inherit the world's.
+    ordered_backend.open_world(timeout=1.5)
+    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=1.5))  # Its own; it does not inherit the world's.
     if dist.get_rank() == 2:
-        time.sleep(1.5)
+        time.sleep(2.0)
         return "not called"
     peer = 1 - dist.get_rank()
     ops = [dist.P2POp(dist.irecv, torch.empty(1), peer, group), dist.P2POp(dist.isend, torch.zeros(1), peer, group)]
@@ -148,10 +148,10 @@ def test_what_hangs_on_nccl_is_an_error_here(ranks: Pool, program: Callable[[], 
 
 
 def _split(use_local_synchronization: bool, bound: bool) -> str:
-    ordered_backend.open_world(timeout=1.0, bound=bound)
+    ordered_backend.open_world(timeout=1.5, bound=bound)
     members = [0, 1]
     if use_local_synchronization and dist.get_rank() not in members:
-        time.sleep(1.5 if bound else 0.0)
+        time.sleep(2.0 if bound else 0.0)
         return "not called"
     said: list[object] = []
 

@@ -29,12 +29,12 @@ from unittest import mock
 
 import torch
 from fusedfog.kernels import Gradients, Pass, Region, cpu_pass, device, reference
-from support import ordered_backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedfog import environment
+from support import ordered_backend
 
 Clock = dict[object, int]
 """By stream or communicator, how far it is known to have come."""

@@ -41,6 +41,8 @@ from torch.distributed import distributed_c10d as c10d
 SOURCE = Path(__file__).with_name("ordered_backend.cpp")
 _BUILDS = Path(__file__).parents[2] / "build" / "ordered_backend"
 _GPU = torch.device("cuda", 0)
+_SETTING_UP = timedelta(seconds=30)
+"""To connect in, however short a timeout is tested: machines are busy at times."""
 
 
 class Observer(Protocol):
@@ -105,7 +107,10 @@ def load() -> ModuleType:
 
 def _create(options: Any, _: Any) -> dist.Backend:
     inner = dist.ProcessGroupGloo(
-        dist.PrefixStore("inner", options.store), options.group_rank, options.group_size, timeout=options.timeout
+        dist.PrefixStore("inner", options.store),
+        options.group_rank,
+        options.group_size,
+        timeout=max(options.timeout, _SETTING_UP),
     )
     backend = load().OrderedBackend(inner, options.store, options.group_rank, options.group_size, options.timeout)
     default = c10d._world.default_pg
@@ -125,17 +130,17 @@ def open_world(timeout: float = 20.0, *, bound: bool = False) -> None:
     module.forget_thread()
     observe(None)
     delay(0.0)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("ordered", timeout=limit)
+    dist.init_process_group("ordered", timeout=_SETTING_UP)
+    default = c10d._get_default_group()
+    default._get_backend(_GPU).options._timeout = timedelta(seconds=timeout)
     if bound:
-        default = c10d._get_default_group()
         default.bound_device_id = _GPU
         default._get_backend(_GPU).eager_connect_single_device(_GPU)
     # Nobody may leave, or fail, before everybody is in.
     store = c10d._get_default_store()
     if store.add("ordered/opened", 1) == dist.get_world_size():
         store.set("ordered/all", "in")
-    store.wait(["ordered/all"], limit)
+    store.wait(["ordered/all"], _SETTING_UP)
 
 
 def observe(observer: Observer | None) -> None:
