@@ -1,10 +1,7 @@
 """Mixing across machines at the cost of one model per machine: W_machine (x) J_local on a two-dimensional mesh.
 
-Each bucket goes through three phases. Inside the machine every local rank collects one shard from the others and takes its
-mean; it exchanges that shard with its counterparts (same local rank) in the neighbour machines and mixes; inside the
-machine the mixed shards are handed round. So a machine sends its model once to each neighbour machine, in as many parallel
-streams as it has local ranks, and no rank is a leader. gloo's own reduce-scatter moves all-reduce bytes, so phases are
-plain point-to-point messages: (L-1)/L of a bucket each way inside.
+A bucket's exchange is `two_level.exchange`'s, in three phases: collected inside the machine, mixed across machines, handed round
+inside. So a machine sends its model once to each neighbour machine.
 
 The phases of one exchange depend on each other. On gloo a single thread per optimizer chains them, bucket after bucket in
 the order that all ranks share, so the training thread never waits. On NCCL they are queued at once, on two side streams in
@@ -17,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -25,18 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.exchange import Link, Message, link_for
 from fusedfog.kernels import device
-from fusedfog.kernels.reference import mix_messages
 from fusedfog.topology import Round
-from fusedfog.world import World, find_world
-
-
-def mean_of(shards: Sequence[Tensor]) -> Tensor:
-    """Mean in the given order, summed in fp32 (fp64 for fp64)."""
-    wide = torch.float64 if shards[0].dtype == torch.float64 else torch.float32
-    total = shards[0].to(wide, copy=True)
-    for shard in shards[1:]:
-        total += shard
-    return (total / len(shards)).to(shards[0].dtype)
+from fusedfog.two_level import MeshLine, Path, Paths, exchange, mesh_lines, shards_of
+from fusedfog.world import World
 
 
 class Chain(Message):
@@ -91,9 +79,9 @@ class Hierarchy:
     """
 
     def __init__(self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None) -> None:
-        across, inside = find_world(mesh.get_group(0)), find_world(mesh.get_group(1))
-        self.machine, self.machines = across.rank, across.size
-        self.local, self.locals = inside.rank, inside.size
+        self._lines = across, inside = mesh_lines(mesh)
+        self.machine, self.machines = across.place, across.size
+        self.local, self.locals = inside.place, inside.size
         on_gpu = device.on_gpu(place)
         self._inside = _open(inside, place, comm_sms)
         self._across = _open(across, place, comm_sms)
@@ -104,74 +92,58 @@ class Hierarchy:
 
     def warm_up(self, rounds: Iterable[Round]) -> None:
         """Open NCCL's connections inside the machine, and across for these of the machine's rounds."""
-        others = [rank for rank in range(self.locals) if rank != self.local]
+        across, inside = self._lines
+        others = [inside.members[place] for place in inside.others]
         for end in (self._inside, self._back):
             if end is not None:
                 end[0].warm_up([(others, others)])
         if self._across is not None:
-            self._across[0].warm_up((turn.send, turn.recv) for turn in rounds)
+            members = across.members
+            self._across[0].warm_up(
+                ([members[machine] for machine in round_.send], [members[machine] for machine in round_.recv])
+                for round_ in rounds
+            )
 
-    def start(self, link: Link, pairs: Sequence[tuple[Tensor, Tensor]], turn: Round, number: int, label: str) -> Chain:
+    def start(
+        self, link: Link, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
+    ) -> Chain:
         """Start mixing each (sent, inbox) pair of flat tensors: inbox will hold sum_b W[a, b] mean_b. See `Message`.
 
         Args:
-            turn: the machine's round of the topology.
+            round_: the machine's round of the topology.
             number: tells this exchange's tags from those in flight beside it; the pairs take as many numbers.
         """
         for sent, _ in pairs:
-            own = self._cut(sent)[self.local].nbytes
+            own = shards_of(sent, self.locals)[self.local].nbytes
             self.bytes_inside += 2 * (sent.nbytes - own) if self._inside is not None else 0
-            self.bytes_across += len(turn.send) * own
+            self.bytes_across += len(round_.send) * own
         on = self._pump if self._pump is not None else next(self._streams)
-        return Chain(link, label, self._all_phases(pairs, turn, number, label), on)
+        return Chain(link, label, self._all_phases(pairs, round_, number, label), on)
 
     def _all_phases(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], turn: Round, number: int, label: str
+        self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
     ) -> Iterator[Message]:
         for i, (sent, inbox) in enumerate(pairs):
-            yield from self._phases(sent, inbox, turn, number + i, label)
+            yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label)
 
-    def _cut(self, flat: Tensor) -> list[Tensor]:
-        """The shards of a flat tensor, one for each local rank, as even as they can be."""
-        cuts = [i * len(flat) // self.locals for i in range(self.locals + 1)]
-        return [flat[a:b] for a, b in pairwise(cuts)]
-
-    def _phases(self, sent: Tensor, inbox: Tensor, turn: Round, number: int, label: str) -> Iterator[Message]:
-        me, shards, places = self.local, self._cut(sent), self._cut(inbox)
-        others = [i for i in range(self.locals) if i != me]
-        own = shards[me]
-        if self._inside is not None:
-            link, channel = self._inside
-            got = {i: torch.empty_like(own) for i in others}
-            tag = link.tag(channel, 2 * number)
-            yield link.start(
-                [(i, shards[i]) for i in others], list(got.items()), tag=tag, label=f"{label}, to owners inside"
-            )
-            own = mean_of([got.get(i, own) for i in range(self.locals)])
-        if self._across is not None:
-            link, channel = self._across
-            came = [(machine, torch.empty_like(own)) for machine in turn.recv]
-            tag = link.tag(channel, number)
-            yield link.start(
-                [(machine, own) for machine in turn.send], came, tag=tag, label=f"{label}, across machines"
-            )
-            wide = torch.float64 if own.dtype == torch.float64 else torch.float32
-            mixed = mix_messages(own.to(wide), [tensor.to(wide) for _, tensor in came], list(turn.recv.values()))
-            own = mixed.to(own.dtype)
-        places[me].copy_(own)
-        if self._back is not None:
-            link, channel = self._back
-            tag = link.tag(channel, 2 * number + 1)
-            yield link.start(
-                [(i, own) for i in others], [(i, places[i]) for i in others], tag=tag, label=f"{label}, handed round"
-            )
+    def _paths(self, number: int) -> Paths:
+        """The ways of exchange `number`: on gloo both phases inside go over one link, with tags of their own."""
+        return Paths(_path(self._inside, 2 * number), _path(self._across, number), _path(self._back, 2 * number + 1))
 
 
-def _open(world: World, place: torch.device, comm_sms: int | None, number: int = 0) -> tuple[Link, int] | None:
-    if world.size == 1:
+def _open(line: MeshLine, place: torch.device, comm_sms: int | None, number: int = 0) -> tuple[Link, int] | None:
+    """A link along a line with a channel of this optimizer's own; None where this rank is alone."""
+    if line.size == 1:
         return None
-    link = link_for(world, place, comm_sms, number)
+    link = link_for(line.world, place, comm_sms, number)
     return link, link.open_channel()
+
+
+def _path(end: tuple[Link, int] | None, number: int) -> Path | None:
+    if end is None:
+        return None
+    link, channel = end
+    return Path(link, link.tag(channel, number))
 
 
 def check_mesh(mesh: DeviceMesh, world: World) -> None:

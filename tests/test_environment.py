@@ -12,8 +12,7 @@ from fusedfog.kernels import device
 from torch import nn
 
 import fusedfog
-from fusedfog import environment
-from fusedfog.ops import tensors
+from fusedfog import environment, mixing
 
 GPU = torch.device("cuda", 0)
 
@@ -86,9 +85,9 @@ def test_operations_do_without_triton() -> None:
     with (
         mock.patch.object(device, "on_gpu", lambda where: True),
         mock.patch.object(environment, "triton_version", lambda: None),
-        mock.patch("fusedfog.ops.tensors.run_pass", side_effect=AssertionError),
+        mock.patch("fusedfog.mixing.run_pass", side_effect=AssertionError),
     ):
-        tensors.mix(own, [other], 0.5, [0.5], 0)
+        mixing.mix(own, [other], 0.5, [0.5], 0)
     assert own.tolist() == [2.0, 4.0]
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedfog import topology as topologies
+from fusedfog.mixing import mix, room_for
 from fusedfog.ops import Work, neighbor_allgather, neighbor_allreduce, pair_gossip
 from fusedfog.ops.edges import Edges, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, _balance, complete, judge
-from fusedfog.ops.tensors import mix, room_for
 
 NUMBERS = st.floats(-1e6, 1e6)
 

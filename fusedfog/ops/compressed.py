@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fusedfog.kernels import device, wire
 from fusedfog.kernels.reference import mix_messages
+from fusedfog.mixing import ROUNDING
 from fusedfog.ops.edges import Edges
-from fusedfog.ops.tensors import ROUNDING, deliver, describe, flat_view
+from fusedfog.ops.tensors import deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port
 
 

@@ -1,19 +1,7 @@
-"""Averaging between machines of what is averaged inside them, every local rank carrying its share of the tensor.
-
-With L ranks on each machine, local rank l owns shard l of the tensor, 1/L of it:
-
-    inside    every rank sends shard l to local rank l, who takes the mean: (L-1)/L of the tensor out, as much in
-    across    local rank l exchanges the mean of shard l with local rank l of each neighbour machine: 1/L per neighbour
-    inside    local rank l sends the averaged shard l to the others: (L-1)/L out and in
-
-Between two neighbour machines the tensor so travels once, in L parallel streams. Inside, the transfers are direct: gloo's
-own reduce-scatter moves as much as an all-reduce.
-"""
+"""Averaging between machines of what is averaged inside them; see `two_level` for how it travels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -21,41 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.exchange import Parcel
 from fusedfog.ops.edges import read_topology
 from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.neighbors import open_link
-from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view, mix, room_for
+from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.topology import Round, Topology
 from fusedfog.topology.base import whole
-from fusedfog.world import World, find_world
+from fusedfog.two_level import MeshLine, Path, Paths, exchange, mesh_lines
 
 _OPERATION = "hierarchical_neighbor_allreduce"
-
-
-@dataclass(frozen=True)
-class _Side:
-    """This rank's place along one dimension of the mesh.
-
-    Attributes:
-        world: the ranks along it.
-        place: this rank's coordinate.
-        ranks: the global rank at each coordinate; a group's ranks are sorted and may be in another order.
-    """
-
-    world: World
-    place: int
-    ranks: list[int]
-
-    def port(self, device: torch.device) -> Port | None:
-        """The way to the other ranks along this dimension, if there are any."""
-        return Port(open_link(self.world, device)) if self.world.size > 1 else None
-
-    def parcels(self, tensors: dict[int, Tensor]) -> list[Parcel]:
-        """{coordinate: tensor} addressed to ranks of the group."""
-        order = self.world.ranks
-        return [(order.index(self.ranks[place]), tensor) for place, tensor in tensors.items()]
 
 
 @overload
@@ -124,76 +87,60 @@ def hierarchical_neighbor_allreduce(
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"{_OPERATION}: this rank is not in the mesh {mesh.mesh.tolist()}")
-    across, inside = _side(mesh, 0), _side(mesh, 1)
-    turn = _settle(source, machine_topology, step, across, inside, out, check)
+    across, inside = lines = mesh_lines(mesh)
+    round_ = _confer(source, machine_topology, step, across, inside, out, check)
     # Tags are taken now, before any other operation begins, whenever the phases run.
-    far, near = across.port(source.device), inside.port(source.device)
-    tags = (*(near.tags(2) if near is not None else ()), *(far.tags(1) if far is not None else ()))
-    return run(_phases(across, inside, tags, source, turn, out), source, async_op)
+    paths = _paths(across, inside, source.device)
+    return run(_phases(source, round_, lines, paths, out), source, async_op)
 
 
-def _side(mesh: DeviceMesh, dim: int) -> _Side:
-    place = mesh.get_coordinate()
-    assert place is not None
-    line = mesh.mesh[:, place[1]] if dim == 0 else mesh.mesh[place[0]]
-    return _Side(find_world(mesh.get_group(dim)), place[dim], line.tolist())
-
-
-def _settle(
+def _confer(
     x: Tensor,
     topology: Topology | str | None,
     step: int,
-    across: _Side,
-    inside: _Side,
+    across: MeshLine,
+    inside: MeshLine,
     out: Tensor | None,
     check: bool,
 ) -> Round:
     """The machine's round, once all ranks of the mesh are known to mean the same."""
-    turn, problem = Round(1.0, {}, {}), None
+    round_, problem = Round(1.0, {}, {}), None
     try:
         check_mixable(x, out)
-        turn = read_topology(topology, across.world.size, "mesh's dim 0").round(across.place, whole(step, "step", 0))
+        round_ = read_topology(topology, across.size, "mesh's dim 0").round(across.place, whole(step, "step", 0))
     except (TypeError, ValueError) as error:
         problem = error
-    links = [open_link(side.world, x.device) for side in (inside, across) if side.world.size > 1] if check else []
+    links = [open_link(line.world, x.device) for line in (inside, across) if line.size > 1] if check else []
     if links:
-        near = [rank for rank in inside.ranks if rank != inside.ranks[inside.place]]
+        near = [inside.ranks[place] for place in inside.others]
         report = Report(
             dist.get_rank(),
             _OPERATION,
             describe(x),
-            (*near, *(across.ranks[machine] for machine in turn.recv)),
-            (*near, *(across.ranks[machine] for machine in turn.send)),
+            (*near, *(across.ranks[machine] for machine in round_.recv)),
+            (*near, *(across.ranks[machine] for machine in round_.send)),
             None if problem is None else str(problem),
         )
         confer(links, report)
     if problem is not None:
         raise type(problem)(f"rank {dist.get_rank()}: {_OPERATION}: {problem}") from problem
-    return turn
+    return round_
 
 
-def _phases(across: _Side, inside: _Side, tags: Sequence[int], x: Tensor, turn: Round, out: Tensor | None) -> Phases:
-    far, near = across.port(x.device), inside.port(x.device)
-    flat, local, me = flat_view(x), inside.world.size, inside.place
-    lengths = [(i + 1) * len(flat) // local - i * len(flat) // local for i in range(local)]
-    shards, others = flat.split(lengths), [i for i in range(local) if i != me]
-    own = room_for(lengths[me], flat).copy_(shards[me])
-    if near is not None:
-        inbox = {i: room_for(len(own), flat) for i in others}
-        sends = inside.parcels({i: shards[i] for i in others})
-        yield near.start(sends, inside.parcels(inbox), tags[0], f"{_OPERATION}, to the owners inside")
-        mix(own, list(inbox.values()), 1 / local, [1 / local] * len(others), me)
-    inbox = {machine: room_for(len(own), flat) for machine in turn.recv}
-    if far is not None:
-        sends = across.parcels(dict.fromkeys(turn.send, own))
-        yield far.start(sends, across.parcels(inbox), tags[-1], f"{_OPERATION}, across")
-    place = sum(machine < across.place for machine in turn.recv)
-    mix(own, list(inbox.values()), turn.self_weight, list(turn.recv.values()), place)
+def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> Paths:
+    """The ways of one operation's phases, with tags of their own; the two phases inside share a link."""
+    collect = across_machines = hand_round = None
+    if inside.size > 1:
+        port = Port(open_link(inside.world, device))
+        collect, hand_round = (Path(port, tag) for tag in port.tags(2))
+    if across.size > 1:
+        port = Port(open_link(across.world, device))
+        across_machines = Path(port, port.tags(1)[0])
+    return Paths(collect, across_machines, hand_round)
+
+
+def _phases(x: Tensor, round_: Round, lines: tuple[MeshLine, MeshLine], paths: Paths, out: Tensor | None) -> Phases:
+    flat = flat_view(x)
     result = flat.new_empty(len(flat))
-    parts = result.split(lengths)
-    parts[me].copy_(own)
-    if near is not None:
-        sends = inside.parcels(dict.fromkeys(others, own))
-        recvs = inside.parcels({i: parts[i] for i in others})
-        yield near.start(sends, recvs, tags[1], f"{_OPERATION}, from the owners inside")
+    yield from exchange(flat, result, round_, lines, paths, _OPERATION)
     return deliver(result, x, out)

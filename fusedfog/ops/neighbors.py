@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fusedfog.exchange import Link, link_for
 from fusedfog.groups import check_backend
+from fusedfog.mixing import mix, room_for
 from fusedfog.ops import control
 from fusedfog.ops.compressed import check_compressible, mixing_compressed
 from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, confer
-from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view, mix, room_for
+from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.storage import wire_format
 from fusedfog.topology import Topology

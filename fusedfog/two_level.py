@@ -1,0 +1,148 @@
+"""The exchange on two levels: the mean inside each machine, mixed across machines, W_machine (x) J_local on a mesh.
+
+With L local ranks on each machine, the one at local coordinate l owns shard l of a flat tensor, 1/L of it:
+
+    inside    every rank sends shard l to its owner, who takes the mean: (L-1)/L of the tensor out, as much in
+    across    the owner exchanges the mean with the owners of shard l on the neighbour machines: 1/L per neighbour
+    inside    the owner sends the mixed shard to the other local ranks: (L-1)/L out and in
+
+Between two neighbour machines the tensor so travels once, in L parallel streams, and no rank is a leader. Inside, the
+transfers are direct: gloo's own reduce-scatter moves as much as an all-reduce. All ranks of a machine get the same bits.
+
+Places are coordinates on the mesh, dim 0 across machines and dim 1 inside: the round of the topology, the owners of
+shards and the order of sums. A process group numbers the same ranks in ascending order, which may be another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fusedfog.exchange import Message, Parcel
+from fusedfog.mixing import mix, room_for
+from fusedfog.topology import Round
+from fusedfog.world import World, find_world
+
+
+@dataclass(frozen=True)
+class MeshLine:
+    """This rank's place along one dimension of a mesh.
+
+    Attributes:
+        world: the ranks along it.
+        place: this rank's coordinate.
+        members: the group rank at each coordinate.
+    """
+
+    world: World
+    place: int
+    members: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are along it."""
+        return len(self.members)
+
+    @property
+    def others(self) -> list[int]:
+        """The coordinates of the other ranks."""
+        return [place for place in range(self.size) if place != self.place]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The global rank at each coordinate."""
+        return [self.world.ranks[member] for member in self.members]
+
+    def parcels(self, tensors: Iterable[tuple[int, Tensor]]) -> list[Parcel]:
+        """(coordinate, tensor) pairs addressed to ranks of the group; empty tensors do not travel."""
+        return [(self.members[place], tensor) for place, tensor in tensors if tensor.numel()]
+
+
+def mesh_lines(mesh: DeviceMesh) -> tuple[MeshLine, MeshLine]:
+    """This rank's lines on a two-dimensional mesh that it is in: across machines, and inside its machine."""
+    return _line(mesh, 0), _line(mesh, 1)
+
+
+def _line(mesh: DeviceMesh, dim: int) -> MeshLine:
+    here = mesh.get_coordinate()
+    assert here is not None
+    along = mesh.mesh[:, here[1]] if dim == 0 else mesh.mesh[here[0]]
+    world = find_world(mesh.get_group(dim))
+    return MeshLine(world, here[dim], tuple(world.ranks.index(rank) for rank in along.tolist()))
+
+
+def shards_of(flat: Tensor, count: int) -> list[Tensor]:
+    """A flat tensor's shards, one for each local rank, as even as they can be."""
+    cuts = [i * len(flat) // count for i in range(count + 1)]
+    return [flat[first:last] for first, last in pairwise(cuts)]
+
+
+class Carrier(Protocol):
+    """What starts transfers among the ranks of a line, as `Link.start` does."""
+
+    def start(self, sends: list[Parcel], recvs: list[Parcel], *, tag: int, label: str) -> Message:
+        """Post sends and receives, to and from group ranks."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """How one phase travels: what carries it, and the tag that tells its messages from others in flight there."""
+
+    carrier: Carrier
+    tag: int
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The ways of an exchange's three phases; None along a line that has no other rank."""
+
+    collect: Path | None
+    across: Path | None
+    hand_round: Path | None
+
+
+def exchange(
+    sent: Tensor, received: Tensor, round_: Round, lines: tuple[MeshLine, MeshLine], paths: Paths, label: str
+) -> Iterator[Message]:
+    """The phases of one exchange, each yielded once it has been started and waited for by whoever asks for the next.
+
+    Args:
+        sent: this rank's flat tensor; only read, by the first phase.
+        received: of the same length; holds sum_b W[a, b] mean_b after the last phase, for a rank of machine a.
+        round_: the machine's round of the topology.
+        lines: across machines, and inside (`mesh_lines`).
+        label: what this is, for errors.
+    """
+    across, inside = lines
+    shards, places = shards_of(sent, inside.size), shards_of(received, inside.size)
+    own = room_for(len(shards[inside.place]), sent).copy_(shards[inside.place])
+    if paths.collect is not None:
+        came = {place: room_for(len(own), sent) for place in inside.others}
+        to_owners = inside.parcels((place, shards[place]) for place in inside.others)
+        yield _start(paths.collect, to_owners, inside.parcels(came.items()), f"{label}, to the owners inside")
+        share = 1.0 / inside.size
+        mix(own, list(came.values()), share, [share] * len(came), inside.place)
+    if paths.across is not None:
+        came = {machine: room_for(len(own), sent) for machine in round_.recv}
+        to_machines = across.parcels((machine, own) for machine in round_.send)
+        yield _start(paths.across, to_machines, across.parcels(came.items()), f"{label}, across machines")
+        _mix_machines(own, came, round_, across.place)
+    places[inside.place].copy_(own)
+    if paths.hand_round is not None:
+        to_others = inside.parcels((place, own) for place in inside.others)
+        from_owners = inside.parcels((place, places[place]) for place in inside.others)
+        yield _start(paths.hand_round, to_others, from_owners, f"{label}, from the owners inside")
+
+
+def _start(path: Path, sends: list[Parcel], recvs: list[Parcel], label: str) -> Message:
+    return path.carrier.start(sends, recvs, tag=path.tag, label=label)
+
+
+def _mix_machines(own: Tensor, came: Mapping[int, Tensor], round_: Round, machine: int) -> None:
+    below = sum(other < machine for other in came)
+    mix(own, list(came.values()), round_.self_weight, list(round_.recv.values()), below)
