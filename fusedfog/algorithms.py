@@ -96,6 +96,14 @@ class Algorithm:
         stages = (self.before, self.after) if self.before is not None else (self.after,)
         return tuple(dict.fromkeys(name for stage in stages for name in stage.states(group)))
 
+    def follows(self, exchanging: bool) -> bool:
+        """Whether a step, with or without exchange, ends with a pass `after` that takes no gradients."""
+        return self.before is not None and (exchanging or self.settles)
+
+    def counts_updates(self, group: Group) -> bool:
+        """Whether a pass with gradients counts as an update, for bias correction."""
+        return bool(self.state_names(group)) and not (self.waits_at_zero_lr and group["lr"] == 0)
+
     @property
     def plain(self) -> bool:
         """Whether states are just torch.optim's, kept only for parameters that have had a gradient."""

@@ -10,11 +10,12 @@ that is, the ordinary passes with row sums that are not one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusedfog.topology import Topology
+from fusedfog.topology import Round, Topology
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,47 @@ class Shares:
     recv: dict[int, float]
 
 
+@dataclass(frozen=True)
+class Push:
+    """One exchange of all ranks.
+
+    Attributes:
+        before, after: every rank's scalar, float64 [n].
+        parts: for each rank, {sender: the part of what that sender held}, its own included, in ascending order.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    parts: Sequence[dict[int, float]]
+
+    def shares(self, rank: int) -> Shares:
+        """What one rank needs of it."""
+        new, parts = float(self.after[rank]), self.parts[rank]
+        recv = {sender: part / new for sender, part in parts.items() if sender != rank}
+        return Shares(float(self.before[rank]), sum(parts.values()) / new, recv)
+
+
+def idle(scalars: np.ndarray) -> Push:
+    """A step without exchange, in which every rank keeps all that it holds: z+ = z - (a / w) u."""
+    return Push(scalars, scalars, [{rank: 1.0} for rank in range(len(scalars))])
+
+
+def push(rounds: Sequence[Round], scalars: np.ndarray) -> Push:
+    """One exchange along every rank's round: each rank splits what it holds evenly between its out-neighbours and itself."""
+    held: list[float] = scalars.tolist()
+    after = [0.0] * len(held)
+    parts: list[dict[int, float]] = [{} for _ in held]
+    for sender, round_ in enumerate(rounds):
+        targets = [*round_.send, sender]
+        part = 1.0 / len(targets)
+        for target in targets:
+            after[target] += part * held[sender]
+            parts[target][sender] = part
+    return Push(scalars, np.array(after), parts)
+
+
 class PushSum:
-    """The scalars of all ranks, float64, brought forward one exchange at a time."""
+    """The scalars of all ranks, float64, brought forward one exchange at a time, and rank `rank`'s shares."""
 
     def __init__(self, topology: Topology, rank: int) -> None:
         self.topology, self.rank = topology, rank
@@ -35,25 +75,13 @@ class PushSum:
         self.exchanges = 0
 
     def idle(self) -> Shares:
-        """A step without exchange: z+ = z - (a / w) u."""
-        own = float(self.scalars[self.rank])
-        return Shares(own, 1.0 / own, {})
+        """A step without exchange."""
+        return idle(self.scalars).shares(self.rank)
 
     def exchange(self, number: int) -> Shares:
-        """Exchange `number`; moves the scalars forward when it is the next one."""
+        """Exchange `number`, which must be the next one; moves the scalars forward."""
         if number != self.exchanges:
             raise RuntimeError(f"push-sum is at exchange {self.exchanges}, not {number}: ranks are out of phase")
-        before = self.scalars
-        after = np.zeros_like(before)
-        own: dict[int, float] = {}
-        for sender in range(self.topology.size):
-            targets = [*self.topology.round(sender, number).send, sender]
-            share = 1.0 / len(targets)
-            for target in targets:
-                after[target] += share * before[sender]
-            if self.rank in targets:
-                own[sender] = share
-        self.scalars, self.exchanges = after, number + 1
-        new = float(after[self.rank])
-        recv = {sender: share / new for sender, share in own.items() if sender != self.rank}
-        return Shares(float(before[self.rank]), sum(own.values()) / new, recv)
+        made = push([self.topology.round(sender, number) for sender in range(self.topology.size)], self.scalars)
+        self.scalars, self.exchanges = made.after, number + 1
+        return made.shares(self.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -22,6 +23,14 @@ class Clock:
     push_sum: list[float] | None = None
     said: bool = False
 
+    def tick(self, rhythm: Rhythm, exchanging: bool, rates: Sequence[float]) -> None:
+        """Count a step that has been made, with or without exchange, at these learning rates of the groups."""
+        self.exchanges += exchanging and rhythm.turns(self.steps)
+        self.steps += 1
+        for number, rate in enumerate(rates):
+            if rate:
+                self.previous_lr[number] = rate
+
 
 @dataclass(frozen=True)
 class Rhythm:
@@ -40,3 +49,7 @@ class Rhythm:
     def turns(self, step: int) -> bool:
         """Whether this step counts as an exchange with neighbours."""
         return (step + 1) % self.communicate_every == 0
+
+    def exchanges(self, step: int) -> bool:
+        """Whether anything is exchanged for this step, with neighbours or with all ranks."""
+        return self.turns(step) or self.averages(step)

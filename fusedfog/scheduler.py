@@ -236,21 +236,15 @@ class Scheduler:
                 segment.touch_all()
 
     def _tick(self) -> None:
-        if self._exchanging(self.clock.steps) and self.rhythm.turns(self.clock.steps):
-            self.clock.exchanges += 1
-        self.clock.steps += 1
-        for number, group in enumerate(self.groups):
-            if group.get("lr"):
-                self.clock.previous_lr[number] = float(group["lr"])
+        rates = [float(group.get("lr") or 0.0) for group in self.groups]
+        self.clock.tick(self.rhythm, self._exchanging(self.clock.steps), rates)
         self._led = 0
         self._inputs = StepInputs()
         for lane in self._lanes:
             lane.ready, lane.counted = 0, False
 
     def _exchanging(self, step: int) -> bool:
-        if self.topology is None or self.link is None:
-            return False
-        return self.rhythm.turns(step) or self.rhythm.averages(step)
+        return self.topology is not None and self.link is not None and self.rhythm.exchanges(step)
 
     def _sweeps(self, first: int) -> list[Sweep]:
         """The passes that cover all buckets from number `first` on, in the order of passes and messages."""
@@ -313,13 +307,13 @@ class Scheduler:
 
     def _follow_all(self) -> None:
         exchanging = self._exchanging(self.clock.steps)
-        if not exchanging and not self.algorithm.settles:
+        if not self.algorithm.follows(exchanging):
             return
         for sweep in self._sweeps(0):
             inbox = self._receive(sweep) if exchanging else EMPTY
             if self._push_sum is not None and sweep.segment.layout.mix:
                 inbox = Inbox(inbox.tensors, tuple(self._shares().recv.values()), self._shares().row_sum)
-            if sweep.segment.layout.mix or self.algorithm.settles:
+            if self.algorithm.follows(exchanging and sweep.segment.layout.mix):
                 self._pass(sweep, self.algorithm.after, None, inbox)
 
     def _pass(
@@ -364,8 +358,7 @@ class Scheduler:
                     numbers=inbox.numbers,
                 )
             )
-        counts = self.algorithm.state_names(group) and not (self.algorithm.waits_at_zero_lr and group["lr"] == 0)
-        if grads is not None and counts:
+        if grads is not None and self.algorithm.counts_updates(group):
             own = slice(sweep.first, sweep.last)
             table = grads.addresses[own] if grads.addresses is not None else None
             advance_steps(

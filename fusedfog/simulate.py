@@ -15,7 +15,7 @@ are gathered at once, so a step costs degree * n * N.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -28,6 +28,7 @@ from fusedfog.algorithms import Algorithm, Outer, Stage, algorithm_for, check_op
 from fusedfog.construction import Keywords, Options, check_finite
 from fusedfog.kernels.reference import RULES
 from fusedfog.layout import ALIGN
+from fusedfog.push_sum import idle, push
 from fusedfog.rhythm import Clock, Rhythm
 from fusedfog.topology import Round, Topology
 
@@ -269,8 +270,7 @@ class _Ranks:
         if gradients.shape != x.shape:
             raise ValueError(f"grad must return {list(x.shape)}, got {list(gradients.shape)}")
         gradients = gradients.to(x.dtype)
-        turns = self.topology is not None and self.rhythm.turns(step)
-        exchanging = turns or (self.topology is not None and self.rhythm.averages(step))
+        exchanging = self.topology is not None and self.rhythm.exchanges(step)
         if row.exchanges == "gradients":
             gradients = _mean(gradients).expand_as(x)
         before, mixing = self._mixing(step, exchanging)
@@ -278,12 +278,9 @@ class _Ranks:
             self._pass(row.after, gradients, mixing)
         else:
             self._pass(row.before, gradients, before)
-            if exchanging or row.settles:
+            if row.follows(exchanging):
                 self._pass(row.after, None, mixing)
-        self.clock.exchanges += turns
-        self.clock.steps += 1
-        if self.group["lr"] != 0:
-            self.clock.previous_lr[0] = self.group["lr"]
+        self.clock.tick(self.rhythm, exchanging, [self.group["lr"]])
 
     def _pass(self, stage: Stage, gradients: Tensor | None, mixing: Mix) -> None:
         row, group, x = self.row, self.group, self.flat["param"]
@@ -291,8 +288,6 @@ class _Ranks:
         hyper: tuple[Any, ...] = stage.hyper(group, self.clock.previous_lr.get(0, group["lr"] or 1.0))
         if first_half and row.normalized:
             hyper = (*hyper, self._inverse_norms(self.flat[row.normalized]))
-        if stage.differences and isinstance(mixing, _Mixing):
-            mixing = replace(mixing, row_sum=x.new_zeros(()))
         if stage.differences and isinstance(mixing, _Mixing):
             mixing = _Mixing(mixing.slots, 0.0)
         mixed = tuple(mixing(self.flat[name]) for name in (("param",) if first_half else row.messages))
@@ -302,7 +297,7 @@ class _Ranks:
         self.flat.update({"param": x}, **dict(zip(names, states, strict=True)))
         if first_half and "message" in row.messages:
             self.flat["message"] = made[0]
-        if gradients is not None and self.state_names and not (row.waits_at_zero_lr and group["lr"] == 0):
+        if gradients is not None and row.counts_updates(group):
             self.updates += 1
 
     def _mixing(self, step: int, exchanging: bool) -> tuple[Mix, Mix]:
@@ -321,26 +316,13 @@ class _Ranks:
         return _Mixing(), self._mixings[number]
 
     def _push(self, exchanging: bool) -> tuple[_Mixing, _Mixing]:
-        """Push-sum's scale before and weights after, `PushSum.exchange` (or `idle`) of all ranks; moves the scalars."""
-        old = self.scalars
-        if not exchanging:
-            return _Mixing(row_sum=self._column(old)), _Mixing(row_sum=self._column(1.0 / old))
-        new, total = np.zeros_like(old), np.zeros_like(old)
-        shares: list[dict[int, float]] = [{} for _ in old]
-        for sender, turn in enumerate(self._turns(self._round_number())):
-            targets = [*turn.send, sender]
-            share = 1.0 / len(targets)
-            for target in targets:
-                new[target] += share * old[sender]
-                total[target] += share
-                shares[target][sender] = share
-        weights = [
-            {sender: share / float(new[rank]) for sender, share in own.items() if sender != rank}
-            for rank, own in enumerate(shares)
-        ]
-        self.scalars = new
-        return _Mixing(row_sum=self._column(old)), _Mixing(
-            _slots(weights, self.flat["param"].dtype), self._column(total / new)
+        """Push-sum's scale before and weights after, of all ranks; moves the scalars."""
+        made = push(self._turns(self._round_number()), self.scalars) if exchanging else idle(self.scalars)
+        self.scalars = made.after
+        shares = [made.shares(rank) for rank in range(len(self.scalars))]
+        return _Mixing(row_sum=self._column([one.scale for one in shares])), _Mixing(
+            _slots([one.recv for one in shares], self.flat["param"].dtype),
+            self._column([one.row_sum for one in shares]),
         )
 
     def _round_number(self) -> int:
@@ -358,8 +340,8 @@ class _Ranks:
             self._rounds[number] = [self.topology.round(rank, number) for rank in range(len(self.scalars))]
         return self._rounds[number]
 
-    def _column(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.flat["param"].dtype)[:, None]
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(self.flat["param"].dtype)[:, None]
 
     def _inverse_norms(self, state: Tensor) -> Tensor:
         """1 / (||row|| + 1e-8) of each rank, 0 for a zero row: [n, 1].
