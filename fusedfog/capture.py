@@ -26,14 +26,13 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm
 from fusedfog.flat import FlatSegment, addresses_of, align
 from fusedfog.kernels import Gradients, Wire, device
+from fusedfog.kernels.region import TABLE_ALIGNMENT
+from fusedfog.kernels.region import align as align_table
 from fusedfog.lanes import EMPTY, Inbox, Sweep
 from fusedfog.scheduler import Scheduler, StepInputs
 from fusedfog.topology import Topology
 
 Layout: TypeAlias = tuple[object, ...]
-
-_PLACE = 16
-"""The numbers of a pass start at multiples of this many, so that all pointers to them are aligned alike."""
 
 _TABLES = 64
 """How many captures there may be without a step or replay in between."""
@@ -124,7 +123,7 @@ class AddressTables:
         self._unfilled.clear()
         if not self._spare:
             # Rows at multiples of 128 bytes: an address table's alignment is part of the kernel's compile key.
-            rows = torch.zeros(_TABLES, -(-count // _PLACE) * _PLACE, dtype=torch.int64, device=blocks.device)
+            rows = torch.zeros(_TABLES, align_table(count, TABLE_ALIGNMENT), dtype=torch.int64, device=blocks.device)
             self._spare = list(rows[:, :count].unbind())
 
 
@@ -271,7 +270,7 @@ class CapturableScheduler(Scheduler):
         """Have the device read these numbers in the passes that follow on its current stream."""
         self._counts = {key: len(hyper) for key, hyper in self._inputs.numbers.items()}
         blocks = self.segments[0].whole.blocks
-        starts = list(accumulate((-(-len(numbers) // _PLACE) * _PLACE for numbers in passes), initial=0))
+        starts = list(accumulate((align_table(len(numbers), TABLE_ALIGNMENT) for numbers in passes), initial=0))
         values = [0.0] * starts[-1]
         self._places = [slice(start, start + len(numbers)) for start, numbers in zip(starts, passes, strict=False)]
         for place, numbers in zip(self._places, passes, strict=True):

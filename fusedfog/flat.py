@@ -17,6 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region, device
+from fusedfog.kernels.region import ACCESS_BYTES
 from fusedfog.kernels.rounding import held
 from fusedfog.layout import Bucket, Segment, Slot, block_table
 from fusedfog.pages import zeros
@@ -62,7 +63,7 @@ def align(gradients: list[Tensor | None], homes: list[int]) -> None:
     """Replace gradients that a pass could not read where they lie by copies, and their addresses."""
     for i, grad in enumerate(gradients):
         # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
-        if grad is not None and homes[i] % 16:
+        if grad is not None and homes[i] % ACCESS_BYTES:
             gradients[i] = aligned = grad.clone()
             homes[i] = aligned.data_ptr()
 

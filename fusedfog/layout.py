@@ -1,7 +1,7 @@
 """Where each parameter lives: flat offsets, buckets and kernel blocks, as pure data.
 
 Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer. Inside it every parameter starts at
-a multiple of `ALIGN` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
+a multiple of `ALIGNMENT` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
 unit of exchange; a bucket is cut into *blocks* of at most `BLOCK` elements that never cross a parameter, the unit of work
 of one kernel program. The same inputs give the same layout on every rank; nothing here is traced at run time.
 """
@@ -15,11 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ALIGN = 64
-"""Elements. A start that is not 16-byte aligned turns each 128-bit access of the kernel into four scalar ones."""
-
-BLOCK = 1024
-"""Elements per kernel program."""
+from fusedfog.kernels.region import BLOCK, align
 
 
 @dataclass(frozen=True)
@@ -80,11 +76,6 @@ class Segment:
     slots: tuple[Slot, ...]
     buckets: tuple[Bucket, ...]
     numel: int
-
-
-def align(n: int) -> int:
-    """`n` rounded up to a multiple of `ALIGN`."""
-    return -(-n // ALIGN) * ALIGN
 
 
 def plan(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment, ...]:

@@ -20,6 +20,7 @@ from fusedfog.exchange import Link, Message, Parcel, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Wire
+from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
 from fusedfog.lanes import Inbox, Lane
 from fusedfog.pages import zeros
 from fusedfog.topology import Round, Topology
@@ -137,7 +138,8 @@ class Mailbox:
             scales.append((None,) * len(turn.recv))
             if own is not None:
                 scales[-1] = self._inbox(lane.segment, f"{name} scales", own, len(turn.recv))
-                _post(sends, recvs, turn, own, scales[-1], slice(lane.whole.start // 16, lane.whole.stop // 16))
+                here = slice(lane.whole.start // ELEMENTS_PER_SCALE, lane.whole.stop // ELEMENTS_PER_SCALE)
+                _post(sends, recvs, turn, own, scales[-1], here)
         inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()), scales=tuple(scales), wires=ends)
         return Posting(turn, sends, recvs, inbox)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedfog.environment import check_dtypes, check_kernel
 from fusedfog.kernels import BLOCK, Pass, Region, device, reference, run_pass
-from fusedfog.layout import align
+from fusedfog.kernels.region import align
 
 ROUNDING = 1e-12
 """A row sum this close to 1 is 1: what is left of float64 weights that sum to 1. Weights once rounded to float32 are not."""

@@ -176,7 +176,7 @@ class Wires:
     def _wire(self, segment: FlatSegment, name: str, number: int) -> Wire:
         key = (segment, name, number)
         if key not in self._wires:
-            scales = segment.param.new_zeros(segment.layout.numel // 16, dtype=torch.uint8)
+            scales = segment.param.new_zeros(segment.layout.numel // wire.ELEMENTS_PER_SCALE, dtype=torch.uint8)
             self._wires[key] = Wire(
                 torch.zeros_like(segment.param, dtype=self.dtype),
                 None if wire.FORMATS[self.dtype] is None else scales,

@@ -11,7 +11,20 @@ BLOCK = 1024
 """Elements per GPU program. One value for every rule and dtype, so that a block table is built once and serves all."""
 
 ALIGNMENT = 64
-"""Every parameter starts at a multiple of this many elements, and every flat segment is padded to one."""
+"""Every parameter starts at a multiple of this many elements, and every flat segment is padded to one: a start that is not
+16-byte aligned turns each 128-bit access of the kernel into four scalar ones."""
+
+ACCESS_BYTES = 16
+"""Width of the kernel's accesses: a gradient's address is a multiple of it."""
+
+TABLE_ALIGNMENT = 16
+"""Where several tables of numbers or addresses share a tensor, each starts at a multiple of this many entries, so that all
+pointers to them are aligned alike."""
+
+
+def align(count: int, to: int = ALIGNMENT) -> int:
+    """`count` rounded up to a multiple of `to`."""
+    return -(-count // to) * to
 
 
 @dataclass(frozen=True, eq=False)

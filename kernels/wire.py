@@ -28,6 +28,9 @@ from torch import Tensor
 GROUP = 64
 """Elements at a multiple of this share four scales."""
 
+ELEMENTS_PER_SCALE = GROUP // 4
+"""How many elements share one scale."""
+
 SPOILT = 255
 """The scale of a group with values that are not finite."""
 
@@ -59,7 +62,7 @@ class Wire:
     def zeros(like: Tensor, dtype: torch.dtype) -> Wire:
         """A wire of codes `dtype` for a flat tensor; nobody knows anything yet."""
         arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
-        scales = torch.zeros(like.numel() // 16, dtype=torch.uint8, device=like.device)
+        scales = torch.zeros(like.numel() // ELEMENTS_PER_SCALE, dtype=torch.uint8, device=like.device)
         return Wire(
             torch.zeros_like(like, dtype=dtype),
             None if FORMATS[dtype] is None else scales,
@@ -109,7 +112,7 @@ def decode(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def scales_of(scales: Tensor | None, start: int, stop: int) -> Tensor | None:
     """The scales of elements [start, stop); start is a multiple of 64."""
-    return None if scales is None else scales[start // 16 : -(-stop // GROUP) * 4]
+    return None if scales is None else scales[start // ELEMENTS_PER_SCALE : -(-stop // GROUP) * 4]
 
 
 def take(wire: Wire, inbox: Sequence[Tensor], scales: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:

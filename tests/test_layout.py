@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from fusedfog.kernels.region import ALIGNMENT, BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedfog.layout import ALIGN, BLOCK, ParamSpec, backward_order, block_table, plan
+from fusedfog.layout import ParamSpec, backward_order, block_table, plan
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,10 +34,10 @@ def test_every_parameter_has_one_aligned_slot_of_its_own(params: list[ParamSpec]
     segments = plan(params, bucket_bytes)
     assert sorted(slot.index for segment in segments for slot in segment.slots) == list(range(len(params)))
     for segment in segments:
-        assert segment.numel % ALIGN == 0
+        assert segment.numel % ALIGNMENT == 0
         end = 0
         for slot in segment.slots:
-            assert slot.start % ALIGN == 0
+            assert slot.start % ALIGNMENT == 0
             assert slot.start >= end
             assert slot.spec is params[slot.index]
             assert (slot.spec.group, slot.spec.dtype, slot.spec.mix) == (segment.group, segment.dtype, segment.mix)

@@ -1,0 +1,182 @@
+"""One step of n virtual ranks, the rows of stacked tensors: the scheduler's passes, mixed for all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.kernels.reference import RULES
+from fusedfog.kernels.region import align
+from fusedfog.push_sum import idle, push
+from fusedfog.rhythm import Clock, Rhythm
+from fusedfog.topology import Round, Topology
+
+Mix: TypeAlias = Callable[[Tensor], Tensor]
+
+_Slot: TypeAlias = tuple[Tensor | None, Tensor, Tensor]
+"""The k-th neighbours: receivers [R] (None for all ranks) take weights [R, 1] of what senders [R] sent."""
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """One exchange of all ranks; rows that have no k-th neighbour are not touched by slot k."""
+
+    slots: tuple[_Slot, ...] = ()
+    row_sum: Tensor | float | None = None
+
+    def __call__(self, base: Tensor) -> Tensor:
+        """`kernels.reference.mix_messages` of every rank: the same operations in the same order, row by row."""
+        mixed = base if self.row_sum is None else base * self.row_sum
+        for receivers, senders, weights in self.slots:
+            if receivers is None:
+                mixed = (base[senders] - base).mul_(weights).add_(mixed)
+            else:
+                part = (base[senders] - base[receivers]).mul_(weights).add_(mixed[receivers])
+                mixed = mixed.index_copy(0, receivers, part)
+        return mixed
+
+
+def _everyone(base: Tensor) -> Tensor:
+    """A full average as an exchange with weight one."""
+    return (_mean(base) - base).add_(base)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Row by row: torch's own sum picks its order by shape."""
+    total = torch.zeros_like(rows[0])
+    for row in rows * (1.0 / len(rows)):
+        total += row
+    return total
+
+
+def _slots(received: Sequence[Mapping[int, float]], dtype: torch.dtype) -> tuple[_Slot, ...]:
+    """From each rank's {neighbour: weight}, ascending, to slots; neighbours of weight zero are skipped."""
+    lists = [[(peer, weight) for peer, weight in weights.items() if weight] for weights in received]
+    slots = []
+    for k in range(max(map(len, lists), default=0)):
+        rows = [rank for rank, peers in enumerate(lists) if len(peers) > k]
+        senders = torch.tensor([lists[rank][k][0] for rank in rows])
+        weights = torch.tensor([[lists[rank][k][1]] for rank in rows], dtype=dtype)
+        slots.append((None if len(rows) == len(lists) else torch.tensor(rows), senders, weights))
+    return tuple(slots)
+
+
+class Ranks:
+    """n ranks on their way through steps: the scheduler's clock and order of passes, on stacked tensors.
+
+    Attributes:
+        flat: [n, N] tensors by the table's names: "param", states, "message". scalars: push-sum's, float64 [n].
+    """
+
+    def __init__(
+        self, row: Algorithm, topology: Topology | None, rhythm: Rhythm, group: dict[str, Any], x: Tensor, sizes: Any
+    ) -> None:
+        self.row, self.topology, self.rhythm, self.group = row, topology, rhythm, group
+        self.state_names = row.state_names(group)
+        self.flat = {"param": x} | {name: torch.zeros_like(x) for name in self.state_names}
+        if row.after.rule == "outer":
+            self.flat["outer_param"].copy_(x)
+        self.scalars = np.ones(len(x))
+        self.clock, self.updates = Clock(), 0
+        self._sizes = tuple(sizes)
+        self._rounds: dict[int, list[Round]] = {}
+        self._mixings: dict[int, _Mixing] = {}
+
+    @torch.no_grad()
+    def step(self, gradients: Tensor) -> None:
+        """One step of every rank, with their gradients [n, N]."""
+        row, x, step = self.row, self.flat["param"], self.clock.steps
+        if gradients.shape != x.shape:
+            raise ValueError(f"grad must return {list(x.shape)}, got {list(gradients.shape)}")
+        gradients = gradients.to(x.dtype)
+        exchanging = self.topology is not None and self.rhythm.exchanges(step)
+        if row.exchanges == "gradients":
+            gradients = _mean(gradients).expand_as(x)
+        before, mixing = self._mixing(step, exchanging)
+        if row.before is None:
+            self._pass(row.after, gradients, mixing)
+        else:
+            self._pass(row.before, gradients, before)
+            if row.follows(exchanging):
+                self._pass(row.after, None, mixing)
+        self.clock.tick(self.rhythm, exchanging, [self.group["lr"]])
+
+    def _pass(self, stage: Stage, gradients: Tensor | None, mixing: Mix) -> None:
+        row, group, x = self.row, self.group, self.flat["param"]
+        first_half = stage is row.before
+        hyper: tuple[Any, ...] = stage.hyper(group, self.clock.previous_lr.get(0, group["lr"] or 1.0))
+        if first_half and row.normalized:
+            hyper = (*hyper, self._inverse_norms(self.flat[row.normalized]))
+        if stage.differences and isinstance(mixing, _Mixing):
+            mixing = _Mixing(mixing.slots, 0.0)
+        mixed = tuple(mixing(self.flat[name]) for name in (("param",) if first_half else row.messages))
+        names, g = stage.states(group), torch.zeros_like(x) if gradients is None else gradients
+        states = tuple(self.flat[name] for name in names)
+        x, states, made = RULES[stage.rule](x, mixed, g, states, self.updates + 1.0, hyper)
+        self.flat.update({"param": x}, **dict(zip(names, states, strict=True)))
+        if first_half and "message" in row.messages:
+            self.flat["message"] = made[0]
+        if gradients is not None and row.counts_updates(group):
+            self.updates += 1
+
+    def _mixing(self, step: int, exchanging: bool) -> tuple[Mix, Mix]:
+        """How the pass before the exchange and the one after it mix."""
+        if self.row.name == "push_sum":
+            return self._push(exchanging)
+        if not exchanging:
+            return _Mixing(), _Mixing()
+        if self.rhythm.averages(step):
+            return _Mixing(), _everyone
+        number = self._round_number()
+        if number not in self._mixings:
+            self._mixings[number] = _Mixing(
+                _slots([turn.recv for turn in self._turns(number)], self.flat["param"].dtype)
+            )
+        return _Mixing(), self._mixings[number]
+
+    def _push(self, exchanging: bool) -> tuple[_Mixing, _Mixing]:
+        """Push-sum's scale before and weights after, of all ranks; moves the scalars."""
+        made = push(self._turns(self._round_number()), self.scalars) if exchanging else idle(self.scalars)
+        self.scalars = made.after
+        shares = [made.shares(rank) for rank in range(len(self.scalars))]
+        return _Mixing(row_sum=self._column([one.scale for one in shares])), _Mixing(
+            _slots([one.recv for one in shares], self.flat["param"].dtype),
+            self._column([one.row_sum for one in shares]),
+        )
+
+    def _round_number(self) -> int:
+        assert self.topology is not None
+        period = self.topology.period
+        return self.clock.exchanges if period is None else self.clock.exchanges % period
+
+    def _turns(self, number: int) -> list[Round]:
+        """Every rank's neighbours in a round; remembered, until an endless sequence moves on."""
+        assert self.topology is not None
+        if number not in self._rounds:
+            if self.topology.period is None:
+                self._rounds.clear()
+                self._mixings.clear()
+            self._rounds[number] = [self.topology.round(rank, number) for rank in range(len(self.scalars))]
+        return self._rounds[number]
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(self.flat["param"].dtype)[:, None]
+
+    def _inverse_norms(self, state: Tensor) -> Tensor:
+        """1 / (||row|| + 1e-8) of each rank, 0 for a zero row: [n, 1].
+
+        The order in which torch adds up a norm depends on where elements lie, so each row is laid out as
+        `layout.plan` lays out the parameters of a real rank.
+        """
+        pieces = [
+            nn.functional.pad(piece, (0, align(piece.shape[1]) - piece.shape[1]))
+            for piece in state.split(self._sizes, dim=1)
+        ]
+        norms = torch.stack([torch.linalg.vector_norm(row).double() for row in torch.cat(pieces, dim=1)])
+        return torch.where(norms > 0, 1.0 / (norms + 1e-8), 0.0).to(state.dtype)[:, None]

@@ -1,0 +1,163 @@
+"""A run of virtual ranks: options checked as real ranks check them, steps made, figures recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusedfog import optim
+from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
+from fusedfog.construction import Keywords, Options, check_finite
+from fusedfog.rhythm import Rhythm
+from fusedfog.simulate.problems import Problem
+from fusedfog.simulate.ranks import Ranks
+from fusedfog.topology import Topology
+
+Rate: TypeAlias = float | Callable[[int], float]
+OptimizerName: TypeAlias = Literal["SGD", "Adam", "AdamW", "AccumAdamW"]
+
+
+@dataclass
+class Trajectory:
+    """What a run recorded: one entry of each list per recorded step, and the end.
+
+    Attributes:
+        steps: how many steps had been made.
+        losses: mean of the problem's `loss`, if it has one.
+        distances, mean_distances: root mean square over ranks of ||x_i - x*||, and ||mean - x*||, if x* is known.
+        consensus: root mean square over ranks of ||x_i - mean||.
+        X: final parameters [n, N].
+        states: the algorithm's final states by name, each [n, N].
+    """
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    mean_distances: list[float] = field(default_factory=list)
+    consensus: list[float] = field(default_factory=list)
+    X: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+
+def simulate(
+    problem: Problem,
+    n: int,
+    topology: Topology | str | None = None,
+    algorithm: str = "awc",
+    *,
+    optimizer: OptimizerName = "SGD",
+    steps: int,
+    lr: Rate,
+    x0: Tensor | np.ndarray | None = None,
+    communicate_every: int = 1,
+    global_average_every: int | None = None,
+    outer: Outer | None = None,
+    record_every: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **hyper: Any,
+) -> Trajectory:
+    """Train `problem` on n virtual ranks with one of fusedfog's optimizers.
+
+    Args:
+        problem: see `Problem`.
+        n: number of ranks.
+        topology, algorithm, communicate_every, global_average_every, outer: as for the optimizers.
+        optimizer: the name of the optimizer class.
+        steps: how many steps to make.
+        lr: learning rate, or a function of the step (from 0).
+        x0: the start [n, N], or [N] for all ranks alike. None asks the problem's `start`, else draws one standard normal
+            row for all ranks from `seed`.
+        record_every: record after every so many steps; the start and the end are always recorded.
+        dtype: of parameters and arithmetic, float64 or float32.
+        hyper: the optimizer's own arguments: momentum, weight_decay, betas, ...
+
+    Returns:
+        The `Trajectory`.
+
+    Raises:
+        ValueError: whatever the optimizers refuse at construction, with their words; shapes that do not fit.
+        TypeError: unknown hyper-parameters.
+    """
+    if n < 1 or steps < 0 or record_every < 1:
+        raise ValueError(f"need n >= 1, steps >= 0, record_every >= 1; got {n}, {steps}, {record_every}")
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, which are the arithmetic's, got {dtype}")
+    rate = lr if callable(lr) else (lambda step: lr)
+    keywords = Keywords(
+        topology=topology,
+        algorithm=algorithm,
+        communicate_every=communicate_every,
+        global_average_every=global_average_every,
+        outer=outer,
+    )
+    family, group = _group(optimizer, rate(0), hyper)
+    row, graph, rhythm = _resolve(keywords, family, group, n)
+    x = _start(problem, n, x0, seed, dtype)
+    ranks = Ranks(row, graph, rhythm, group, x, getattr(problem, "sizes", x.shape[1:]))
+    path = Trajectory()
+    for step in range(steps):
+        if step % record_every == 0:
+            _record(path, problem, step, ranks.flat["param"])
+        group["lr"] = float(rate(step))
+        check_finite(group, ("lr",))
+        ranks.step(problem.grad(step, ranks.flat["param"]))
+    _record(path, problem, steps, ranks.flat["param"])
+    path.X, path.states = ranks.flat["param"], {name: ranks.flat[name] for name in ranks.state_names}
+    return path
+
+
+def _group(optimizer: str, lr: float, hyper: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The optimizer's family and its param group, checked and defaulted by the optimizer itself, built for one rank."""
+    faces: dict[str, Any] = {face.__name__: face for face in (optim.SGD, optim.Adam, optim.AdamW, optim.AccumAdamW)}
+    if optimizer not in faces:
+        raise ValueError(f"unknown optimizer {optimizer!r}; there are {', '.join(faces)}")
+    foreign = [name for name in hyper if name in Keywords.__annotations__]
+    if foreign:
+        raise TypeError(f"{', '.join(foreign)} means nothing to simulated ranks")
+    face = faces[optimizer]([nn.Parameter(torch.zeros(1))], lr=lr, algorithm="local", **hyper)
+    return face._family, face.param_groups[0]
+
+
+def _resolve(
+    keywords: Keywords, family: str, group: dict[str, Any], n: int
+) -> tuple[Algorithm, Topology | None, Rhythm]:
+    """What `construction.build` decides for n real ranks."""
+    options = Options.of(keywords)
+    row = algorithm_for(options.algorithm, family, options.outer)
+    check_options(row, {**group, **vars(options)})
+    graph = resolve_topology(row, options.topology, n)
+    if n == 1:
+        row, graph = algorithm_for("local", family), None
+    every = options.outer.every if options.outer is not None else options.communicate_every
+    return row, graph, Rhythm(every, options.global_average_every)
+
+
+def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, dtype: torch.dtype) -> Tensor:
+    if x0 is None and hasattr(problem, "start"):
+        x0 = problem.start()
+    elif x0 is None and hasattr(problem, "dim"):
+        x0 = torch.randn(problem.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    elif x0 is None:
+        raise ValueError("pass x0, or a problem that has `dim` or `start()`")
+    x = torch.as_tensor(x0).detach()
+    if x.ndim not in (1, 2) or (x.ndim == 2 and x.shape[0] != n):
+        raise ValueError(f"x0 must be [N] or [n, N] with n = {n}, got {tuple(x.shape)}")
+    return x.expand(n, -1).to(dtype, copy=True).contiguous()
+
+
+def _record(path: Trajectory, problem: Problem, step: int, x: Tensor) -> None:
+    wide = x.double()
+    mean = wide.mean(0)
+    path.steps.append(step)
+    path.consensus.append(float((wide - mean).norm()) / len(x) ** 0.5)
+    if hasattr(problem, "loss"):
+        path.losses.append(float(problem.loss(x).double().mean()))
+    if hasattr(problem, "minimiser"):
+        path.distances.append(float((wide - problem.minimiser).norm()) / len(x) ** 0.5)
+        path.mean_distances.append(float((mean - problem.minimiser).norm()))
