@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hyper import Adam, Sgd
+
 # A call costs 40 us or so, which a smaller parameter does not earn back.
 SMALLEST = 1 << 15
 
@@ -60,16 +62,18 @@ def _adam(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequ
         state.copy_(new)
 
 
-def _sgd_numbers(step: float, hyper: Sequence[float], scale: float) -> list[float]:
-    lr, momentum, undamped, decay, sign, nesterov = hyper
-    carried, undamped = (0.0, 1.0) if step == 1 else (momentum, undamped)
-    return [lr, carried, undamped, *((1.0, momentum) if nesterov else (0.0, 1.0)), sign * scale, decay]
+def _sgd_numbers(step: float, numbers: Sequence[float], scale: float) -> list[float]:
+    hyper = Sgd(*numbers)
+    carried, undamped = (0.0, 1.0) if step == 1 else (hyper.momentum, hyper.undamped)
+    direct, through = (1.0, hyper.momentum) if hyper.nesterov else (0.0, 1.0)
+    return [hyper.lr, carried, undamped, direct, through, hyper.sign * scale, hyper.decay]
 
 
-def _adam_numbers(step: float, hyper: Sequence[float], scale: float) -> list[float]:
-    lr, beta1, undecayed1, beta2, undecayed2, _, _, eps, coupled, decoupled, sign = hyper
-    size, rescale = lr / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
-    return [size, rescale, eps, lr * decoupled, beta1, undecayed1, beta2, undecayed2, sign * scale, coupled]
+def _adam_numbers(step: float, numbers: Sequence[float], scale: float) -> list[float]:
+    hyper = Adam(*numbers)
+    size, rescale = hyper.lr / (1.0 - hyper.beta1**step), (1.0 - hyper.beta2**step) ** -0.5
+    moments = [hyper.beta1, hyper.undecayed1, hyper.beta2, hyper.undecayed2]
+    return [size, rescale, hyper.eps, hyper.lr * hyper.decoupled, *moments, hyper.sign * scale, hyper.coupled]
 
 
 _LOWERED: dict[str, tuple[Callable[..., None], Callable[[float, Sequence[float], float], list[float]]]] = {

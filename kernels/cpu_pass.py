@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, reference
+from .hyper import Adam, Sgd
 from .passes import Pass
 from .region import Region
 
@@ -31,6 +32,9 @@ WIDTH = 1 << 20
 
 # Of x, once neighbours and decay are mixed in by lerps; with less, x drowns in rounding.
 _SMALLEST_REMAINDER = 1e-3
+
+# At least a vector of torch's loops, less one element.
+_VECTOR = 64
 
 Views = list[Tensor]
 
@@ -247,13 +251,20 @@ def _part(gradient: Tensor | None, offset: int, numel: int) -> Tensor | None:
 
 def _coupled(rule: str, hyper: Sequence[float]) -> tuple[float, float]:
     """Coupled weight decay and the gradient's sign."""
-    if rule == "mix":
-        return 0.0, 1.0
-    return (hyper[3], hyper[4]) if rule == "sgd" else (hyper[8], hyper[10])
+    if rule == "sgd":
+        sgd = Sgd(*hyper)
+        return sgd.decay, sgd.sign
+    if rule == "adam":
+        adam = Adam(*hyper)
+        return adam.coupled, adam.sign
+    return 0.0, 1.0
 
 
 def _left_by_decay(rule: str, hyper: Sequence[float]) -> float:
-    return 1.0 - hyper[0] * hyper[9] if rule == "adam" else 1.0
+    if rule != "adam":
+        return 1.0
+    adam = Adam(*hyper)
+    return 1.0 - adam.lr * adam.decoupled
 
 
 def _descents(gradients: Views, x: Views, scratch: Tensor, factor: float, decay: float) -> Views:
@@ -268,7 +279,7 @@ def _descents(gradients: Views, x: Views, scratch: Tensor, factor: float, decay:
 
 
 def _sgd(x: Views, g: Views, states: list[Views], steps: Views, hyper: Sequence[float], raw: bool) -> None:
-    lr, momentum, undamped, decay, sign, nesterov = hyper
+    sgd = Sgd(*hyper)
     # torch takes whether a buffer begins, as its first gradient, for all pieces of a call.
     begins = [bool(states) and step.item() == 1 for step in steps]
     for first in (False, True):
@@ -278,19 +289,19 @@ def _sgd(x: Views, g: Views, states: list[Views], steps: Views, hyper: Sequence[
                 [x[i] for i in some],
                 [g[i] for i in some],
                 [buffer[i] for buffer in states for i in some],
-                weight_decay=decay if raw else 0.0,
-                momentum=momentum if states else 0.0,
-                lr=lr,
-                dampening=1.0 - undamped,
-                nesterov=bool(nesterov),
-                maximize=raw and sign < 0,
+                weight_decay=sgd.decay if raw else 0.0,
+                momentum=sgd.momentum if states else 0.0,
+                lr=sgd.lr,
+                dampening=1.0 - sgd.undamped,
+                nesterov=bool(sgd.nesterov),
+                maximize=raw and sgd.sign < 0,
                 is_first_step=first,
             )
 
 
 def _adam(x: Views, g: Views, states: list[Views], steps: Views, hyper: Sequence[float], raw: bool) -> None:
-    lr, beta1, _, beta2, _, _, _, eps, coupled, decoupled, sign = hyper
-    native = torch._fused_adam_ if raw and coupled else torch._fused_adamw_
+    adam = Adam(*hyper)
+    native = torch._fused_adam_ if raw and adam.coupled else torch._fused_adamw_
     native(
         x,
         g,
@@ -299,13 +310,17 @@ def _adam(x: Views, g: Views, states: list[Views], steps: Views, hyper: Sequence
         states[2] if len(states) == 3 else [],
         steps,
         amsgrad=len(states) == 3,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=decoupled or (coupled if raw else 0.0),
-        eps=eps,
-        maximize=raw and sign < 0,
+        lr=adam.lr,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        weight_decay=adam.decoupled or (adam.coupled if raw else 0.0),
+        eps=adam.eps,
+        maximize=raw and adam.sign < 0,
     )
+    if len(states) == 3:
+        # torch's loop over whole vectors keeps a NaN of either, the one over what is left behind them does not.
+        ends = [[state[-_VECTOR:] for state in views] for views in states[1:]]
+        torch._foreach_maximum_(ends[1], ends[0])
 
 
 _UPDATES: dict[str, Callable[[Views, Views, list[Views], Views, Sequence[float], bool], None]] = {

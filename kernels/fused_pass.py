@@ -15,14 +15,16 @@ in one place of a tuple is a bit of a constexpr instead, or follows from a dtype
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from . import rules
+from . import reference, rules
 from .lossy import give, held, mix_wired, nearest, stochastic
 from .passes import Pass
 from .region import ALIGNMENT, BLOCK, Gradients
@@ -107,6 +109,7 @@ def fused_pass(
     weights,
     hyper,
     RULE: tl.constexpr,
+    NAMES: tl.constexpr,
     LEFT: tl.constexpr,
     OWN: tl.constexpr,
     ZERO_MISSING: tl.constexpr,
@@ -191,6 +194,8 @@ def fused_pass(
     if extra is not None:
         hyper = hyper + (tl.load(extra).to(tl.float32),)  # noqa: RUF005
 
+    if NAMES is not None:
+        hyper = NAMES(*hyper)
     x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
     if not LEFT & 1:
         x_new = tl.where(update, x_new, mixed[0])
@@ -232,6 +237,32 @@ def advance(steps, addresses, found_inf, count, BLOCK: tl.constexpr):
         increment = tl.where(tl.load(found_inf) == 0.0, 1.0, 0.0)
     increment = tl.where(tl.load(addresses + at, mask=inside, other=0) != 0, increment, 0.0)
     tl.store(steps + at, tl.load(steps + at, mask=inside) + increment, mask=inside)
+
+
+class Names:
+    """Gives a rule's numbers their names in device code, where it is a constexpr that is called.
+
+    The named tuple's class can't be one itself: from 3.6 on Triton takes it for one of its instances. What is compiled is
+    known on disk by `cache_key`, in which the names must stand, in order.
+    """
+
+    def __init__(self, names: Callable[..., tuple[Any, ...]]) -> None:
+        self._names = names
+        self.cache_key = " ".join(inspect.signature(names).parameters)
+
+    def __call__(self, *numbers: Any) -> tuple[Any, ...]:
+        """The named tuple of these numbers."""
+        return self._names(*numbers)
+
+    def __repr__(self) -> str:
+        return f"Names({self.cache_key})"
+
+
+@functools.cache
+def _names(rule: str) -> Names | None:
+    """The names of a rule's numbers; None if its twin's signature says none."""
+    names = reference.names_of(reference.RULES[rule])
+    return None if names is None else Names(names)
 
 
 def num_warps(param: torch.dtype, grad: torch.dtype, others: Sequence[torch.dtype], states: int) -> int:
@@ -301,6 +332,7 @@ def launch(work: Pass) -> None:
             tuple(map(float, work.weights)),
             tuple(map(float, work.hyper)),
             RULE=getattr(rules, work.rule),
+            NAMES=_names(work.rule),
             LEFT=_left(work.rule),
             OWN=sum(1 << m for m, tensor in enumerate(sent) if tensor is param),
             ZERO_MISSING=work.missing == "zero",

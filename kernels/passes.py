@@ -32,7 +32,7 @@ class Pass:
         rule: one of `RULES`.
         param: flat parameters [N], fp32, bf16 or fp16, or fp64 on the CPU.
         states: flat states [N] of the rule, fp32 or bf16 (fp64 with fp64 parameters).
-        hyper: the rule's floats, in the order that its function in `reference` documents.
+        hyper: the rule's floats, as the named tuple of its signature in `reference` or in the order of that.
         region: the parameters to go over.
         grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
         steps: fp32 [P], per parameter of the segment, how many updates were made before this one; None counts as 0.

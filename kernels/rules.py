@@ -1,10 +1,12 @@
 """The update rules on the GPU: one device function each, the twin of the function of the same name in `reference.py`.
 
 A rule is `RULE(x, mixed, g, states, step, hyper) -> (x_new, states_new, messages)` on fp32 blocks in registers;
-`mixed`, `states` and `messages` are tuples of blocks, `step` and the floats of `hyper` run-time scalars. Division and
-square root of blocks are correctly rounded, as numpy's are. (torch's square root on the CPU is not: one in six fp32
-results is off by one unit in the last place, so the last bits of Adam's steps differ between the two.) States beyond those
-that the pass was given are dropped.
+`mixed`, `states` and `messages` are tuples of blocks, `step` and the floats of `hyper` run-time scalars. `hyper` has the
+names that the twin's signature gives it. States beyond those that the pass was given are dropped.
+
+Division and square root of blocks are correctly rounded, as numpy's are. (torch's square root on the CPU is not: one in six
+fp32 results is off by one unit in the last place, so the last bits of Adam's steps differ between the two.) Triton 3.5's
+take subnormal numbers for zero.
 """
 
 import triton
@@ -45,30 +47,28 @@ def mix(x, mixed, g, states, step, hyper):
 @triton.jit
 def sgd(x, mixed, g, states, step, hyper):
     """torch.optim.SGD; states () or (momentum_buffer,)."""
-    lr, momentum, undamped, decay, sign, nesterov = hyper
-    d = descent(g, x, sign, decay)
+    d = descent(g, x, hyper.sign, hyper.decay)
     buf = d
     if len(states) == 1:
-        buf = tl.where(step == 1.0, d, momentum * states[0] + undamped * d)
-        d = tl.where(nesterov != 0.0, d + momentum * buf, buf)
-    x_new = mixed[0] - lr * d
+        buf = tl.where(step == 1.0, d, hyper.momentum * states[0] + hyper.undamped * d)
+        d = tl.where(hyper.nesterov != 0.0, d + hyper.momentum * buf, buf)
+    x_new = mixed[0] - hyper.lr * d
     return x_new, (buf,), (x_new,)
 
 
 @triton.jit
 def moments(m, v, d, hyper):
-    """Adam's moments after d; `hyper` is adam's, here and below."""
-    m = tl.where(hyper[2] < 0.5, m + hyper[2] * (d - m), d - hyper[1] * (d - m))
-    return m, hyper[3] * v + hyper[4] * d * d
+    """Adam's moments after d."""
+    m = tl.where(hyper.undecayed1 < 0.5, m + hyper.undecayed1 * (d - m), d - hyper.beta1 * (d - m))
+    return m, hyper.beta2 * v + hyper.undecayed2 * d * d
 
 
 @triton.jit
 def stride(x, start, m, v, step, hyper):
     """Adam's step from `start` with these moments and decoupled decay at x."""
-    lr, _, _, _, _, log1, log2, eps, _, decoupled, _ = hyper
-    rescale = 1.0 / tl.sqrt_rn(one_minus_power(log2, step))
-    size = lr / one_minus_power(log1, step)
-    return start - tl.div_rn(size * m, tl.sqrt_rn(v) * rescale + eps) - lr * decoupled * x
+    rescale = 1.0 / tl.sqrt_rn(one_minus_power(hyper.log_beta2, step))
+    size = hyper.lr / one_minus_power(hyper.log_beta1, step)
+    return start - tl.div_rn(size * m, tl.sqrt_rn(v) * rescale + hyper.eps) - hyper.lr * hyper.decoupled * x
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def adapt(x, start, d, states, step, hyper):
 @triton.jit
 def adam(x, mixed, g, states, step, hyper):
     """torch.optim.Adam and AdamW; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    x_new, states = adapt(x, mixed[0], descent(g, x, hyper[10], hyper[8]), states, step, hyper)
+    x_new, states = adapt(x, mixed[0], descent(g, x, hyper.sign, hyper.coupled), states, step, hyper)
     return x_new, states, (x_new,)
 
 
@@ -93,47 +93,42 @@ def adam(x, mixed, g, states, step, hyper):
 def accum_adam(x, mixed, g, states, step, hyper):
     """AccumAdam and AccumAdamW; states (exp_avg, exp_avg_sq, accumulator)."""
     m, v, total = states
-    period = hyper[11]
-    d = descent(g, x, hyper[10], hyper[8])
+    d = descent(g, x, hyper.sign, hyper.coupled)
     # Correctly rounded, the quotient is an integer only for multiples of the period.
-    k = tl.ceil(tl.div_rn(step, period))
-    x_new, _ = adapt(x, mixed[0], d, (m, v), k, hyper[:11])
-    total += d * (1.0 / period)
-    m_new, v_new = moments(m, v, total, hyper[:11])
-    commit = k * period == step
+    k = tl.ceil(tl.div_rn(step, hyper.period))
+    x_new, _ = adapt(x, mixed[0], d, (m, v), k, hyper)
+    total += d * (1.0 / hyper.period)
+    m_new, v_new = moments(m, v, total, hyper)
+    commit = k * hyper.period == step
     return x_new, (tl.where(commit, m_new, m), tl.where(commit, v_new, v), tl.where(commit, 0.0, total)), (x_new,)
 
 
 @triton.jit
 def descend(x, mixed, g, states, step, hyper):
     """Before `decentlam` and `dag`; no states."""
-    lr, decay, sign = hyper
-    return x, (), (x - lr * descent(g, x, sign, decay),)
+    return x, (), (x - hyper.lr * descent(g, x, hyper.sign, hyper.decay),)
 
 
 @triton.jit
 def decentlam(x, mixed, g, states, step, hyper):
     """DecentLaM after `descend`; states (u,)."""
-    carry, active = hyper
-    x_new = tl.where(active != 0.0, mixed[0] - carry * states[0], mixed[0])
-    return x_new, (tl.where(active != 0.0, x - x_new, states[0]),), ()
+    x_new = tl.where(hyper.active != 0.0, mixed[0] - hyper.carry * states[0], mixed[0])
+    return x_new, (tl.where(hyper.active != 0.0, x - x_new, states[0]),), ()
 
 
 @triton.jit
 def quasi_global_before(x, mixed, g, states, step, hyper):
     """Before `quasi_global`; states (mh,)."""
-    lr, momentum, decay, sign, nesterov = hyper
-    d = descent(g, x, sign, decay)
-    m = d + momentum * states[0]
-    return x, states, (x - lr * tl.where(nesterov != 0.0, d + momentum * m, m),)
+    d = descent(g, x, hyper.sign, hyper.decay)
+    m = d + hyper.momentum * states[0]
+    return x, states, (x - hyper.lr * tl.where(hyper.nesterov != 0.0, d + hyper.momentum * m, m),)
 
 
 @triton.jit
 def quasi_global(x, mixed, g, states, step, hyper):
     """Quasi-global momentum after `quasi_global_before`; states (mh,)."""
-    lr, mu, undecayed = hyper
-    moving = lr != 0.0
-    mh = mu * states[0] + undecayed / tl.where(moving, lr, 1.0) * (x - mixed[0])
+    moving = hyper.lr != 0.0
+    mh = hyper.mu * states[0] + hyper.undecayed / tl.where(moving, hyper.lr, 1.0) * (x - mixed[0])
     return mixed[0], (tl.where(moving, mh, states[0]),), ()
 
 
@@ -162,17 +157,16 @@ def extra(x, mixed, g, states, step, hyper):
 @triton.jit
 def tracking(x, mixed, g, states, step, hyper):
     """Gradient and momentum tracking, of two messages; states (y, u)."""
-    lr, momentum, decay, sign = hyper
-    u = descent(g, x, sign, decay) + momentum * states[1]
+    u = descent(g, x, hyper.sign, hyper.decay) + hyper.momentum * states[1]
     y = mixed[1] + (u - states[1])
-    x_new = mixed[0] - lr * y
+    x_new = mixed[0] - hyper.lr * y
     return x_new, (y, u), (x_new, y)
 
 
 @triton.jit
 def adam_tracking(x, mixed, g, states, step, hyper):
     """GT-Adam, of two messages; states (y, g_prev, exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    d = descent(g, x, hyper[10], hyper[8])
+    d = descent(g, x, hyper.sign, hyper.coupled)
     y = mixed[1] + (d - states[1])
     x_new, kept = adapt(x, mixed[0], y, states[2:], step, hyper)
     return x_new, (y, d) + kept, (x_new, y)  # noqa: RUF005
@@ -181,8 +175,8 @@ def adam_tracking(x, mixed, g, states, step, hyper):
 @triton.jit
 def dag(x, mixed, g, states, step, hyper):
     """Communicate, then adapt, after `descend`; states (exp_avg, exp_avg_sq[, max_exp_avg_sq])."""
-    moving = hyper[0] != 0.0
-    d = (x - mixed[0]) * (1.0 / tl.where(moving, hyper[0], 1.0))
+    moving = hyper.lr != 0.0
+    d = (x - mixed[0]) * (1.0 / tl.where(moving, hyper.lr, 1.0))
     x_new, kept = adapt(x, x, d, states, tl.maximum(step - 1.0, 1.0), hyper)
     new_states = ()
     for s in tl.static_range(len(states)):
@@ -194,26 +188,24 @@ def dag(x, mixed, g, states, step, hyper):
 def quasi_global_adam_before(x, mixed, g, states, step, hyper):
     """Before `quasi_global_adam`; states (mh, vh, delta)."""
     mh, vh, delta = states
-    inverse_norm = hyper[11]
-    mh_new, vh_new = moments(mh, vh, delta * inverse_norm, hyper[:11])
-    mh = tl.where(inverse_norm != 0.0, mh_new, mh)
-    vh = tl.where(inverse_norm != 0.0, vh_new, vh)
-    d = descent(g, x, hyper[10], hyper[8])
-    m, v = hyper[1] * mh + d, hyper[3] * vh + hyper[4] * d * d
-    return x, (mh, vh, delta), (stride(x, x, m, v, step, hyper[:11]),)
+    mh_new, vh_new = moments(mh, vh, delta * hyper.inverse_norm, hyper)
+    mh = tl.where(hyper.inverse_norm != 0.0, mh_new, mh)
+    vh = tl.where(hyper.inverse_norm != 0.0, vh_new, vh)
+    d = descent(g, x, hyper.sign, hyper.coupled)
+    m, v = hyper.beta1 * mh + d, hyper.beta2 * vh + hyper.undecayed2 * d * d
+    return x, (mh, vh, delta), (stride(x, x, m, v, step, hyper),)
 
 
 @triton.jit
 def quasi_global_adam(x, mixed, g, states, step, hyper):
     """The model's move, after `quasi_global_adam_before`; states (delta,)."""
-    return mixed[0], (tl.where(hyper[0] != 0.0, x - mixed[0], 0.0),), ()
+    return mixed[0], (tl.where(hyper.active != 0.0, x - mixed[0], 0.0),), ()
 
 
 @triton.jit
 def outer(x, mixed, g, states, step, hyper):
     """DiLoCo's and NoLoCo's outer step; states (phi, m)."""
-    lr, momentum, nesterov = hyper
-    pull = lr * (mixed[0] - states[0])
-    m = momentum * states[1] + pull
-    phi = states[0] + tl.where(nesterov != 0.0, pull + momentum * m, m)
+    pull = hyper.lr * (mixed[0] - states[0])
+    m = hyper.momentum * states[1] + pull
+    phi = states[0] + tl.where(hyper.nesterov != 0.0, pull + hyper.momentum * m, m)
     return phi, (phi, m), ()

@@ -262,6 +262,15 @@ def test_scalars_never_recompile(name, compiler):
     assert len(compiler.compiled()) == 1
 
 
+def test_a_kernel_kept_on_disk_is_another_one_once_its_numbers_change_places(compiler, monkeypatch):
+    launch("sgd", 1, torch.float32)
+    (kernel,) = compiler.compiled()
+    names, before = fused_pass._names("sgd"), kernel.src.hash()
+    assert names.cache_key == "lr momentum undamped decay sign nesterov"
+    monkeypatch.setattr(names, "cache_key", "momentum lr undamped decay sign nesterov")
+    assert kernel.src.hash() != before
+
+
 def test_structure_does_recompile(compiler):
     for neighbours in (0, 1):
         for options in ({}, {"found_inf": None}, {"messages": True}, {"grads": None}, {"missing": "zero"}):

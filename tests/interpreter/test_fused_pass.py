@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -286,23 +287,27 @@ def test_a_region_leaves_the_rest_of_its_segment_alone(first):
 @triton.jit
 def probe(x, mixed, g, states, step, hyper):
     """Two messages mixed, two made: what a tracking rule needs."""
-    (lr,) = hyper
     y = mixed[1] + g - states[0]
-    return mixed[0] - lr * y, (g,), (mixed[0] - lr * y, y)
+    x_new = mixed[0] - hyper.rate * y
+    return x_new, (g,), (x_new, y)
 
 
-def probe_reference(x, mixed, g, states, step, hyper):
-    (lr,) = hyper
+class Probe(NamedTuple):
+    rate: float
+
+
+def probe_reference(x, mixed, g, states, step, hyper: Probe):
     y = mixed[1] + g - states[0]
-    return mixed[0] - lr * y, (g,), (mixed[0] - lr * y, y)
+    x_new = mixed[0] - hyper.rate * y
+    return x_new, (g,), (x_new, y)
 
 
 @pytest.mark.parametrize("neighbours", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_new_rule_is_a_function_and_its_twin(monkeypatch, neighbours, dtype):
     monkeypatch.setattr(rules, "probe", probe, raising=False)
-    monkeypatch.setitem(reference.RULES, "probe", probe_reference)
-    row = Row("probe", (0.1,), "g0", "x0", 1, 2, ("message", "message"))
+    monkeypatch.setitem(reference.RULES, "probe", reference.with_names(probe_reference))
+    row = Row("probe", Probe(0.1), "g0", "x0", 1, 2, ("message", "message"))
     Case(row, dtype, neighbours, absent=frozenset({1}), numels=(65, 64, 1025)).check()
 
 
