@@ -28,22 +28,23 @@ from torch import Tensor, nn
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
-from fusedfog.exchange import Link, Message
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.group import GroupView, find_group
+from fusedfog.comm.transfer import Transfer
 from fusedfog.rhythm import Rhythm
-from fusedfog.world import World, find_world
 
 TRANSFERS = r"nccl|Memcpy DtoD"
 """What a message to oneself is on the GPU's timeline."""
 
 
-class LoopLink(Link):
+class LoopLink(Communicator):
     """The link of one rank that stands for `size`: what goes to a neighbour goes to itself."""
 
     def __init__(self, place: torch.device, size: int) -> None:
-        super().__init__(find_world(), place)
-        self.world = World(0, size, self.world.group)
+        super().__init__(find_group(), place)
+        self.world = GroupView(0, size, self.world.group)
 
-    def start(self, sends: Sequence[Any], recvs: Sequence[Any], *, tag: int, label: str) -> Message:
+    def start(self, sends: Sequence[Any], recvs: Sequence[Any], *, tag: int, label: str) -> Transfer:
         ours = [[(0, tensor) for _, tensor in parcels] for parcels in (sends, recvs)]
         return super().start(*ours, tag=tag, label=label)
 

@@ -26,7 +26,8 @@ from recorded import record
 from torch import Tensor, nn
 
 import fusedfog
-from fusedfog.exchange import Link, Message
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.transfer import Transfer
 
 STEPS, WARM = 20, 3
 METHODS = [
@@ -213,7 +214,7 @@ def stage_through_host(device: torch.device) -> None:
     sent: dict[int, int] = {}
 
     def start(
-        self: Link, message: Message, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[Any], tag: int = 0
+        self: Communicator, message: Transfer, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[Any], tag: int = 0
     ) -> None:
         # The engine starts the same messages in the same order on both ranks, so that a count can be the tag.
         tag = sent[id(self)] = sent.get(id(self), 0) + 1
@@ -228,7 +229,7 @@ def stage_through_host(device: torch.device) -> None:
             works.append((Staged(work, host, None), f"sending to rank {peer}"))
         message.pending = works
 
-    setattr(Link, "_start_grouped" if device.type == "cuda" else "_start_tagged", start)
+    setattr(Communicator, "_start_grouped" if device.type == "cuda" else "_start_tagged", start)
 
 
 def read_in_place(notes: Notes, rank: int) -> None:

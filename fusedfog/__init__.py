@@ -3,6 +3,8 @@
 from fusedfog import ops, topology
 from fusedfog.algorithms import Outer
 from fusedfog.checkpoint import load_checkpoint, save_checkpoint
+from fusedfog.comm.group import init
+from fusedfog.comm.subgroup import new_group
 from fusedfog.data_parallel import local_gradients
 from fusedfog.decentralized import Decentralized
 from fusedfog.errors import (
@@ -16,7 +18,6 @@ from fusedfog.errors import (
     TornMessageWarning,
     UnsupportedEnvironment,
 )
-from fusedfog.groups import new_group
 from fusedfog.ops import (
     Work,
     allreduce_parameters,
@@ -29,7 +30,6 @@ from fusedfog.ops import (
 )
 from fusedfog.optim import SGD, AccumAdamW, Adam, AdamW
 from fusedfog.topology import Topology
-from fusedfog.world import init
 
 __all__ = [
     "SGD",

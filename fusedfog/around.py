@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedfog.comm.profiling import span
 from fusedfog.kernels import Pass, run_pass
 from fusedfog.lanes import Sweep
 from fusedfog.scheduler import Scheduler
-from fusedfog.trace import span
 
 
 class AroundScheduler(Scheduler):
     """A scheduler that leaves the update to somebody else."""
 
-    def step_around(
-        self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def step_around(self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
 
         awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x

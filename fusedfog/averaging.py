@@ -1,64 +1,18 @@
-"""Global averages over all ranks of a link: parameters, gradients, consensus distance. Collective, bucket by bucket."""
+"""The mean gradient over all ranks, bucket by bucket."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.exchange import Link, Message
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.transfer import Transfer
 from fusedfog.flat import FlatSegment, addresses_of
 from fusedfog.kernels import Gradients, device
 from fusedfog.layout import Bucket
-
-_CHUNK = 1 << 22
-"""Elements averaged at a time, so that the temporaries stay small beside the model."""
-
-
-def _chunks(flat: Tensor) -> Sequence[Tensor]:
-    return flat.split(_CHUNK) if flat.numel() else ()
-
-
-def _accumulator(chunk: Tensor) -> Tensor:
-    # Sums of bf16 over many ranks would lose the digits that the average is taken for.
-    return chunk.to(torch.float64 if chunk.dtype == torch.float64 else torch.float32, copy=True)
-
-
-def average_in_place(flats: Sequence[Tensor], link: Link | None) -> None:
-    """Replace each floating-point tensor by its mean over the ranks (fp32 sums for 16-bit tensors)."""
-    if link is None:
-        return
-    for flat in flats:
-        for chunk in _chunks(flat):
-            total = _accumulator(chunk)
-            dist.all_reduce(total, group=link.group)
-            chunk.copy_(total.div_(link.world.size))
-
-
-def broadcast(flats: Sequence[Tensor], link: Link | None, src: int = 0) -> None:
-    """Replace each tensor by group rank `src`'s."""
-    if link is None:
-        return
-    for flat in flats:
-        if flat.numel():
-            dist.broadcast(flat, group=link.group, group_src=src)
-
-
-def consensus_distance(segments: Sequence[FlatSegment], link: Link | None) -> float:
-    """sqrt( (1/n) sum_i ||x_i - mean||^2 ) over all mixed parameters, measured now."""
-    if link is None or not segments:
-        return 0.0
-    square = torch.zeros(1, dtype=torch.float64, device=segments[0].param.device)
-    for segment in segments:
-        for chunk in _chunks(segment.param) if segment.layout.mix else ():
-            mean = _accumulator(chunk)
-            dist.all_reduce(mean, group=link.group)
-            square += mean.div_(link.world.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
-    dist.all_reduce(square, group=link.group)
-    return math.sqrt(square.item() / link.world.size)
 
 
 class GradientAverage:
@@ -69,12 +23,12 @@ class GradientAverage:
     gradient contributes zero, as under DistributedDataParallel.
     """
 
-    def __init__(self, segment: FlatSegment, bucket: Bucket, link: Link) -> None:
+    def __init__(self, segment: FlatSegment, bucket: Bucket, link: Communicator) -> None:
         self.segment, self.bucket, self.link = segment, bucket, link
         self.slots = segment.layout.slots[bucket.first : bucket.last]
         self.length = bucket.stop - bucket.start
         self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1)
-        self._message: Message | None = None
+        self._message: Transfer | None = None
         self._places = [self.buffer[slot.start - bucket.start : slot.stop - bucket.start] for slot in self.slots]
         self._homes = torch.tensor(addresses_of(self._places), device=self.buffer.device)
         self._flags = self.buffer[self.length : -1]
@@ -96,7 +50,7 @@ class GradientAverage:
             torch.mul(found_inf.reshape(()), 1.0 / self.link.world.size, out=self.buffer[-1])
         else:
             self.buffer[-1].zero_()
-        self._message = Message(self.link, "gradients")
+        self._message = Transfer(self.link, "gradients")
         work = dist.all_reduce(self.buffer, group=self.link.group, async_op=True)
         self._message.pending.append((work, "averaging with all ranks"))
 

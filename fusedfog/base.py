@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fusedfog import construction, data_parallel
-from fusedfog.averaging import average_in_place, consensus_distance
 from fusedfog.capture import CapturableScheduler, recording
+from fusedfog.comm.averaging import average_in_place, consensus_distance
+from fusedfog.comm.registry import leave
 from fusedfog.construction import Options
 from fusedfog.origin import has_messages, origin_of, take_origin
 from fusedfog.scheduler import Scheduler
@@ -319,7 +320,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
         self._engine.check_storage()
         engine = self._engine
-        distance = consensus_distance(engine.segments, construction.measuring_link(engine, self._options))
+        flats = [segment.param for segment in engine.segments if segment.layout.mix]
+        distance = consensus_distance(flats, construction.measuring_link(engine, self._options))
         if engine.sharding is not None:
             own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
             distance = engine.sharding.norm(own).item()
@@ -371,7 +373,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """
         engine = self._engine
         if engine.link is not None:
-            engine.link.leave(engine.clock.steps)
+            leave(engine.link, engine.clock.steps)
             engine.discard()
 
     @contextmanager

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedfog.comm.group import find_group, init
 from fusedfog.plan.links import Links
 from fusedfog.plan.network import Link, Network, allreduce_seconds
 from fusedfog.plan.units import show_bytes, show_rate, show_time
-from fusedfog.world import find_world, init
 
 SIZES = tuple(4 << 10 << (2 * k) for k in range(7))
 """Bytes: 4 KiB to 16 MiB."""
@@ -60,7 +60,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """
     device = init(options.backend)
     links, samples = calibrate(device)
-    if find_world().rank == 0:
+    if find_group().rank == 0:
         report(links, samples)
         links.write(options.out, backend=dist.get_backend(), measured=[asdict(sample) for sample in samples])
         print(
@@ -84,7 +84,7 @@ def calibrate(device: torch.device) -> tuple[Links, list[Sample]]:
     Raises:
         ValueError: fewer than two ranks, or machines with different numbers of ranks.
     """
-    world = find_world()
+    world = find_group()
     if world.size < 2:
         raise ValueError(
             "links are between ranks: run `torchrun --nproc-per-node 2 -m fusedfog calibrate` or more ranks"
@@ -155,7 +155,7 @@ def _together(machines: Sequence[Sequence[int]], size: int, device: torch.device
 
 
 def _exchange(peers: dict[int, int], size: int, device: torch.device) -> float:
-    rank = find_world().rank
+    rank = find_group().rank
     sent, received = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
     def run() -> None:
@@ -208,7 +208,7 @@ def _slowest(seconds: float, device: torch.device) -> float:
 
 def report(links: Links, samples: Sequence[Sample]) -> None:
     """Print what was measured."""
-    world = find_world()
+    world = find_group()
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     print(f"{world.size} ranks, {links.local} per machine, {dist.get_backend()}, OMP_NUM_THREADS {threads}\n")
     print(f"{'':<50}{'size':>10}{'time':>12}{'rate':>28}")

@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from fusedfog import origin
 from fusedfog.base import DecentralizedOptimizer
+from fusedfog.comm.group import GroupView, find_group
 from fusedfog.construction import measuring_link
 from fusedfog.storage import COMPENSATION
 from fusedfog.wires import is_wire_state
-from fusedfog.world import World, find_world
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, **extra: Any) -> None:
@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
         entries = _read(path, stored, world.rank, like)
     else:
         # A rank of a sharded replica holds a part that no other reads, so it averages by itself.
-        readers = World(0, 1, None) if like else world
+        readers = GroupView(0, 1, None) if like else world
         entries = _average(path, stored, ranks, readers, next(model.parameters()).device, like)
     rest = entries.pop("rest")
     states: dict[int, dict[str, Any]] = {}
@@ -115,13 +115,13 @@ def _check_model(path: str | Path, model: nn.Module, weights: Mapping[str, Tenso
             )
 
 
-def _replicas(opt: DecentralizedOptimizer) -> World:
+def _replicas(opt: DecentralizedOptimizer) -> GroupView:
     """This rank's replica among all replicas of the model: itself among all ranks, unless parameters are sharded."""
     engine = opt._engine
     if engine.sharding is None:
-        return find_world()
+        return find_group()
     link = measuring_link(engine, opt._options)
-    return link.world if link is not None else World(0, 1, None)
+    return link.world if link is not None else GroupView(0, 1, None)
 
 
 def _shards(model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, DTensor]:
@@ -165,7 +165,7 @@ def _average(
     path: str | Path,
     stored: Mapping[str, Any],
     ranks: int,
-    world: World,
+    world: GroupView,
     device: torch.device,
     like: Mapping[str, DTensor],
 ) -> dict[str, Any]:

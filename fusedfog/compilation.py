@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm
+from fusedfog.comm.agreement import agree, next_agreement
+from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout
-from fusedfog.groups import next_agreement
 from fusedfog.kernels import COMPILED_RULES, compile_now
 from fusedfog.layout import Segment
 from fusedfog.topology import Topology
-from fusedfog.world import World
 
 _ROUNDS = 64
 _PATIENCE = timedelta(minutes=10)
@@ -69,7 +68,7 @@ def numbers_of_neighbours(topology: Topology | None, rank: int, averaging: bool,
     return found | ({1} if averaging else set()) | ({0} if pausing else set())
 
 
-def compile_everywhere(world: World, kinds: Sequence[Kind], timeout: timedelta | None, what: str) -> bool:
+def compile_everywhere(world: GroupView, kinds: Sequence[Kind], timeout: timedelta | None, what: str) -> bool:
     """Compile `kinds` of passes on every rank; False, with a warning, if no rank can.
 
     Args:

@@ -14,18 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.agreement import agree
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
 from fusedfog.around import AroundScheduler
-from fusedfog.averaging import broadcast
 from fusedfog.capture import CapturableScheduler, refuse
+from fusedfog.comm.agreement import agree, next_agreement
+from fusedfog.comm.averaging import broadcast
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
+from fusedfog.comm.registry import communicator_for
 from fusedfog.compilation import Kind, compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.environment import check_dtypes, check_kernel
-from fusedfog.exchange import Link, link_for
 from fusedfog.flat import dense_stride
 from fusedfog.gradient_exchange import AllReduceScheduler
-from fusedfog.groups import check_backend, group_timeout, next_agreement
-from fusedfog.hierarchy import Hierarchy, check_mesh
+from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import device
 from fusedfog.layout import ParamSpec, Segment, plan
 from fusedfog.rhythm import Rhythm
@@ -33,7 +34,6 @@ from fusedfog.scheduler import Scheduler
 from fusedfog.shards import room, segment_of, settle, sharding_of, stand_in
 from fusedfog.storage import WAYS, Storage, Way, wire_format
 from fusedfog.topology import Topology
-from fusedfog.world import World, find_world
 
 Groups = list[dict[str, Any]]
 
@@ -287,7 +287,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     alone = algorithm.exchanges == "nothing"
     given = options.mesh
     sharding, options, everyone = settle(groups, options, alone=alone)
-    world = World(0, 1, None) if alone else find_world(options.group)
+    world = GroupView(0, 1, None) if alone else find_group(options.group)
     mesh = options.mesh
     if mesh is not None:
         _check_by_machine(mesh, world, algorithm, options)
@@ -314,7 +314,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         if sharding is not None and everyone is not None:
             fields |= sharding.fields(groups, specs, given)
         agree(everyone or world, next_agreement(everyone or world), fields, group_timeout(world, place), kind)
-        link = link_for(world, place, options.comm_sms)
+        link = communicator_for(world, place, options.comm_sms)
         channel = link.open_channel()
         hierarchy = Hierarchy(mesh, place, options.comm_sms) if mesh is not None and topology is not None else None
         _warm_up(link, hierarchy, topology)
@@ -360,7 +360,7 @@ def _scheduler_for(algorithm: Algorithm, family: str, options: Options) -> type[
     return CapturableScheduler if options.capturable else Scheduler
 
 
-def _check_by_machine(mesh: DeviceMesh, world: World, algorithm: Algorithm, options: Options) -> None:
+def _check_by_machine(mesh: DeviceMesh, world: GroupView, algorithm: Algorithm, options: Options) -> None:
     """Raise ValueError for what does not go by machines."""
     check_mesh(mesh, world)
     if algorithm.graph == "any":
@@ -400,7 +400,7 @@ def _passes_to_compile(
     groups: Groups,
     layouts: Sequence[Segment],
     topology: Topology | None,
-    world: World,
+    world: GroupView,
     options: Options,
 ) -> list[Kind]:
     if not options.cpu_compile:
@@ -448,18 +448,18 @@ def extend(kind: str, engine: Scheduler, groups: Groups, options: Options) -> No
     engine.lay_lanes()
 
 
-def measuring_link(engine: Scheduler, options: Options) -> Link | None:
+def measuring_link(engine: Scheduler, options: Options) -> Communicator | None:
     """The link over which averages are taken; `local` optimizers have none of their own and meet here first.
 
     None where there is nothing to average: for a rank that is alone, and where FSDP keeps all replicas equal.
     """
     if engine.link is not None or (options.group is None and not dist.is_initialized()):
         return engine.link
-    if engine.sharding is not None and engine.sharding.keeps_equal(find_world(options.group)):
+    if engine.sharding is not None and engine.sharding.keeps_equal(find_group(options.group)):
         return None
     _, options, _ = settle(engine.groups, options, alone=False)
-    world = find_world(options.group)
-    return link_for(world, engine.segments[0].param.device) if world.size > 1 else None
+    world = find_group(options.group)
+    return communicator_for(world, engine.segments[0].param.device) if world.size > 1 else None
 
 
 def change_topology(kind: str, engine: Scheduler, topology: Topology | str | None) -> None:
@@ -481,7 +481,7 @@ def change_topology(kind: str, engine: Scheduler, topology: Topology | str | Non
         _warm_up(engine.link, None if mailbox is None else mailbox.hierarchy, chosen)
 
 
-def _warm_up(link: Link, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
+def _warm_up(link: Communicator, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
     """Open the connections of every round, the first ones of an endless topology, so that no step has to."""
     if topology is None or not link.on_gpu:
         return

@@ -7,12 +7,12 @@ import time
 from torch import Tensor
 
 from fusedfog.averaging import GradientAverage
-from fusedfog.exchange import unrecorded
+from fusedfog.comm.profiling import span
+from fusedfog.comm.transfer import unrecorded
 from fusedfog.gradients import multiplier
 from fusedfog.kernels import Gradients
 from fusedfog.lanes import EMPTY, Lane, Sweep
 from fusedfog.scheduler import Scheduler
-from fusedfog.trace import span
 
 
 class AllReduceScheduler(Scheduler):

@@ -20,20 +20,22 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.exchange import Link, Message, link_for
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.registry import communicator_for
+from fusedfog.comm.transfer import Transfer
+from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines, shards_of
 from fusedfog.kernels import device
 from fusedfog.topology import Round
-from fusedfog.two_level import MeshLine, Path, Paths, exchange, mesh_lines, shards_of
-from fusedfog.world import World
 
 
-class Chain(Message):
+class Chain(Transfer):
     """An exchange of several phases, carried out by a thread (gloo) or queued on a side stream (NCCL)."""
 
     def __init__(
-        self, link: Link, label: str, phases: Iterator[Message], on: ThreadPoolExecutor | torch.cuda.Stream
+        self, link: Communicator, label: str, phases: Iterator[Transfer], on: ThreadPoolExecutor | torch.cuda.Stream
     ) -> None:
         super().__init__(link, label)
+        self._device = link.device
         self._task: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
         if isinstance(on, ThreadPoolExecutor):
@@ -61,11 +63,11 @@ class Chain(Message):
         elif self.failure is not None:
             raise self.failure
         elif self._event is not None:
-            torch.cuda.current_stream(self.link.device).wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 @torch.no_grad()
-def _finish(phases: Iterator[Message]) -> None:
+def _finish(phases: Iterator[Transfer]) -> None:
     for message in phases:
         message.wait()
 
@@ -105,9 +107,9 @@ class Hierarchy:
             )
 
     def start(
-        self, link: Link, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
+        self, link: Communicator, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
     ) -> Chain:
-        """Start mixing each (sent, inbox) pair of flat tensors: inbox will hold sum_b W[a, b] mean_b. See `Message`.
+        """Start mixing each (sent, inbox) pair of flat tensors: inbox will hold sum_b W[a, b] mean_b. See `Transfer`.
 
         Args:
             round_: the machine's round of the topology.
@@ -122,7 +124,7 @@ class Hierarchy:
 
     def _all_phases(
         self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
-    ) -> Iterator[Message]:
+    ) -> Iterator[Transfer]:
         for i, (sent, inbox) in enumerate(pairs):
             yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label)
 
@@ -131,26 +133,18 @@ class Hierarchy:
         return Paths(_path(self._inside, 2 * number), _path(self._across, number), _path(self._back, 2 * number + 1))
 
 
-def _open(line: MeshLine, place: torch.device, comm_sms: int | None, number: int = 0) -> tuple[Link, int] | None:
+def _open(
+    line: MeshLine, place: torch.device, comm_sms: int | None, number: int = 0
+) -> tuple[Communicator, int] | None:
     """A link along a line with a channel of this optimizer's own; None where this rank is alone."""
     if line.size == 1:
         return None
-    link = link_for(line.world, place, comm_sms, number)
+    link = communicator_for(line.view, place, comm_sms, number)
     return link, link.open_channel()
 
 
-def _path(end: tuple[Link, int] | None, number: int) -> Path | None:
+def _path(end: tuple[Communicator, int] | None, number: int) -> Path | None:
     if end is None:
         return None
     link, channel = end
     return Path(link, link.tag(channel, number))
-
-
-def check_mesh(mesh: DeviceMesh, world: World) -> None:
-    """Raise ValueError unless the mesh is machines x local ranks over all ranks of the world."""
-    if mesh.ndim != 2:
-        raise ValueError(f"mesh must have two dimensions (machines, local ranks), got {mesh.ndim}")
-    if sorted(mesh.mesh.flatten().tolist()) != sorted(world.ranks):
-        raise ValueError(
-            f"mesh covers ranks {mesh.mesh.tolist()} but the optimizer's group has ranks {list(world.ranks)}"
-        )

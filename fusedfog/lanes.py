@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusedfog.averaging import GradientAverage
-from fusedfog.exchange import Message
+from fusedfog.comm.transfer import Transfer
 from fusedfog.flat import FlatSegment
 from fusedfog.kernels import Region, Wire
 from fusedfog.layout import Bucket, backward_order
@@ -47,7 +47,7 @@ class Lane:
     number: int
     segment: FlatSegment
     bucket: Bucket
-    message: Message | None = None
+    message: Transfer | None = None
     inbox: Inbox = EMPTY
     sources: Iterable[object] = ()
     versions: int = 0

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.profiling import span
+from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.errors import TornMessageWarning
-from fusedfog.exchange import Link, Message, Parcel, unrecorded
 from fusedfog.flat import FlatSegment
 from fusedfog.hierarchy import Hierarchy
 from fusedfog.kernels import Wire
@@ -24,7 +26,6 @@ from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
 from fusedfog.lanes import Inbox, Lane
 from fusedfog.pages import zeros
 from fusedfog.topology import Round, Topology
-from fusedfog.trace import span
 from fusedfog.wires import Wires
 
 
@@ -44,8 +45,8 @@ class Posting:
     """What one exchange of a bucket sends and receives in a round of the topology."""
 
     turn: Round
-    sends: list[Parcel]
-    recvs: list[Parcel]
+    sends: list[PeerTensor]
+    recvs: list[PeerTensor]
     inbox: Inbox
 
     @cached_property
@@ -70,13 +71,13 @@ class Mailbox:
         in_flight: every message not yet waited for, for whoever must finish them.
     """
 
-    link: Link
+    link: Communicator
     channel: int
     messages: tuple[str, ...]
     figures: Figures
     hierarchy: Hierarchy | None = None
     wires: Wires | None = None
-    in_flight: list[Message] = field(default_factory=list)
+    in_flight: list[Transfer] = field(default_factory=list)
     _inboxes: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     _turn: tuple[Topology, int, Round] | None = None
     _postings: dict[tuple[Lane, int] | None, Posting] = field(default_factory=dict)
@@ -122,8 +123,8 @@ class Mailbox:
     def _make_posting(self, lane: Lane, topology: Topology, exchange: int) -> Posting:
         turn = self._round(topology, self.link.world.rank, exchange)
         ends = self.wires.of(lane.segment, exchange) if self.wires is not None else ()
-        sends: list[Parcel] = []
-        recvs: list[Parcel] = []
+        sends: list[PeerTensor] = []
+        recvs: list[PeerTensor] = []
         inboxes: list[tuple[Tensor, ...]] = []
         scales: list[tuple[Tensor | None, ...]] = []
         for m, name in enumerate(self.messages):
@@ -162,7 +163,7 @@ class Mailbox:
 
     def send_to_all(self, lane: Lane, label: str) -> None:
         """Start a full average of a bucket: the inbox will hold the mean over all ranks, with weight one."""
-        message = Message(self.link, label)
+        message = Transfer(self.link, label)
         size = self.link.world.size
         inboxes = []
         with span("exchange", (lane.number,), to=("all",), sources=("all",)):
@@ -186,7 +187,7 @@ class Mailbox:
             self._turn = (topology, exchange, topology.round(place, exchange))
         return self._turn[2]
 
-    def _launch(self, lane: Lane, message: Message) -> None:
+    def _launch(self, lane: Lane, message: Transfer) -> None:
         lane.message = message
         if not lane.counted:
             lane.count_edits()
@@ -262,7 +263,12 @@ class Mailbox:
 
 
 def _post(
-    sends: list[Parcel], recvs: list[Parcel], turn: Round, flat: Tensor, inbox: Sequence[Tensor | None], here: slice
+    sends: list[PeerTensor],
+    recvs: list[PeerTensor],
+    turn: Round,
+    flat: Tensor,
+    inbox: Sequence[Tensor | None],
+    here: slice,
 ) -> None:
     """Add what a round sends of a flat tensor, and where it receives the same of others."""
     sends += [(peer, _portable(flat[here])) for peer in turn.send]
@@ -274,7 +280,7 @@ def _portable(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
-def abandon(link: Link, in_flight: list[Message]) -> None:
+def abandon(link: Communicator, in_flight: list[Transfer]) -> None:
     """What becomes of the messages of an optimizer that is gone: the link keeps them until they have completed."""
     for message in in_flight:
         link.keep(message)

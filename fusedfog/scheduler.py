@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
-from fusedfog.exchange import Link
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.profiling import span
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, measured_norms, multiplier
 from fusedfog.hierarchy import Hierarchy
@@ -45,7 +46,6 @@ from fusedfog.push_sum import PushSum, Shares
 from fusedfog.rhythm import Clock, Rhythm
 from fusedfog.shards import Sharding
 from fusedfog.topology import Topology
-from fusedfog.trace import span
 from fusedfog.wires import Wires
 
 
@@ -78,7 +78,7 @@ class Scheduler:
         segments: list[FlatSegment],
         algorithm: Algorithm,
         topology: Topology | None,
-        link: Link | None,
+        link: Communicator | None,
         channel: int,
         rhythm: Rhythm,
         hierarchy: Hierarchy | None = None,

@@ -39,11 +39,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.dlpack import from_dlpack
 
+from fusedfog.comm.group import GroupView, check_mesh, find_group
 from fusedfog.flat import FlatSegment, window
-from fusedfog.hierarchy import check_mesh
 from fusedfog.layout import Bucket, ParamSpec, Segment
 from fusedfog.storage import EXACT, Storage
-from fusedfog.world import World, find_world
 
 if TYPE_CHECKING:
     from fusedfog.construction import Options
@@ -76,7 +75,7 @@ class Sharding:
         """Their global ranks, in the order of shards."""
         return dist.get_process_group_ranks(self.group)
 
-    def keeps_equal(self, world: World) -> bool:
+    def keeps_equal(self, world: GroupView) -> bool:
         """Whether FSDP itself keeps these ranks' replicas equal, or they hold parts of a single one: all are on its mesh."""
         return set(world.ranks) <= set(self.mesh.mesh.flatten().tolist())
 
@@ -87,14 +86,14 @@ class Sharding:
             dist.all_reduce(square, group=self.group)
         return square.sqrt().to(own.dtype)
 
-    def across(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup, World]:
+    def across(self, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup, GroupView]:
         """The ranks to mix with, and all that have to agree: those of `mesh`, or else of `group`.
 
         Raises:
             ValueError: gradients are averaged over ranks to mix with, some of these hold other shards of this rank's
                 replica, there is no other replica, or `mesh` and the shards do not lie the same.
         """
-        everyone = find_world(group)
+        everyone = find_group(group)
         if mesh is not None:
             check_mesh(mesh, everyone)
         chosen = everyone.group if mesh is None else mesh.get_group(0)
@@ -200,7 +199,7 @@ def _check_not_gathered(params: Sequence[Tensor]) -> None:
 
 def settle(
     groups: Sequence[Mapping[str, Any]], options: Options, *, alone: bool
-) -> tuple[Sharding | None, Options, World | None]:
+) -> tuple[Sharding | None, Options, GroupView | None]:
     """How parameters are sharded, the options with `group` being the ranks to mix with, and all ranks that have to agree.
 
     Plain parameters' options stay as they are. Raises ValueError as `sharding_of` and `Sharding.across`.

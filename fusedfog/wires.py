@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.averaging import broadcast
+from fusedfog.comm.averaging import broadcast
+from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
-from fusedfog.exchange import Link
 from fusedfog.flat import FlatSegment
 from fusedfog.kernels import Wire, wire
 from fusedfog.lanes import Lane
@@ -46,7 +46,13 @@ class Wires:
     """
 
     def __init__(
-        self, segments: list[FlatSegment], dtype: torch.dtype, messages: tuple[str, ...], link: Link, *, ahead: bool
+        self,
+        segments: list[FlatSegment],
+        dtype: torch.dtype,
+        messages: tuple[str, ...],
+        link: Communicator,
+        *,
+        ahead: bool,
     ) -> None:
         self.segments, self.dtype, self.messages, self.link, self.ahead = segments, dtype, messages, link, ahead
         self.period = 1

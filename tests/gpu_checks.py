@@ -22,9 +22,9 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
 from fusedfog.capture import CapturableScheduler
+from fusedfog.comm.group import GroupView
 from fusedfog.rhythm import Rhythm
 from fusedfog.scheduler import Scheduler
-from fusedfog.world import World
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -55,10 +55,10 @@ class EchoMessage:
 
 
 class EchoLink:
-    """Stands for `fusedfog.exchange.Link`: every neighbour sends what it is sent, or nothing at all with `silent`."""
+    """Stands for a `fusedfog.comm` communicator: every neighbour sends what it is sent, or nothing at all with `silent`."""
 
     def __init__(self, device: torch.device, size: int, *, silent: bool = False) -> None:
-        self.world, self.on_gpu, self.timeout = World(0, size, None), device.type == "cuda", timedelta(minutes=1)
+        self.world, self.on_gpu, self.timeout = GroupView(0, size, None), device.type == "cuda", timedelta(minutes=1)
         self.silent, self.ended = silent, None
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
 

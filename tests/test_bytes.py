@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedfog
 from fusedfog import scheduler
-from fusedfog.exchange import Link
+from fusedfog.comm.communicator import Communicator
 
 triton = pytest.importorskip("triton")
 
@@ -146,9 +146,9 @@ def one_step(algorithm: str) -> dict[str, Any]:
     (segment,) = opt._engine.segments
     passes: list[Pass] = []
     sent: list[tuple[int, int]] = []
-    start = Link.start
+    start = Communicator.start
 
-    def watched_start(link: Link, sends: Any, recvs: Any, **named: Any) -> Any:
+    def watched_start(link: Communicator, sends: Any, recvs: Any, **named: Any) -> Any:
         sent.extend((tensor.untyped_storage().data_ptr(), tensor.numel()) for _, tensor in sends)
         return start(link, sends, recvs, **named)
 
@@ -161,14 +161,14 @@ def one_step(algorithm: str) -> dict[str, Any]:
     try:
         step()
         step()
-        Link.start = watched_start
+        Communicator.start = watched_start
         scheduler.run_pass = passes.append
         net(torch.ones(2, 16)).sum().backward()
         homes = [p.grad.data_ptr() for p in net.parameters()]
         with Watch() as watch:
             opt.step()
     finally:
-        Link.start, scheduler.run_pass = start, run_pass
+        Communicator.start, scheduler.run_pass = start, run_pass
     return {
         "operations": [name for name in watch.seen if not name.startswith("c10d")],
         "regions": [work.region.first for work in passes],

@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_cpp_code
 
 import fusedfog
 from fusedfog import compilation
-from fusedfog.world import World
+from fusedfog.comm.group import GroupView
 
 SHORT = [name for name, row in ROWS.items() if row.rule in ("mix", "sgd", "adam")]
 SIZES = (1, 64, 700, 5, 129)
@@ -214,11 +214,11 @@ def test_without_a_compiler_there_is_a_warning_and_the_default_path(monkeypatch)
     monkeypatch.setattr(compilation, "compile_now", refuse)
     kinds = [("adam", torch.float32, 2, 1)]
     with pytest.warns(RuntimeWarning, match=r"no way to compile \(RuntimeError: no C\+\+ compiler\)"):
-        assert not compilation.compile_everywhere(World(0, 1, None), kinds, None, "AdamW")
+        assert not compilation.compile_everywhere(GroupView(0, 1, None), kinds, None, "AdamW")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr(compilation, "compile_now", lambda *kind: None)
-        assert compilation.compile_everywhere(World(0, 1, None), kinds, None, "AdamW")
+        assert compilation.compile_everywhere(GroupView(0, 1, None), kinds, None, "AdamW")
 
 
 def train_compiled(algorithm: str, cpu_compile: bool) -> list[float]:

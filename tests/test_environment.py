@@ -12,7 +12,8 @@ from fusedfog.kernels import device
 from torch import nn
 
 import fusedfog
-from fusedfog import environment, mixing
+from fusedfog import environment
+from fusedfog.comm import mixing
 
 GPU = torch.device("cuda", 0)
 
@@ -85,7 +86,7 @@ def test_operations_do_without_triton() -> None:
     with (
         mock.patch.object(device, "on_gpu", lambda where: True),
         mock.patch.object(environment, "triton_version", lambda: None),
-        mock.patch("fusedfog.mixing.run_pass", side_effect=AssertionError),
+        mock.patch("fusedfog.comm.mixing.run_pass", side_effect=AssertionError),
     ):
         mixing.mix(own, [other], 0.5, [0.5], 0)
     assert own.tolist() == [2.0, 4.0]

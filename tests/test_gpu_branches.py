@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import exchange, watchdog
+from fusedfog.comm import transfer, watchdog
 from fusedfog.hierarchy import Chain
 
 STEPS = 5
@@ -205,7 +205,9 @@ def test_operations_give_what_they_give_over_gloo(ranks: Pool) -> None:
 
 def drain_elsewhere(forgetful: bool) -> list[str]:
     """Steps on one stream, `drain()` on another that nothing is ordered after."""
-    forget = mock.patch.object(exchange.Message, "_order_stream", _wait_once) if forgetful else contextlib.nullcontext()
+    forget = (
+        mock.patch.object(transfer.Transfer, "_order_stream", _wait_once) if forgetful else contextlib.nullcontext()
+    )
     with gpu_world() as gpu, forget:
         model = Model()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, momentum=0.9, bucket_mb=TINY)
@@ -218,7 +220,7 @@ def drain_elsewhere(forgetful: bool) -> list[str]:
             return gpu.races
 
 
-def _wait_once(message: exchange.Message) -> None:
+def _wait_once(message: transfer.Transfer) -> None:
     """As waits were before: the first stream that waits lets go of the works."""
     while message.pending:
         message.pending.pop()[0].wait()

@@ -22,10 +22,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import construction, exchange, groups, hierarchy, watchdog
-from fusedfog.exchange import Link, Message, link_for
+from fusedfog import construction, hierarchy
+from fusedfog.comm import communicator, group, subgroup, watchdog
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.group import GroupView, find_group
+from fusedfog.comm.registry import communicator_for
+from fusedfog.comm.transfer import Transfer
 from fusedfog.topology import Topology
-from fusedfog.world import World, find_world
 
 CPU = torch.device("cpu")
 SECOND_GPU = torch.device("cuda", 1)
@@ -79,10 +82,10 @@ def link_of_two(own_group: bool) -> Any:
             if own_group:
                 # Other numbers of groups must not matter either.
                 if dist.get_rank():
-                    with groups.unbound():
+                    with group.unbound():
                         dist.new_group([1], use_local_synchronization=True)
                 theirs = fusedfog.new_group([0, 1])
-            link = link_for(find_world(theirs), CPU)
+            link = communicator_for(find_group(theirs), CPU)
             total = torch.ones(1)
             dist.all_reduce(total, group=link.group)
             found = total.item(), str(default.bound_device_id)
@@ -113,10 +116,10 @@ def two_on_one_gpu() -> str:
     names = ["GPU-a", "GPU-b", "GPU-a"]
     with (
         mock.patch.object(device, "on_gpu", lambda where: True),
-        mock.patch.object(groups, "gpu_identity", lambda place: names[dist.get_rank()]),
+        mock.patch.object(subgroup, "gpu_identity", lambda place: names[dist.get_rank()]),
         pytest.raises(ValueError, match="are both on GPU GPU-a, and NCCL needs a GPU for each rank") as error,
     ):
-        link_for(find_world(), CPU)
+        communicator_for(find_group(), CPU)
     return str(error.value)
 
 
@@ -134,7 +137,7 @@ def over_gloo() -> list[str]:
         for call in (
             lambda: fusedfog.neighbor_allreduce(x),
             lambda: fusedfog.allreduce_parameters([x]),
-            lambda: link_for(find_world(), CPU),
+            lambda: communicator_for(find_group(), CPU),
         ):
             with pytest.raises(ValueError, match=r"travel by NCCL, but .* is gloo") as error:
                 call()
@@ -166,7 +169,7 @@ def options_of(comm_sms: int | None) -> Any:
         mock.patch.object(dist, "ProcessGroupNCCL", SimpleNamespace(Options=make), create=True),
         mock.patch.object(dist, "is_nccl_available", lambda: True),
     ):
-        return groups.nccl_options(World(0, 2, group), CPU, timedelta(seconds=7), comm_sms)  # type: ignore[arg-type]
+        return subgroup.nccl_options(GroupView(0, 2, group), CPU, timedelta(seconds=7), comm_sms)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("comm_sms", [None, 4])
@@ -187,7 +190,7 @@ def links_by_limit() -> bool:
 
     with (
         gpu_world(),
-        mock.patch.object(exchange, "nccl_options", lambda world, place, timeout, comm_sms: comm_sms),
+        mock.patch.object(communicator, "nccl_options", lambda world, place, timeout, comm_sms: comm_sms),
         mock.patch.object(dist, "new_group", without_options),
     ):
         first, second = (fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, comm_sms=n) for n in (4, None))
@@ -208,8 +211,8 @@ def test_comm_sms_must_be_a_number_of_sms(value: Any) -> None:
 
 
 def link_stub(rank: int, size: int, place: torch.device = CPU) -> Any:
-    link = Link.__new__(Link)
-    link.world, link.device, link.on_gpu = World(rank, size, None), place, True
+    link = Communicator.__new__(Communicator)
+    link.world, link.device, link.on_gpu = GroupView(rank, size, None), place, True
     link._group, link.ended, link._started, link._abandoned = object(), None, set(), []  # type: ignore[assignment]
     link._watchdog = mock.Mock()
     return link
@@ -275,8 +278,8 @@ def test_many_operations_go_in_batches_that_cannot_wait_in_a_circle(kind: str, p
 
 
 def talk_in_small_batches() -> tuple[list[float], int]:
-    with gpu_world(), mock.patch.object(exchange, "_LARGEST_BATCH", 4):
-        link = link_for(find_world(), CPU)
+    with gpu_world(), mock.patch.object(communicator, "_LARGEST_BATCH", 4):
+        link = communicator_for(find_group(), CPU)
         me, size = link.world.rank, link.world.size
         seen = Seen()
         ordered_backend.observe(seen)
@@ -299,7 +302,7 @@ def test_batches_of_many_operations_arrive(ranks: Pool) -> None:
 
 def wait_twice() -> tuple[int, float]:
     with gpu_world():
-        link = link_for(find_world(), CPU)
+        link = communicator_for(find_group(), CPU)
         peer, room = 1 - link.world.rank, torch.empty(1)
         message = link.start([(peer, torch.tensor([float(link.world.rank)]))], [(peer, room)], tag=0, label="bucket 0")
         seen = Seen()
@@ -345,7 +348,7 @@ def test_batches_are_started_on_the_device_of_their_tensors() -> None:
 
 def test_a_failed_message_is_kept_once() -> None:
     link = link_stub(0, 2)
-    message = Message(link, "bucket 0")
+    message = Transfer(link, "bucket 0")
     message.pending.append((object(), "rank 1"))  # type: ignore[arg-type]
     link.keep(message)
     link.keep(message)
@@ -388,7 +391,9 @@ def test_the_watchdog_sits_on_its_links_device_and_leaves_captures_alone() -> No
         return 0
 
     driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange_mode)
-    link: Any = SimpleNamespace(timeout=timedelta(seconds=8), world=World(0, 2, None), device=SECOND_GPU, ended=None)
+    link: Any = SimpleNamespace(
+        timeout=timedelta(seconds=8), world=GroupView(0, 2, None), device=SECOND_GPU, ended=None
+    )
     dog = watchdog.Watchdog.__new__(watchdog.Watchdog)
     dog._device = link.device
     with (
@@ -402,9 +407,10 @@ def test_the_watchdog_sits_on_its_links_device_and_leaves_captures_alone() -> No
     order: list[str] = []
     with (
         mock.patch.object(watchdog.Watchdog, "_settle_in", lambda self: order.append("settled")),
-        mock.patch.object(watchdog.Watchdog, "_look_for_notes", lambda self, link: order.append("looked")),
+        mock.patch.object(watchdog.Watchdog, "_look_for_notes", lambda self, communicator: order.append("looked")),
     ):
-        kept = mock.Mock(timeout=timedelta(seconds=0.04), world=World(0, 2, None), device=SECOND_GPU)
+        membership = SimpleNamespace(view=GroupView(0, 2, None))
+        kept = mock.Mock(timeout=timedelta(seconds=0.04), membership=membership, device=SECOND_GPU)
         watchdog.Watchdog(kept)
         time.sleep(0.1)
         del kept
@@ -455,7 +461,7 @@ def test_links_of_a_mesh_are_warm_and_its_phases_overlap(ranks: Pool) -> None:
 def warm_edges() -> tuple[int, int]:
     with gpu_world():
         seen = Seen()
-        link = link_for(find_world(), CPU)
+        link = communicator_for(find_group(), CPU)
         ordered_backend.observe(seen)
         me = link.world.rank
         graph: Topology = fusedfog.topology.one_peer_exponential(4)
@@ -472,7 +478,7 @@ def test_every_edge_is_opened_once(ranks: Pool) -> None:
 
 
 def test_a_failed_exchange_by_machine_is_for_the_step_that_needs_it() -> None:
-    def phases() -> Iterator[Message]:
+    def phases() -> Iterator[Transfer]:
         raise RuntimeError("a rank has left")
         yield
 

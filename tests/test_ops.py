@@ -16,7 +16,7 @@ from pool import Outcome, Pool
 
 import fusedfog
 from fusedfog import topology as topologies
-from fusedfog.exchange import Link
+from fusedfog.comm.communicator import Communicator
 from fusedfog.ops import neighbor_allgather, neighbor_allreduce, pair_gossip
 
 TOLERANCE = {
@@ -472,8 +472,8 @@ def in_a_subgroup() -> None:
 def counted() -> list[int]:
     """Bytes given to the link per call: the tensor once per neighbour, nothing for what is empty."""
     sent: list[int] = []
-    start = Link.start
-    Link.start = lambda self, sends, recvs, **kw: (  # type: ignore[method-assign]
+    start = Communicator.start
+    Communicator.start = lambda self, sends, recvs, **kw: (  # type: ignore[method-assign]
         sent.append(sum(t.numel() * t.element_size() for _, t in sends)),
         start(self, sends, recvs, **kw),
     )[1]
@@ -483,7 +483,7 @@ def counted() -> list[int]:
         neighbor_allreduce(torch.ones(0))
         neighbor_allgather(torch.ones(10, dtype=torch.int16), "ring")
     finally:
-        Link.start = start  # type: ignore[method-assign]
+        Communicator.start = start  # type: ignore[method-assign]
     return sent
 
 

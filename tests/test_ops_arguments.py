@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedfog import topology as topologies
-from fusedfog.mixing import mix, room_for
+from fusedfog.comm.mixing import mix, room_for
 from fusedfog.ops import Work, neighbor_allgather, neighbor_allreduce, pair_gossip
 from fusedfog.ops.edges import Edges, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, _balance, complete, judge

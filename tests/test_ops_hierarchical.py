@@ -13,7 +13,8 @@ from pool import Pool
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fusedfog import topology as topologies
-from fusedfog.exchange import Link, Parcel
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.transfer import PeerTensor
 from fusedfog.ops import hierarchical_neighbor_allreduce, neighbor_allreduce
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 6), (7,), (3,), (), (0, 2), (5, 13))
@@ -116,18 +117,18 @@ def counted(machines: int, local: int, numel: int, check: bool) -> tuple[int, in
     x = torch.full((numel,), float(dist.get_rank()))
     home = mesh.mesh[mesh.get_coordinate()[0]].tolist()
     sent = [0, 0]
-    start = Link.start
+    start = Communicator.start
 
-    def counting(link: Link, sends: list[Parcel], recvs: list[Parcel], **more: Any) -> Any:
+    def counting(link: Communicator, sends: list[PeerTensor], recvs: list[PeerTensor], **more: Any) -> Any:
         for peer, tensor in sends:
             sent[link.world.ranks[peer] not in home] += tensor.numel() * tensor.element_size()
         return start(link, sends, recvs, **more)
 
-    Link.start = counting  # type: ignore[method-assign,assignment]
+    Communicator.start = counting  # type: ignore[method-assign,assignment]
     try:
         y = hierarchical_neighbor_allreduce(x, "ring", mesh=mesh, check=check)
     finally:
-        Link.start = start  # type: ignore[method-assign]
+        Communicator.start = start  # type: ignore[method-assign]
     return sent[0], sent[1], y.sum().item()
 
 

@@ -17,9 +17,9 @@ from pool import Pool
 from support import ordered_backend
 
 import fusedfog
-from fusedfog.exchange import link_for
+from fusedfog.comm.group import find_group
+from fusedfog.comm.registry import communicator_for
 from fusedfog.ops import control
-from fusedfog.world import find_world
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_still_said_on_every_rank(ranks: Pool) -> None:
 def late(check: bool) -> str:
     ordered_backend.open_world(timeout=1.0)
     with mock.patch.object(device, "on_gpu", lambda where: True):
-        link_for(find_world(), torch.device("cpu"))
+        communicator_for(find_group(), torch.device("cpu"))
         if dist.get_rank() == 1:
             dist.distributed_c10d._get_default_store().wait(["given up"], timedelta(seconds=30))
             return ""

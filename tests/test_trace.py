@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
 from fusedfog.__main__ import main
-from fusedfog.trace import report, span
+from fusedfog.comm.profiling import span
+from fusedfog.trace import report
 
 STEPS = 3
 

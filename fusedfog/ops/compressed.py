@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedfog.comm.mixing import ROUNDING
 from fusedfog.kernels import device, wire
 from fusedfog.kernels.reference import mix_messages
-from fusedfog.mixing import ROUNDING
 from fusedfog.ops.edges import Edges
 from fusedfog.ops.tensors import deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusedfog.exchange import Link
-from fusedfog.groups import next_agreement
+from fusedfog.comm.agreement import next_agreement
+from fusedfog.comm.communicator import Communicator
 
 _CPU = torch.device("cpu")
 
 
-def add_up(link: Link, numbers: Sequence[int]) -> list[int]:
+def add_up(link: Communicator, numbers: Sequence[int]) -> list[int]:
     """The sums of the ranks' integers, on every rank.
 
     Raises:
@@ -39,7 +39,7 @@ def add_up(link: Link, numbers: Sequence[int]) -> list[int]:
     return totals
 
 
-def gather(link: Link, value: Any) -> list[Any]:
+def gather(link: Communicator, value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank.
 
     Raises:
@@ -58,7 +58,7 @@ def gather(link: Link, value: Any) -> list[Any]:
     return gathered
 
 
-def tell(link: Link, numbers: Mapping[int, int], sources: Sequence[int], tag: int, label: str) -> list[int]:
+def tell(link: Communicator, numbers: Mapping[int, int], sources: Sequence[int], tag: int, label: str) -> list[int]:
     """Send a number to each of some ranks, and receive one from each of `sources`, in their order.
 
     Args:
@@ -88,7 +88,7 @@ def tell(link: Link, numbers: Mapping[int, int], sources: Sequence[int], tag: in
     return found
 
 
-def _has_cpu_backend(link: Link) -> bool:
+def _has_cpu_backend(link: Communicator) -> bool:
     """Whether the link's group can move CPU tensors, by another backend than that of the GPU's."""
     if not link.on_gpu:
         return True
@@ -98,18 +98,18 @@ def _has_cpu_backend(link: Link) -> bool:
         return False
 
 
-def _store(link: Link) -> tuple[Any, str]:
+def _store(link: Communicator) -> tuple[Any, str]:
     _ = link.group  # Raises why the link has ended, if it has.
     return dist.distributed_c10d._get_default_store(), next_agreement(link.world)
 
 
-def _meet(link: Link, store: Any, prefix: str) -> None:
+def _meet(link: Communicator, store: Any, prefix: str) -> None:
     if store.add(f"{prefix}/came", 1) == link.world.size:
         store.set(f"{prefix}/all", "")
     store.wait([f"{prefix}/all"], link.timeout)
 
 
-def _clean_up(link: Link, store: Any, prefix: str, keys: Sequence[str]) -> None:
+def _clean_up(link: Communicator, store: Any, prefix: str, keys: Sequence[str]) -> None:
     """The last to have read deletes what was written."""
     if store.add(f"{prefix}/read", 1) == link.world.size:
         for key in (*keys, f"{prefix}/came", f"{prefix}/all", f"{prefix}/read"):

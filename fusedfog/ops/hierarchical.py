@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines
 from fusedfog.ops.edges import read_topology
 from fusedfog.ops.meeting import Report, confer
-from fusedfog.ops.neighbors import open_link
+from fusedfog.ops.neighbors import open_communicator
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.topology import Round, Topology
 from fusedfog.topology.base import whole
-from fusedfog.two_level import MeshLine, Path, Paths, exchange, mesh_lines
 
 _OPERATION = "hierarchical_neighbor_allreduce"
 
@@ -110,7 +110,7 @@ def _confer(
         round_ = read_topology(topology, across.size, "mesh's dim 0").round(across.place, whole(step, "step", 0))
     except (TypeError, ValueError) as error:
         problem = error
-    links = [open_link(line.world, x.device) for line in (inside, across) if line.size > 1] if check else []
+    links = [open_communicator(line.view, x.device) for line in (inside, across) if line.size > 1] if check else []
     if links:
         near = [inside.ranks[place] for place in inside.others]
         report = Report(
@@ -131,10 +131,10 @@ def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> Paths:
     """The ways of one operation's phases, with tags of their own; the two phases inside share a link."""
     collect = across_machines = hand_round = None
     if inside.size > 1:
-        port = Port(open_link(inside.world, device))
+        port = Port(open_communicator(inside.view, device))
         collect, hand_round = (Path(port, tag) for tag in port.tags(2))
     if across.size > 1:
-        port = Port(open_link(across.world, device))
+        port = Port(open_communicator(across.view, device))
         across_machines = Path(port, port.tags(1)[0])
     return Paths(collect, across_machines, hand_round)
 

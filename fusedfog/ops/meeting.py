@@ -11,8 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.membership import is_timeout
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout
-from fusedfog.exchange import Link, is_timeout
 from fusedfog.ops import control
 
 _SHOWN = 6
@@ -39,7 +40,7 @@ class Report:
     problem: str | None = None
 
 
-def confer(links: Sequence[Link], own: Report) -> Report:
+def confer(links: Sequence[Communicator], own: Report) -> Report:
     """Compare reports with all ranks reached by going over `links` in turn; returns the own one with both sides known.
 
     A rank that reports a problem of its own gets its report back, and raises the problem itself.
@@ -114,7 +115,7 @@ def _balance(own: Report) -> tuple[int, int]:
     return first, second
 
 
-def _missing(own: Report, link: Link, error: RuntimeError) -> RuntimeError:
+def _missing(own: Report, link: Communicator, error: RuntimeError) -> RuntimeError:
     where = f"rank {own.rank}: {own.operation}"
     if is_timeout(error):
         return PeerTimeout(

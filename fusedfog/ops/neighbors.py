@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.exchange import Link, link_for
-from fusedfog.groups import check_backend
-from fusedfog.mixing import mix, room_for
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.group import GroupView, check_backend, find_group
+from fusedfog.comm.mixing import mix, room_for
+from fusedfog.comm.registry import communicator_for
 from fusedfog.ops import control
 from fusedfog.ops.compressed import check_compressible, mixing_compressed
 from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, pair_edges, weighted_edges
@@ -20,7 +21,6 @@ from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, 
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.storage import wire_format
 from fusedfog.topology import Topology
-from fusedfog.world import World, find_world
 
 
 @overload
@@ -120,7 +120,7 @@ def neighbor_allreduce(
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     operation = "neighbor_allreduce"
-    source, world = check_dense(x, operation), find_world(group)
+    source, world = check_dense(x, operation), find_group(group)
 
     codes = wire_format(wire_dtype)
 
@@ -181,7 +181,7 @@ def pair_gossip(
     Shapes, dtypes, other arguments, returned value and errors are those of `neighbor_allreduce`.
     """
     operation = "pair_gossip"
-    source, world = check_dense(x, operation), find_world(group)
+    source, world = check_dense(x, operation), find_group(group)
 
     def resolve() -> Edges:
         check_mixable(x, out)
@@ -249,7 +249,7 @@ def neighbor_allgather(
         ValueError, PeerTimeout, ExchangeError: as in `neighbor_allreduce`.
     """
     operation = "neighbor_allgather"
-    source, world = check_dense(x, operation), find_world(group)
+    source, world = check_dense(x, operation), find_group(group)
     source = source.resolve_conj().resolve_neg().contiguous()
     source = source.reshape(1) if source.dim() == 0 else source
     about = describe(source, f"({', '.join(['any', *map(str, source.shape[1:])])})")
@@ -262,7 +262,7 @@ def neighbor_allgather(
 
 
 def settle(
-    operation: str, world: World, x: Tensor, about: str, check: bool, resolve: Callable[[], Edges]
+    operation: str, world: GroupView, x: Tensor, about: str, check: bool, resolve: Callable[[], Edges]
 ) -> tuple[Edges, Port | None]:
     """Read this rank's arguments with `resolve` and check them with the group's other ranks.
 
@@ -282,7 +282,7 @@ def settle(
         recv = None if edges.recv is None else tuple(edges.recv)
         send = None if edges.send is None else tuple(edges.send)
         own = Report(world.rank, operation, about, recv, send, None if problem is None else str(problem))
-        edges = _completed(edges, confer([open_link(world, x.device)], own))
+        edges = _completed(edges, confer([open_communicator(world, x.device)], own))
     if problem is not None:
         raise type(problem)(f"{where}: {problem}") from problem
     if world.size == 1:
@@ -292,17 +292,17 @@ def settle(
         raise ValueError(
             f"{where}: with check=False nothing tells this rank whom to {side}; give both sides' ranks, or a topology"
         )
-    return edges, Port(open_link(world, x.device))
+    return edges, Port(open_communicator(world, x.device))
 
 
-def open_link(world: World, place: torch.device) -> Link:
+def open_communicator(world: GroupView, place: torch.device) -> Communicator:
     """The world's link for tensors on `place`.
 
     Raises:
         ValueError: for a CUDA device in a process group without NCCL.
     """
     check_backend(world, place)
-    return link_for(world, place)
+    return communicator_for(world, place)
 
 
 def _completed(edges: Edges, report: Report) -> Edges:

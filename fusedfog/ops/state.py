@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.agreement import agree
-from fusedfog.averaging import average_in_place, broadcast
-from fusedfog.groups import check_backend, group_timeout, next_agreement
+from fusedfog.comm.agreement import agree, next_agreement
+from fusedfog.comm.averaging import average_in_place, broadcast
+from fusedfog.comm.group import GroupView, check_backend, find_group, group_timeout
 from fusedfog.ops.edges import read_rank
-from fusedfog.ops.neighbors import open_link
-from fusedfog.world import World, find_world
+from fusedfog.ops.neighbors import open_communicator
 
 Tensors: TypeAlias = torch.nn.Module | Mapping[str, Any] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -41,14 +40,14 @@ def allreduce_parameters(module_or_params: Tensors, group: dist.ProcessGroup | N
         TypeError: for something else.
         MismatchError: names, shapes or dtypes differ between ranks; nothing has been changed.
     """
-    named, world = _named_tensors(module_or_params), find_world(group)
+    named, world = _named_tensors(module_or_params), find_group(group)
     chosen = {name: t for name, t in named.items() if t.is_floating_point() or t.is_complex()}
     _agree_on_tensors(world, chosen, "allreduce_parameters")
     if world.size == 1:
         return
     for members, flat in _packed(chosen.values()):
         real = torch.view_as_real(flat) if flat.is_complex() else flat
-        average_in_place([real.reshape(-1)], open_link(world, flat.device))
+        average_in_place([real.reshape(-1)], open_communicator(world, flat.device))
         _unpack(members, flat)
 
 
@@ -67,13 +66,13 @@ def broadcast_parameters(module_or_state_dict: Tensors, src: int = 0, group: dis
         TypeError, MismatchError: as in `allreduce_parameters`.
         ValueError: `src` is no rank of the group.
     """
-    named, world = _named_tensors(module_or_state_dict), find_world(group)
+    named, world = _named_tensors(module_or_state_dict), find_group(group)
     src = read_rank(src, "src", world.size)
     _agree_on_tensors(world, named, "broadcast_parameters", src)
     if world.size == 1:
         return
     for members, flat in _packed(named.values()):
-        broadcast([flat.view(torch.uint8)], open_link(world, flat.device), src)
+        broadcast([flat.view(torch.uint8)], open_communicator(world, flat.device), src)
         _unpack(members, flat)
 
 
@@ -93,7 +92,7 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
         MismatchError: kinds of optimizer, param groups or shapes differ between ranks; nothing has been changed.
         ValueError: `src` is no rank of the group.
     """
-    world = find_world(group)
+    world = find_group(group)
     src = read_rank(src, "src", world.size)
     shapes = {
         f"group {g}, parameter {i}": p for g, each in enumerate(opt.param_groups) for i, p in enumerate(each["params"])
@@ -103,7 +102,7 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
     if world.size == 1:
         return
     device = next(iter(shapes.values())).device
-    link = open_link(world, device)
+    link = open_communicator(world, device)
     big: list[Tensor] = []
     # Local on all ranks; on the others it only settles what may be in flight.
     state = opt.state_dict()
@@ -182,7 +181,7 @@ def _named_tensors(given: Tensors) -> dict[str, Tensor]:
 
 
 def _agree_on_tensors(
-    world: World, named: Mapping[str, Tensor], what: str, src: int = 0, extra: Mapping[str, str] | None = None
+    world: GroupView, named: Mapping[str, Tensor], what: str, src: int = 0, extra: Mapping[str, str] | None = None
 ) -> None:
     if world.group is None or world.size == 1:
         return

@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusedfog.exchange import Link, Message, Parcel
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.kernels import device
 
-Phases = Generator[Message, None, Tensor]
+Phases = Generator[Transfer, None, Tensor]
 """An operation: yields each message that it has started and now needs, returns the output tensor."""
 
 
@@ -28,7 +29,7 @@ class Work:
 
     def __init__(self, phases: Phases, source: Tensor) -> None:
         self._phases: Phases | None = phases
-        self._message: Message | None = None
+        self._message: Transfer | None = None
         self._output: Tensor | None = None
         self._done: torch.cuda.Event | None = None
         if device.on_gpu(source):
@@ -84,7 +85,7 @@ class Work:
         message = getattr(self, "_message", None)
         if message is not None:
             with contextlib.suppress(Exception):
-                message.link.keep(message)
+                message.communicator.keep(message)
 
 
 def run(phases: Phases, source: Tensor, async_op: bool) -> Tensor | Work:
@@ -112,9 +113,9 @@ class Port:
     """The operations' place on a link: a channel of their own, opened at its first use, and a number for each message."""
 
     # The channel and the number of the next message, by link; a Port itself would keep its link alive from here.
-    _places: ClassVar[weakref.WeakKeyDictionary[Link, list[int]]] = weakref.WeakKeyDictionary()
+    _places: ClassVar[weakref.WeakKeyDictionary[Communicator, list[int]]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Communicator) -> None:
         self.link = link
         if link not in self._places:
             self._places[link] = [link.open_channel(), 0]
@@ -126,7 +127,7 @@ class Port:
         place[1] += count
         return [self.link.tag(place[0], first + i) for i in range(count)]
 
-    def start(self, sends: Sequence[Parcel], recvs: Sequence[Parcel], tag: int, label: str) -> Message:
-        """As `Link.start`, for tensors of any dtype, which travel as bytes; empty ones do not travel."""
+    def start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], tag: int, label: str) -> Transfer:
+        """As `Communicator.start`, for tensors of any dtype, which travel as bytes; empty ones do not travel."""
         outgoing, incoming = ([(p, t.view(torch.uint8)) for p, t in part if t.numel()] for part in (sends, recvs))
         return self.link.start(outgoing, incoming, tag=tag, label=label)

@@ -188,7 +188,7 @@ def between_machines(network: Network) -> Network:
 
 
 def finish_by_machine(network: Network, turn: Meeting, begin: Times, size: float) -> Times:
-    """When each rank has mixed `size` bytes on a mesh (`fusedfog.hierarchy`): collected inside, exchanged, handed round.
+    """When each rank has mixed `size` bytes on a mesh (`fusedfog.comm.two_level`): collected inside, exchanged, handed round.
 
     Inside, each local rank exchanges shards of s/L with the L-1 others, before and after: (L-1)/L s / beta_in + alpha_in
     each time. Across, a machine sends its model once to each neighbour machine of `turn`, L shards side by side.

@@ -1,4 +1,4 @@
-"""A thread that follows NCCL messages, which nobody else can: `Work.wait` blocks a stream and not the host."""
+"""A thread that follows NCCL transfers, which nobody else can: `Work.wait` blocks a stream and not the host."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from fusedfog.exchange import Link
+from fusedfog.comm.membership import Membership
 
 log = logging.getLogger("fusedfog")
 
@@ -26,20 +26,46 @@ _THREAD_LOCAL = 1
 """CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of the CUDA driver."""
 
 
+class Watched(Protocol):
+    """What the watchdog asks of its communicator."""
+
+    ended: Exception | None
+
+    @property
+    def membership(self) -> Membership:
+        """Who is still there."""
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a wait may last."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+    def failure(self, error: Exception, what: str) -> Exception:
+        """The exception for an exchange that will never be complete."""
+
+    def give_up(self, failure: Exception) -> None:
+        """End if a rank has left."""
+
+
 class Watchdog:
     """Logs messages that are overdue, naming peers, step and bucket, before torch's own watchdog aborts.
 
-    The thread polls completion events and touches no communicator; it ends with its link.
+    The thread polls completion events and touches no communicator; it ends with its communicator.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, communicator: Watched) -> None:
         self._watched: list[tuple[float, str, Sequence[tuple[dist.Work, object]]]] = []
         self._lock = threading.Lock()
         # Half the group's timeout: torch aborts the process at the whole of it.
-        self._patience = link.timeout.total_seconds() / 2
-        self._rank = link.world.rank
-        self._device = link.device
-        threading.Thread(target=self._run, args=(weakref.ref(link),), daemon=True, name="fusedfog-watchdog").start()
+        self._patience = communicator.timeout.total_seconds() / 2
+        self._rank = communicator.membership.view.rank
+        self._device = communicator.device
+        threading.Thread(
+            target=self._run, args=(weakref.ref(communicator),), daemon=True, name="fusedfog-watchdog"
+        ).start()
 
     def watch(self, label: str, works: Sequence[tuple[dist.Work, object]]) -> None:
         """Follow a message's works, each with whom it is with, until they complete."""
@@ -47,9 +73,9 @@ class Watchdog:
             with self._lock:
                 self._watched.append((time.monotonic() + self._patience, label, tuple(works)))
 
-    def _run(self, link: weakref.ref[Link]) -> None:
+    def _run(self, communicator: weakref.ref[Watched]) -> None:
         self._settle_in()
-        while (living := link()) is not None:
+        while (living := communicator()) is not None:
             self._look_for_notes(living)
             del living
             time.sleep(min(1.0, self._patience / 4))
@@ -59,9 +85,9 @@ class Watchdog:
     def _settle_in(self) -> None:
         """Make this thread one that disturbs nobody.
 
-        Its event queries belong to the link's device: on device 0, where a thread begins, every rank would have a context of
-        half a gigabyte. And queries of one thread end the CUDA graph capture of another, unless that captures in its own
-        thread's mode or this one has that mode, as torch's own watchdog has.
+        Its event queries belong to the communicator's device: on device 0, where a thread begins, every rank would have a
+        context of half a gigabyte. And queries of one thread end the CUDA graph capture of another, unless that captures in
+        its own thread's mode or this one has that mode, as torch's own watchdog has.
         """
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
@@ -77,14 +103,14 @@ class Watchdog:
             self._watched[:0] = [entry for entry in pending if entry[0] >= now]
         return [(label, works[0][1]) for at, label, works in pending if at < now]
 
-    def _look_for_notes(self, link: Link) -> None:
-        """End the link if somebody has left; the store is asked only while a message takes seconds."""
+    def _look_for_notes(self, communicator: Watched) -> None:
+        """End the communicator if somebody has left; the store is asked only while a message takes seconds."""
         with self._lock:
             started = time.monotonic() - _LATE + self._patience
             late = [f"{label}: {works[0][1]}" for at, label, works in self._watched if at < started]
-        if late and link.ended is None and link._read_notes():
-            link.give_up(link.failure(RuntimeError("the message has not come"), late[0]))
-            log.error("%s", link.ended)
+        if late and communicator.ended is None and communicator.membership.left():
+            communicator.give_up(communicator.failure(RuntimeError("the message has not come"), late[0]))
+            log.error("%s", communicator.ended)
 
 
 def leave_captures_alone() -> None:

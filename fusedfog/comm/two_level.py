@@ -23,10 +23,10 @@ from typing import Protocol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.exchange import Message, Parcel
-from fusedfog.mixing import mix, room_for
+from fusedfog.comm.group import GroupView, find_group
+from fusedfog.comm.mixing import mix, room_for
+from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.topology import Round
-from fusedfog.world import World, find_world
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class MeshLine:
     """This rank's place along one dimension of a mesh.
 
     Attributes:
-        world: the ranks along it.
+        view: the ranks along it.
         place: this rank's coordinate.
         members: the group rank at each coordinate.
     """
 
-    world: World
+    view: GroupView
     place: int
     members: tuple[int, ...]
 
@@ -56,9 +56,9 @@ class MeshLine:
     @property
     def ranks(self) -> list[int]:
         """The global rank at each coordinate."""
-        return [self.world.ranks[member] for member in self.members]
+        return [self.view.ranks[member] for member in self.members]
 
-    def parcels(self, tensors: Iterable[tuple[int, Tensor]]) -> list[Parcel]:
+    def addressed(self, tensors: Iterable[tuple[int, Tensor]]) -> list[PeerTensor]:
         """(coordinate, tensor) pairs addressed to ranks of the group; empty tensors do not travel."""
         return [(self.members[place], tensor) for place, tensor in tensors if tensor.numel()]
 
@@ -72,8 +72,8 @@ def _line(mesh: DeviceMesh, dim: int) -> MeshLine:
     here = mesh.get_coordinate()
     assert here is not None
     along = mesh.mesh[:, here[1]] if dim == 0 else mesh.mesh[here[0]]
-    world = find_world(mesh.get_group(dim))
-    return MeshLine(world, here[dim], tuple(world.ranks.index(rank) for rank in along.tolist()))
+    view = find_group(mesh.get_group(dim))
+    return MeshLine(view, here[dim], tuple(view.ranks.index(rank) for rank in along.tolist()))
 
 
 def shards_of(flat: Tensor, count: int) -> list[Tensor]:
@@ -83,15 +83,15 @@ def shards_of(flat: Tensor, count: int) -> list[Tensor]:
 
 
 class Carrier(Protocol):
-    """What starts transfers among the ranks of a line, as `Link.start` does."""
+    """What starts transfers among the ranks of a line, as `Communicator.start` does."""
 
-    def start(self, sends: list[Parcel], recvs: list[Parcel], *, tag: int, label: str) -> Message:
+    def start(self, sends: list[PeerTensor], recvs: list[PeerTensor], *, tag: int, label: str) -> Transfer:
         """Post sends and receives, to and from group ranks."""
 
 
 @dataclass(frozen=True)
 class Path:
-    """How one phase travels: what carries it, and the tag that tells its messages from others in flight there."""
+    """How one phase travels: what carries it, and the tag that tells its transfers from others in flight there."""
 
     carrier: Carrier
     tag: int
@@ -108,7 +108,7 @@ class Paths:
 
 def exchange(
     sent: Tensor, received: Tensor, round_: Round, lines: tuple[MeshLine, MeshLine], paths: Paths, label: str
-) -> Iterator[Message]:
+) -> Iterator[Transfer]:
     """The phases of one exchange, each yielded once it has been started and waited for by whoever asks for the next.
 
     Args:
@@ -123,23 +123,23 @@ def exchange(
     own = room_for(len(shards[inside.place]), sent).copy_(shards[inside.place])
     if paths.collect is not None:
         came = {place: room_for(len(own), sent) for place in inside.others}
-        to_owners = inside.parcels((place, shards[place]) for place in inside.others)
-        yield _start(paths.collect, to_owners, inside.parcels(came.items()), f"{label}, to the owners inside")
+        to_owners = inside.addressed((place, shards[place]) for place in inside.others)
+        yield _start(paths.collect, to_owners, inside.addressed(came.items()), f"{label}, to the owners inside")
         share = 1.0 / inside.size
         mix(own, list(came.values()), share, [share] * len(came), inside.place)
     if paths.across is not None:
         came = {machine: room_for(len(own), sent) for machine in round_.recv}
-        to_machines = across.parcels((machine, own) for machine in round_.send)
-        yield _start(paths.across, to_machines, across.parcels(came.items()), f"{label}, across machines")
+        to_machines = across.addressed((machine, own) for machine in round_.send)
+        yield _start(paths.across, to_machines, across.addressed(came.items()), f"{label}, across machines")
         _mix_machines(own, came, round_, across.place)
     places[inside.place].copy_(own)
     if paths.hand_round is not None:
-        to_others = inside.parcels((place, own) for place in inside.others)
-        from_owners = inside.parcels((place, places[place]) for place in inside.others)
+        to_others = inside.addressed((place, own) for place in inside.others)
+        from_owners = inside.addressed((place, places[place]) for place in inside.others)
         yield _start(paths.hand_round, to_others, from_owners, f"{label}, from the owners inside")
 
 
-def _start(path: Path, sends: list[Parcel], recvs: list[Parcel], label: str) -> Message:
+def _start(path: Path, sends: list[PeerTensor], recvs: list[PeerTensor], label: str) -> Transfer:
     return path.carrier.start(sends, recvs, tag=path.tag, label=label)
 
 

@@ -1,0 +1,71 @@
+"""Who of a group's ranks is still there: those that leave put a note into the store, and others read it when they miss them."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from fusedfog.comm.group import GroupView
+from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether torch says that a peer did not come in time: gloo "Timed out", the store "wait timeout", NCCL either."""
+    return "imed out" in str(error) or "wait timeout" in str(error)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The members of one communicator's group.
+
+    Attributes:
+        view: this rank's place among them.
+        prefix: of the communicator's keys in the store, the same on all of its ranks.
+        timeout: how long a wait may last.
+    """
+
+    view: GroupView
+    prefix: str
+    timeout: timedelta
+
+    def note_leaving(self, steps: int) -> None:
+        """Tell the others that this rank exchanges nothing more, after so many steps."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{self.prefix}/left/{self.view.rank}", str(steps))
+
+    def left(self) -> dict[int, str]:
+        """Ranks that have left and their numbers of steps. Asks the store, so only for what has failed already."""
+        # The store may have gone with the rank that hosted it.
+        with contextlib.suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            keys = {rank: f"{self.prefix}/left/{rank}" for rank in range(self.view.size)}
+            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        return {}
+
+    def failure(self, error: Exception, what: str) -> Exception:
+        """The exception for an exchange that will never be complete; `what` names it and its peers."""
+        where = f"rank {self.view.rank}: {what}"
+        notes = self.left()
+        found: Exception
+        if notes:
+            gone = ", ".join(f"rank {rank} after {steps} steps" for rank, steps in notes.items())
+            rest = [rank for rank in range(self.view.size) if rank not in notes]
+            found = RankLeft(
+                f"{where}: left with opt.leave(): {gone}. A group cannot go on without a member: end here too, or build a new "
+                f"optimizer with group=fusedfog.new_group({[self.view.ranks[rank] for rank in rest]}) and sync_init=False",
+                tuple(notes),
+            )
+        elif is_timeout(error):
+            limit = f"{self.timeout.total_seconds():g} s"
+            found = PeerTimeout(
+                f"{where}: nothing within the process group's timeout of {limit}. That rank is stuck, far behind or gone; "
+                f"raise init_process_group(timeout=...) if it is only slow"
+            )
+        else:
+            found = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
+        # Its traceback would keep gloo's works alive, and with them the connections that `close` closes.
+        found.__cause__ = error.with_traceback(None)
+        return found

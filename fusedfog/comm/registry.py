@@ -1,0 +1,64 @@
+"""The communicators there are: one for each set of ranks and device, made at its first use, closed with the process."""
+
+from __future__ import annotations
+
+import atexit
+
+import torch
+import torch.distributed as dist
+
+from fusedfog.comm.communicator import LAST_MOMENT, Communicator
+from fusedfog.comm.group import GroupView
+from fusedfog.kernels import device
+
+
+@atexit.register
+def _close_all() -> None:
+    if _Registry.default is not None:
+        for communicator in _Registry.communicators.values():
+            communicator.close()
+        _Registry.communicators.clear()
+        _Registry.default = None
+
+
+class _Registry:
+    """The communicators of the current world; a new world (destroy, init again) starts afresh."""
+
+    default: dist.ProcessGroup | None = None
+    communicators: dict[tuple[object, ...], Communicator]
+
+
+def _current() -> _Registry:
+    default = dist.distributed_c10d._get_default_group()
+    if _Registry.default is not default:
+        _Registry.default, _Registry.communicators = default, {}
+    return _Registry()
+
+
+def communicator_for(
+    view: GroupView, place: torch.device, comm_sms: int | None = None, number: int = 0
+) -> Communicator:
+    """The communicator of this group's ranks for tensors on `place`; made at its first use, by all of them together.
+
+    Args:
+        comm_sms: how many SMs its kernels may take; communicators with different limits are different ones.
+        number: another one beside the first, whose operations do not wait for those of the first.
+    """
+    known = _current().communicators
+    key = (view.ranks, str(place), comm_sms if device.on_gpu(place) else None, number)
+    if key not in known or known[key].ended is not None:
+        known[key] = Communicator(view, place, comm_sms)
+    return known[key]
+
+
+def leave(communicator: Communicator, steps: int) -> None:
+    """Tell the other ranks that this one exchanges nothing more, deliver what was sent, and end the communicator.
+
+    Communicators among some of these ranks, those of a mesh, end with it.
+    """
+    view = communicator.world
+    reason = RuntimeError(f"rank {view.rank} has left (opt.leave()); to train on, build a new optimizer")
+    for other in _current().communicators.values():
+        if set(other.world.ranks) <= set(view.ranks):
+            other.membership.note_leaving(steps)
+            other.end(reason, LAST_MOMENT)
