@@ -23,11 +23,10 @@ on: extra, exact_diffusion and the tracking ones).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from fusedfog.kernels import adam_hyper, sgd_hyper
-from fusedfog.topology import Topology, base_graph, named, one_peer_exponential, symmetric_exponential
+from fusedfog.kernels import COMPILED_RULES, adam_hyper, sgd_hyper
 
 Group: TypeAlias = Mapping[str, Any]
 Hyper: TypeAlias = Callable[[Group, float], tuple[float, ...]]
@@ -76,7 +75,11 @@ class Algorithm:
         lazy: W is replaced by (I + W)/2.
         normalized: a state whose inverse global norm the `before` pass takes as an extra number.
         waits_at_zero_lr: a step with lr = 0 does not count for bias correction.
-        refuses: option -> why, for options outside the theory.
+        plain: its states are just torch.optim's, kept only for parameters that have had a gradient.
+        weighs: push-sum's scalars weigh what ranks hold, so row sums are not one.
+        takes_outer: `outer=` may run over its steps.
+        outer: an `Outer` does: the state "outer_param" is where the last exchange left the parameters.
+        refuses: option -> (why, what to use instead), for options outside the theory; `compatibility` reads it.
     """
 
     name: str
@@ -89,7 +92,11 @@ class Algorithm:
     lazy: bool = False
     normalized: str | None = None
     waits_at_zero_lr: bool = False
-    refuses: Mapping[str, str] = field(default_factory=dict)
+    plain: bool = False
+    weighs: bool = False
+    takes_outer: bool = False
+    outer: bool = False
+    refuses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         """All states that this algorithm keeps for the parameters of a group."""
@@ -105,9 +112,14 @@ class Algorithm:
         return bool(self.state_names(group)) and not (self.waits_at_zero_lr and group["lr"] == 0)
 
     @property
-    def plain(self) -> bool:
-        """Whether states are just torch.optim's, kept only for parameters that have had a gradient."""
-        return self.name in ("awc", "atc", "allreduce", "local", "push_sum") and self.after.rule != "outer"
+    def capturable(self) -> bool:
+        """Whether a step's passes follow each other with no exchange in between, so that they can be recorded as a whole."""
+        return self.before is None and self.exchanges != "gradients"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `cpu_compile=True` knows its passes."""
+        return (self.before or self.after).rule in COMPILED_RULES and not self.weighs
 
 
 @dataclass(frozen=True)
@@ -168,35 +180,46 @@ INNER: dict[str, Stage] = {
 MIX = Stage("mix")
 _DESCEND = Stage("descend", lambda group, previous_lr: (float(group["lr"]), _coupled(group), _sign(group)))
 
-_HAS_OWN_MOMENTUM = "its momentum is a part of the method"
-_STATIC = "it needs the same mixing matrix in every step; use quasi_global or gradient_tracking"
+_OWN_MOMENTUM = ("its momentum is a part of the method", "leave it out")
+_OTHERS = "use quasi_global or gradient_tracking"
+_STATIC = {
+    "communicate_every": ("it diverges (verified), as it needs the same mixing matrix in every step", _OTHERS),
+    "global_average_every": ("it needs the same mixing matrix in every step", _OTHERS),
+}
+_NOTHING_TO_MIX = {
+    "mesh": ("it exchanges nothing, so machines have nothing to mix", "leave out mesh=, or use awc or atc")
+}
+_EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
 
 def _common(inner: Stage) -> dict[str, Algorithm]:
-    return {
-        "awc": Algorithm("awc", None, inner),
-        "atc": Algorithm("atc", inner, MIX),
-        "push_sum": Algorithm(
+    rows = [
+        Algorithm("awc", None, inner),
+        Algorithm("atc", inner, MIX),
+        Algorithm(
             "push_sum",
             inner,
             MIX,
             settles=True,
             graph="any",
+            weighs=True,
             refuses={
-                "global_average_every": "a full average would need the ranks' push-sum scalars; use atc",
-                "wire_dtype": "its sums must be conserved exactly; use atc",
-                "low_precision": "its sums must be conserved exactly; use atc",
+                "global_average_every": ("a full average would need the ranks' push-sum scalars", "use atc"),
+                "mesh": ("it works on the ranks' own edges and not on a mesh", "use awc or atc"),
+                "wire_dtype": _EXACT_SUMS,
+                "low_precision": _EXACT_SUMS,
             },
         ),
-        "allreduce": Algorithm(
+        Algorithm(
             "allreduce",
             None,
             inner,
             exchanges="gradients",
-            refuses={"wire_dtype": "it sends gradients, and what is compressed are parameters; use awc or atc"},
+            refuses={"wire_dtype": ("it sends gradients, and what is compressed are parameters", "use awc or atc")},
         ),
-        "local": Algorithm("local", None, inner, exchanges="nothing"),
-    }
+        Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX),
+    ]
+    return {row.name: replace(row, plain=True) for row in rows}
 
 
 def _decentlam_numbers(group: Group, previous_lr: float) -> tuple[float, ...]:
@@ -211,8 +234,7 @@ def _sgd_family() -> dict[str, Algorithm]:
         lambda group: ("tracker", "tracked"),
         missing="zero",
     )
-    no_nesterov = {"nesterov": _HAS_OWN_MOMENTUM, "dampening": _HAS_OWN_MOMENTUM}
-    fixed = {"communicate_every": f"it diverges (verified): {_STATIC}", "global_average_every": _STATIC}
+    no_nesterov = {"nesterov": _OWN_MOMENTUM, "dampening": _OWN_MOMENTUM}
     rows = [
         Algorithm(
             "decentlam",
@@ -221,7 +243,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             messages=("message",),
             settles=True,
             graph="symmetric",
-            refuses=no_nesterov | fixed,
+            refuses=no_nesterov | _STATIC,
         ),
         Algorithm(
             "quasi_global",
@@ -247,7 +269,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             ),
             messages=("message",),
             settles=True,
-            refuses={"dampening": _HAS_OWN_MOMENTUM},
+            refuses={"dampening": _OWN_MOMENTUM},
         ),
         Algorithm(
             "exact_diffusion",
@@ -256,21 +278,21 @@ def _sgd_family() -> dict[str, Algorithm]:
             settles=True,
             graph="symmetric",
             lazy=True,
-            refuses=fixed,
+            refuses=_STATIC,
         ),
         Algorithm(
             "extra",
             None,
             Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero", differences=True),
             graph="symmetric",
-            refuses=fixed,
+            refuses=_STATIC,
         ),
         Algorithm(
             "gradient_tracking",
             None,
             tracking,
             messages=("param", "tracker"),
-            refuses={"momentum": "use algorithm='momentum_tracking'"} | no_nesterov,
+            refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | no_nesterov,
         ),
         Algorithm("momentum_tracking", None, tracking, messages=("param", "tracker"), refuses=no_nesterov),
     ]
@@ -297,7 +319,7 @@ def _adam_family() -> dict[str, Algorithm]:
             settles=True,
             normalized="last_move",
             waits_at_zero_lr=True,
-            refuses={"amsgrad": "its second moment is not the gradient's"},
+            refuses={"amsgrad": ("its second moment is not the gradient's", "leave it out")},
         ),
         Algorithm(
             "gradient_tracking",
@@ -314,17 +336,19 @@ def _adam_family() -> dict[str, Algorithm]:
     return _common(INNER["Adam"]) | {row.name: row for row in rows}
 
 
-TABLE: dict[str, dict[str, Algorithm]] = {
-    "SGD": _sgd_family(),
-    "Adam": _adam_family(),
-    "AccumAdam": {name: row for name, row in _common(INNER["AccumAdam"]).items() if name != "push_sum"},
-}
+def _accum_family() -> dict[str, Algorithm]:
+    no_amsgrad = {"amsgrad": ("its second moment is that of averaged gradients", "leave it out, or use AdamW")}
+    rows = _common(INNER["AccumAdam"])
+    return {name: replace(row, refuses={**row.refuses, **no_amsgrad}) for name, row in rows.items() if not row.weighs}
+
+
+TABLE: dict[str, dict[str, Algorithm]] = {"SGD": _sgd_family(), "Adam": _adam_family(), "AccumAdam": _accum_family()}
 """family -> algorithm name -> row."""
 
-_WRAPPED = {
-    "awc": Algorithm("awc", None, MIX),
-    "atc": Algorithm("atc", Stage("outside"), MIX),
-    "local": Algorithm("local", None, MIX, exchanges="nothing"),
+WRAPPED = {
+    "awc": Algorithm("awc", None, MIX, plain=True),
+    "atc": Algorithm("atc", Stage("outside"), MIX, plain=True),
+    "local": Algorithm("local", None, MIX, exchanges="nothing", plain=True, refuses=_NOTHING_TO_MIX),
 }
 """Around another optimizer's own step (`Scheduler.step_around`), which is a pass of no rule."""
 
@@ -332,81 +356,28 @@ _WRAPPED = {
 def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorithm:
     """The row of algorithm `name` for the inner optimizer `family`: "SGD", "Adam", "AccumAdam", or "wrapped" for any.
 
+    Where `outer` does not run over its steps, which `compatibility` refuses, it is the row without.
+
     Raises:
-        ValueError: there is no such algorithm (lists those there are), or `outer` is given to another than "local".
+        ValueError: there is no such algorithm; lists those there are.
     """
-    rows = _WRAPPED if family == "wrapped" else TABLE[family]
+    rows = WRAPPED if family == "wrapped" else TABLE[family]
+    if name not in rows and family == "wrapped":
+        *most, last = map(repr, rows)
+        raise ValueError(
+            f"Decentralized runs algorithm {', '.join(most)} or {last}, not {name!r}: other methods change the update itself "
+            f"and are built into fusedfog.SGD and fusedfog.AdamW"
+        )
     if name not in rows:
         raise ValueError(f"unknown algorithm {name!r} for {family}; there are {', '.join(rows)}")
-    if outer is None:
-        return rows[name]
-    if name != "local":
-        raise ValueError(f"outer= runs over local steps and cannot be combined with {name!r}; use algorithm='local'")
+    row = rows[name]
+    if outer is None or not row.takes_outer:
+        return row
     numbers = (outer.lr, outer.momentum, float(outer.nesterov))
     stage = Stage("outer", lambda group, previous_lr: numbers, lambda group: ("outer_param", "outer_momentum"))
-    return Algorithm("local", INNER[family], stage)
+    return Algorithm(name, INNER[family], stage, takes_outer=True, outer=True)
 
 
-def check_options(algorithm: Algorithm, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first of `options` that is switched on although the algorithm refuses it.
-
-    Args:
-        options: keywords and hyper-parameters by name; 0, 1 for communicate_every, False and None mean off.
-    """
-    for name, reason in algorithm.refuses.items():
-        value = options.get(name)
-        off = 1 if name == "communicate_every" else None
-        if value and value != off:
-            raise ValueError(f"algorithm {algorithm.name!r} does not work with {name}={value!r}: {reason}")
-
-
-def resolve_topology(
-    algorithm: Algorithm, topology: Topology | str | None, size: int, *, static: bool = False
-) -> Topology | None:
-    """The topology an algorithm will use among `size` ranks: the given one, checked, or its default.
-
-    The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
-    every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
-    methods that need one static symmetric matrix, and if `static` asks for one round.
-
-    Raises:
-        ValueError: the topology is of another size, unknown, or outside the algorithm's theory; says what to use instead.
-        TypeError: not a Topology, a name or None.
-    """
-    if algorithm.exchanges != "parameters":
-        return None
-    if topology is None:
-        topology = symmetric_exponential(size) if static else _default(algorithm, size)
-    if isinstance(topology, str):
-        topology = named(topology, size)
-    if not isinstance(topology, Topology):
-        raise TypeError(f"topology must be a fusedfog.topology.Topology, a name or None, got {type(topology).__name__}")
-    if topology.size != size:
-        raise ValueError(
-            f"topology {topology.name} is for {topology.size} ranks but the group has {size}; "
-            f"build it with n={size}, or pass its name to have it sized to the group"
-        )
-    _check_graph(algorithm, topology)
-    return topology.lazy() if algorithm.lazy else topology
-
-
-def _default(algorithm: Algorithm, size: int) -> Topology:
-    if algorithm.graph == "symmetric":
-        return symmetric_exponential(size)
-    return one_peer_exponential(size) if size & (size - 1) == 0 else base_graph(size)
-
-
-def _check_graph(algorithm: Algorithm, topology: Topology) -> None:
-    if algorithm.graph == "any":
-        return
-    if not topology.is_doubly_stochastic():
-        raise ValueError(
-            f"{algorithm.name} needs a doubly stochastic topology: on {topology.name} the ranks would minimise a sum that "
-            f"weighs some ranks' losses more than others'. Use 'one_peer_exponential', 'base_graph' or 'ring', "
-            f"fusedfog.topology.from_networkx for Metropolis weights on your own graph, or algorithm='push_sum'"
-        )
-    if algorithm.graph == "symmetric" and not (topology.is_static and topology.is_symmetric()):
-        raise ValueError(
-            f"{algorithm.name} needs a static symmetric topology: on {topology.name} it can diverge. Use "
-            f"'symmetric_exponential', 'ring', 'grid' or 'hypercube', or algorithm='quasi_global' or 'gradient_tracking'"
-        )
+def alone(family: str) -> Algorithm:
+    """What every algorithm is on one rank: the inner optimizer's own step."""
+    return algorithm_for("local", family)

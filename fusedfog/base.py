@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog import construction, data_parallel
+from fusedfog import construction, data_parallel, parameters
 from fusedfog.capture import CapturableScheduler, recording
 from fusedfog.comm.averaging import average_in_place, consensus_distance
 from fusedfog.comm.registry import leave
-from fusedfog.construction import Options
+from fusedfog.options import Options
 from fusedfog.origin import has_messages, origin_of, take_origin
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
@@ -181,7 +181,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             return
         try:
             self._check_group(self.param_groups[-1])
-            construction.extend(self._kind, self._scheduler, self.param_groups, self._options)
+            construction.extend(self._kind, self._family, self._scheduler, self.param_groups, self._options)
         except Exception:
             self.param_groups.pop()
             raise
@@ -222,7 +222,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """
         engine = self._engine
         clock, own = self._loaded_clock(state_dict)
-        construction.check_states(self.param_groups, state_dict)
+        parameters.check_states(self.param_groups, state_dict)
+        construction.check_groups(self._family, engine, state_dict["param_groups"], self._options)
         # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
         originals: dict[Any, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, given: originals.update(given["state"]))
@@ -235,7 +236,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if engine.sharding is not None:
             make_room_for_clock(self.param_groups)
         engine.discard()
-        pairs = construction.pair_parameters(self.param_groups, state_dict)
+        pairs = parameters.pair_parameters(self.param_groups, state_dict)
         engine.set_clock(clock)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
 
@@ -451,5 +452,5 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             MismatchError: ranks were given different topologies; the old one stays.
         """
         engine = self._engine
-        construction.change_topology(self._kind, engine, topology)
+        construction.change_topology(self._kind, self._family, engine, topology, self._options)
         self._options = dataclasses.replace(self._options, topology=topology)

@@ -23,7 +23,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog.algorithms import Algorithm
 from fusedfog.flat import FlatSegment, addresses_of, align
 from fusedfog.kernels import Gradients, Wire, device
 from fusedfog.kernels.region import TABLE_ALIGNMENT
@@ -43,47 +42,15 @@ def recording() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def refuse(algorithm: Algorithm, topology: Topology | None, *, lossy: bool, pauses: bool = False) -> None:
-    """Raise ValueError for a method or topology whose steps `capturable=True` cannot keep the same.
-
-    Args:
-        lossy: messages are compressed.
-        pauses: there are steps without an exchange, or with a full average.
-    """
-    if algorithm.before is not None or algorithm.exchanges == "gradients":
-        what = "a step with outer=" if algorithm.name == "local" else f"{algorithm.name}'s step"
-        raise ValueError(
-            f"capturable=True: {what} has its exchange in its middle, where the host is needed, so it cannot be recorded as a "
-            f"whole. Use algorithm='awc', 'gradient_tracking', 'momentum_tracking', 'extra' or 'local' without outer=; or leave "
-            f"out capturable=True and record forward and backward alone"
-        )
-    if topology is None:
-        return
-    if topology.period is None:
-        most_neighbours(topology, 0)
-    if lossy and not (topology.is_static and not pauses):
-        raise ValueError(
-            "capturable=True: compressed messages have replicas of their own in each round, and none in steps without an "
-            "exchange, so passes would change. Use wire_dtype with a static topology, communicate_every=1 and without "
-            "global_average_every, or exact messages"
-        )
-
-
 def most_neighbours(topology: Topology, rank: int) -> int:
     """The most neighbours that `rank` receives from in any round; for endless sequences, what these promise.
 
     Raises:
-        ValueError: an endless sequence promises nothing.
+        ValueError: an endless sequence promises nothing; `compatibility` refuses it before.
     """
-    if topology.period is not None:
-        return max(len(topology.round(rank, step).recv) for step in range(topology.period))
-    try:
+    if topology.period is None:
         return topology.max_degree
-    except ValueError as error:
-        raise ValueError(
-            f"capturable=True needs to know how many neighbours a rank has at most, and {topology.name} never repeats and does "
-            f"not say: give it a period (from_rounds(n, fn, period=...)), or use 'one_peer_exponential' or 'base_graph'"
-        ) from error
+    return max(len(topology.round(rank, step).recv) for step in range(topology.period))
 
 
 class AddressTables:

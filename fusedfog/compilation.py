@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusedfog.algorithms import Algorithm
+from fusedfog.algorithms import MIX, Algorithm
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout
@@ -37,24 +37,15 @@ def kinds_of_passes(
     layouts: Iterable[Segment],
     neighbours: Iterable[int],
 ) -> list[Kind]:
-    """The passes that can be compiled and that steps of this optimizer will make.
-
-    Raises:
-        ValueError: the algorithm's passes are of other rules; says for which ones cpu_compile works.
-    """
+    """The passes that can be compiled and that steps of this optimizer will make; `algorithm.compiled` says there are some."""
     before, after = algorithm.before, algorithm.after
-    if (before or after).rule not in COMPILED_RULES or algorithm.name == "push_sum":
-        raise ValueError(
-            f"cpu_compile=True compiles the passes of SGD and Adam(W) with awc, atc, allreduce and local, not those of "
-            f"{algorithm.name} with rule {(before or after).rule!r}: leave it out"
-        )
     kinds: dict[Kind, None] = {}
     for layout in layouts:
         group = groups[layout.group]
         if before is not None:
             kinds[before.rule, layout.dtype, len(before.states(group)), 0] = None
         for k in neighbours if layout.mix else (0,):
-            if after.rule in COMPILED_RULES and (k or after.rule != "mix"):
+            if after.rule in COMPILED_RULES and (k or after is not MIX):
                 kinds[after.rule, layout.dtype, len(after.states(group)), k] = None
     return list(kinds)
 

@@ -13,19 +13,10 @@ from torch import Tensor
 
 from fusedfog.around import AroundScheduler
 from fusedfog.base import DecentralizedOptimizer
-from fusedfog.construction import Keywords, Options
+from fusedfog.options import Keywords, Options
 from fusedfog.scheduler import Scheduler
 from fusedfog.shards import carry_clock, make_room_for_clock
 
-_REFUSED = {
-    "fused_backward": "the wrapped optimizer makes its step over all parameters at once, not bucket by bucket",
-    "outer": "use algorithm='atc' with communicate_every, or a fusedfog optimizer for the inner steps",
-    "measure": "only the passes of fusedfog's own optimizers see gradients",
-    "low_precision": "the wrapped optimizer writes the parameters itself",
-    "wire_dtype": "compressed messages are made by the passes of fusedfog's own optimizers",
-    "cpu_compile": "only the passes of fusedfog's own optimizers can be compiled",
-    "capturable": "the wrapped optimizer's step takes its numbers, and starts its kernels, as it likes",
-}
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
@@ -60,19 +51,8 @@ class Decentralized(DecentralizedOptimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, **decentralized: Unpack[Keywords]) -> None:
         _check_inner(optimizer)
-        options = Options.of(decentralized)
-        if options.algorithm not in ("awc", "atc", "local"):
-            raise ValueError(
-                f"Decentralized runs algorithm 'awc', 'atc' or 'local', not {options.algorithm!r}: other methods change the "
-                f"update itself and are built into fusedfog.SGD and fusedfog.AdamW"
-            )
-        if options.state_dtype != torch.float32:
-            raise ValueError("Decentralized does not take state_dtype: the wrapped optimizer keeps its own states")
-        for name, reason in _REFUSED.items():
-            if getattr(options, name):
-                raise ValueError(f"Decentralized does not take {name}: {reason}")
         self.inner = optimizer
-        super().__init__(optimizer.param_groups, optimizer.defaults, options)
+        super().__init__(optimizer.param_groups, optimizer.defaults, Options.of(decentralized))
 
     @property
     def _kind(self) -> str:

@@ -38,10 +38,10 @@ def triton_version() -> str | None:
         return None
 
 
-def check_dtypes(place: torch.device, dtypes: dict[str, torch.dtype | None]) -> None:
-    """Raise ValueError if the GPU has no instructions for one of these, {what it is for: dtype}."""
+def missing_instructions(place: torch.device, dtypes: dict[str, torch.dtype | None]) -> tuple[str, str, str] | None:
+    """What of {use: dtype} the GPU has no instructions for: (dtype and use, why, what to use instead)."""
     if place.type != "cuda":
-        return
+        return None
     capability = torch.cuda.get_device_capability(place)
     for use, dtype in dtypes.items():
         if dtype == torch.bfloat16 and capability < _BF16_CAPABILITY:
@@ -51,7 +51,14 @@ def check_dtypes(place: torch.device, dtypes: dict[str, torch.dtype | None]) -> 
         else:
             continue
         kind = "bf16" if dtype == torch.bfloat16 else "fp8 (e4m3)"
-        raise ValueError(
-            f"{place} has compute capability {capability[0]}.{capability[1]} and cannot make {kind} {use}, which takes "
-            f"{takes[0]}.{takes[1]}: use {instead}"
-        )
+        has = f"{place} has compute capability {capability[0]}.{capability[1]} and cannot make {kind} {use}"
+        return f"{kind} {use}", f"{has}, which takes {takes[0]}.{takes[1]}", instead
+    return None
+
+
+def check_dtypes(place: torch.device, dtypes: dict[str, torch.dtype | None]) -> None:
+    """Raise ValueError if the GPU has no instructions for one of these, {what it is for: dtype}."""
+    found = missing_instructions(place, dtypes)
+    if found is not None:
+        _, why, instead = found
+        raise ValueError(f"{why}: use {instead}")

@@ -12,9 +12,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from fusedfog import construction
 from fusedfog.base import DecentralizedOptimizer, Params
-from fusedfog.construction import Keywords, Options
+from fusedfog.options import Keywords, Options
+from fusedfog.parameters import check_finite
 
 
 class SGD(DecentralizedOptimizer):
@@ -50,7 +50,7 @@ class SGD(DecentralizedOptimizer):
         super().__init__(params, defaults, Options.of(decentralized))
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        construction.check_finite(group, ("lr", "momentum", "weight_decay"), ("dampening",))
+        check_finite(group, ("lr", "momentum", "weight_decay"), ("dampening",))
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
@@ -92,7 +92,7 @@ class Adam(DecentralizedOptimizer):
         return defaults
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        construction.check_finite(group, ("lr", "eps", "weight_decay"))
+        check_finite(group, ("lr", "eps", "weight_decay"))
         for beta in group["betas"]:
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
@@ -129,7 +129,7 @@ class AccumAdamW(AdamW):
         A += g / s ; x -= lr u((b1 m + (1 - b1) g) / (1 - b1^k), (b2 v + (1 - b2) g^2) / (1 - b2^k))
 
     and every s-th step commits m = b1 m + (1 - b1) A, v = b2 v + (1 - b2) A^2, A = 0. s = 1 is AdamW. `accum_steps` should
-    grow with the number of ranks (the paper uses 4 and 8). Raises ValueError for accum_steps below 1, or amsgrad.
+    grow with the number of ranks (the paper uses 4 and 8). Raises ValueError for accum_steps below 1.
     """
 
     _family = "AccumAdam"
@@ -154,7 +154,5 @@ class AccumAdamW(AdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not (isinstance(group["accum_steps"], int) and group["accum_steps"] >= 1) or group["amsgrad"]:
-            raise ValueError(
-                f"accum_steps must be a whole number of at least 1, without amsgrad; got {group['accum_steps']!r}"
-            )
+        if not (isinstance(group["accum_steps"], int) and group["accum_steps"] >= 1):
+            raise ValueError(f"accum_steps must be a whole number of at least 1, got {group['accum_steps']!r}")

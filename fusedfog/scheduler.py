@@ -130,7 +130,7 @@ class Scheduler:
             for param in lane.segment.params[lane.bucket.first : lane.bucket.last]
             if param.requires_grad
         ]
-        for segment in self.segments if self.algorithm.after.rule == "outer" else ():
+        for segment in self.segments if self.algorithm.outer else ():
             if "outer_param" not in segment.states:
                 segment.state("outer_param").copy_(segment.param)
 
@@ -139,7 +139,7 @@ class Scheduler:
         self.topology = topology
         if self.wires is not None:
             self.wires.follow_topology(topology)
-        if self.algorithm.name == "push_sum" and topology is not None and self.link is not None:
+        if self.algorithm.weighs and topology is not None and self.link is not None:
             old = self._push_sum
             self._push_sum = PushSum(topology, self.link.world.rank)
             if old is not None:

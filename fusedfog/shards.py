@@ -45,17 +45,10 @@ from fusedfog.layout import Bucket, ParamSpec, Segment
 from fusedfog.storage import EXACT, Storage
 
 if TYPE_CHECKING:
-    from fusedfog.construction import Options
+    from fusedfog.options import Options
 
 _CLOCK = "fusedfog"
 _HOW = 'fully_shard(model, mesh=mesh["shard"]) and mesh=mesh, whose dimensions are ("replicate", "shard")'
-
-
-_REFUSED = {
-    "fused_backward": "their gradients come out of FSDP's reduce-scatter, module by module, on a stream of its own; leave it "
-    "out (awc overlaps the whole iteration without it)",
-    "capturable": "forward and backward wait for collectives between ranks, and nobody has recorded those with a step",
-}
 
 
 @dataclass(frozen=True)
@@ -197,23 +190,17 @@ def _check_not_gathered(params: Sequence[Tensor]) -> None:
         )
 
 
-def settle(
-    groups: Sequence[Mapping[str, Any]], options: Options, *, alone: bool
-) -> tuple[Sharding | None, Options, GroupView | None]:
-    """How parameters are sharded, the options with `group` being the ranks to mix with, and all ranks that have to agree.
+def settle(sharding: Sharding | None, options: Options, *, alone: bool) -> tuple[Options, GroupView | None]:
+    """The options with `group` being the ranks to mix with, and all ranks that have to agree.
 
-    Plain parameters' options stay as they are. Raises ValueError as `sharding_of` and `Sharding.across`.
+    Plain parameters' options stay as they are. Raises ValueError as `Sharding.across`.
     """
-    sharding = sharding_of(groups, options.model)
     if sharding is None:
-        return None, options, None
-    for name, why in _REFUSED.items():
-        if getattr(options, name):
-            raise ValueError(f"{name} does not work on FSDP2 parameters: {why}")
+        return options, None
     if alone:
-        return sharding, dataclasses.replace(options, mesh=None), None
+        return dataclasses.replace(options, mesh=None), None
     group, everyone = sharding.across(options.group, options.mesh)
-    return sharding, dataclasses.replace(options, group=group, mesh=None), everyone
+    return dataclasses.replace(options, group=group, mesh=None), everyone
 
 
 def stand_in(param: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
 from fusedfog.algorithms import TABLE
+from fusedfog.compatibility import markdown
 from fusedfog.topology.guide import guide_table
 
 ROOT = Path(__file__).parents[1]
@@ -191,9 +192,18 @@ def test_pictures_are_small() -> None:
 def option_table() -> list[dict[str, str]]:
     """The option table's rows, by column."""
     text = (ROOT / "fusedfog" / "README.md").read_text()
-    table = text.split("<!-- option table -->")[1].split("<!-- /option table -->")[0].strip()
+    table = text.split("<!-- option table -->")[1].split("<!-- /option table -->")[0].strip().split("\n\n")[0]
     head, _, *rows = [[cell.strip(" `") for cell in line.strip("| ").split("|")] for line in table.splitlines()]
     return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_option_table_is_the_one_in_the_code() -> None:
+    page = ROOT / "fusedfog" / "README.md"
+    before, rest = page.read_text().split("<!-- option table -->")
+    _, after = rest.split("<!-- /option table -->")
+    meant = f"{before}<!-- option table -->\n\n{markdown()}\n\n<!-- /option table -->{after}"
+    how = f"put what `fusedfog.{markdown.__module__.partition('.')[2]}.markdown()` returns between its option table's marks"
+    assert page.read_text() == meant, f"{page.relative_to(ROOT)} is out of date: {how}"
 
 
 def build_every_cell() -> list[str]:

@@ -11,7 +11,9 @@ from torch import nn
 
 import fusedfog
 from fusedfog import topology
-from fusedfog.algorithms import TABLE, Algorithm, Outer, algorithm_for, check_options, resolve_topology
+from fusedfog.algorithms import TABLE, Algorithm, Outer, algorithm_for
+from fusedfog.compatibility import check, choose_topology
+from fusedfog.features import Setup
 
 KINDS = {"SGD": "SGD", "Adam": "AdamW", "AccumAdam": "AccumAdamW"}
 ROWS = [(family, name) for family, rows in TABLE.items() for name in rows]
@@ -54,14 +56,18 @@ def test_the_table_has_every_algorithm_of_both_families() -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", TABLE["SGD"])
 def test_every_sgd_option_is_accepted_or_refused_with_a_reason(name: str, option: str) -> None:
-    row = TABLE["SGD"][name]
     values: dict[str, Any] = {**dict.fromkeys(OPTIONS, None), "communicate_every": 1, option: OPTIONS[option]}
+    setup = Setup("SGD", TABLE["SGD"][name], values)
     reason = REFUSED.get(name, {}).get(option)
     if reason is None:
-        check_options(row, values)
+        check(setup)
     else:
         with pytest.raises(ValueError, match=f"'{name}' does not work with {option}=.*{reason}"):
-            check_options(row, values)
+            check(setup)
+
+
+def chosen_for(family: str, name: str, given: topology.Topology | str | None, n: int) -> topology.Topology | None:
+    return choose_topology(Setup(family, algorithm_for(name, family), ranks=n), given, n)
 
 
 def refused_by_every_rank(kind: str, keywords: dict[str, Any]) -> str:
@@ -101,7 +107,7 @@ def test_refusals_come_at_construction_and_name_a_way_out(
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 12])
 def test_every_algorithm_has_a_legal_default_topology_for_every_size(family: str, name: str, n: int) -> None:
     row = algorithm_for(name, family)
-    chosen = resolve_topology(row, None, n)
+    chosen = chosen_for(family, name, None, n)
     assert chosen is not None
     assert chosen.size == n
     assert chosen.is_doubly_stochastic()
@@ -123,10 +129,10 @@ def needs(row: Algorithm, graph: topology.Topology) -> bool:
 def test_topologies_are_accepted_exactly_where_the_theory_covers_them(family: str, name: str, graph: str) -> None:
     row = algorithm_for(name, family)
     if needs(row, topology.named(graph, 8)):
-        assert resolve_topology(row, graph, 8) is not None
+        assert chosen_for(family, name, graph, 8) is not None
     else:
         with pytest.raises(ValueError, match=f"{name} needs a"):
-            resolve_topology(row, graph, 8)
+            chosen_for(family, name, graph, 8)
 
 
 def test_a_merely_row_stochastic_graph_is_for_push_sum_alone() -> None:
@@ -134,10 +140,10 @@ def test_a_merely_row_stochastic_graph_is_for_push_sum_alone() -> None:
     for family, name in GOSSIPING:
         row = algorithm_for(name, family)
         if row.graph == "any":
-            assert resolve_topology(row, graph, 6) is graph
+            assert chosen_for(family, name, graph, 6) is graph
         else:
             with pytest.raises(ValueError, match="push_sum" if row.graph == "doubly_stochastic" else "needs a"):
-                resolve_topology(row, graph, 6)
+                chosen_for(family, name, graph, 6)
 
 
 @pytest.mark.parametrize("bad", [{"every": 0}, {"lr": 0.0}, {"momentum": 1.0}, {"lr": float("nan")}])

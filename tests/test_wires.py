@@ -316,15 +316,16 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(ranks: Pool) -> None:
 
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedfog.algorithms import algorithm_for
-    from fusedfog.construction import Options, _check_precision
+    from fusedfog.compatibility import check
+    from fusedfog.environment import missing_instructions
+    from fusedfog.features import Setup
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    options, device = Options.of({"wire_dtype": "fp8"}), torch.device("cuda", 0)
+    place, row = torch.device("cuda", 0), algorithm_for("awc", "SGD")
+    lacking = missing_instructions(place, {"messages": torch.float8_e4m3fn})
     with pytest.raises(ValueError, match=r"compute capability 8\.0 .* use wire_dtype='int8'"):
-        _check_precision(algorithm_for("awc", "SGD"), (), fusedfog.topology.ring(4), device, options)
-    _check_precision(
-        algorithm_for("awc", "SGD"), (), fusedfog.topology.ring(4), device, Options.of({"wire_dtype": "int8"})
-    )
+        check(Setup("SGD", row, place=place, lacking=lacking))
+    assert missing_instructions(place, {"messages": torch.int8}) is None
 
 
 # -- plain tensors ---------------------------------------------------------------------------------------------------

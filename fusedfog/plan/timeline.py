@@ -23,7 +23,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fusedfog.algorithms import TABLE, Algorithm, check_options, resolve_topology
+from fusedfog.algorithms import TABLE, Algorithm
+from fusedfog.compatibility import check, choose_topology
+from fusedfog.features import Setup
 from fusedfog.plan.network import (
     Collective,
     Meeting,
@@ -72,8 +74,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.communicate_every < 1:
             raise ValueError(f"communicate_every must be at least 1, got {self.communicate_every}")
-        if self.algorithm != "ddp":
-            check_options(self.row, {"communicate_every": self.communicate_every})
+        check(self._setup)
         if self.communicate_every > 1 and self.reduces:
             raise ValueError(f"{self.algorithm} reduces gradients in every step; communicate_every is for awc and atc")
 
@@ -109,7 +110,12 @@ class Method:
         Raises:
             ValueError: it does not fit the network or the algorithm.
         """
-        return resolve_topology(self.row, self.topology, network.machines if self.mesh else network.ranks)
+        return choose_topology(self._setup, self.topology, network.machines if self.mesh else network.ranks)
+
+    @property
+    def _setup(self) -> Setup:
+        family = next(family for family in ("SGD", "Adam") if self.row.name in TABLE[family])
+        return Setup(family, TABLE[family][self.row.name], {"communicate_every": self.communicate_every}, ranks=2)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Ranks:
         self.row, self.topology, self.rhythm, self.group = row, topology, rhythm, group
         self.state_names = row.state_names(group)
         self.flat = {"param": x} | {name: torch.zeros_like(x) for name in self.state_names}
-        if row.after.rule == "outer":
+        if row.outer:
             self.flat["outer_param"].copy_(x)
         self.scalars = np.ones(len(x))
         self.clock, self.updates = Clock(), 0
@@ -127,7 +127,7 @@ class Ranks:
 
     def _mixing(self, step: int, exchanging: bool) -> tuple[Mix, Mix]:
         """How the pass before the exchange and the one after it mix."""
-        if self.row.name == "push_sum":
+        if self.row.weighs:
             return self._push(exchanging)
         if not exchanging:
             return _Mixing(), _Mixing()

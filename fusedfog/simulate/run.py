@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedfog import optim
-from fusedfog.algorithms import Algorithm, Outer, algorithm_for, check_options, resolve_topology
-from fusedfog.construction import Keywords, Options, check_finite
+from fusedfog.algorithms import Algorithm, Outer, algorithm_for, alone
+from fusedfog.compatibility import choose_topology
+from fusedfog.features import Setup
+from fusedfog.options import Keywords, Options
+from fusedfog.parameters import check_finite
 from fusedfog.rhythm import Rhythm
 from fusedfog.simulate.problems import Problem
 from fusedfog.simulate.ranks import Ranks
@@ -130,10 +133,9 @@ def _resolve(
     """What `construction.build` decides for n real ranks."""
     options = Options.of(keywords)
     row = algorithm_for(options.algorithm, family, options.outer)
-    check_options(row, {**group, **vars(options)})
-    graph = resolve_topology(row, options.topology, n)
+    graph = choose_topology(Setup(family, row, vars(options), [group], ranks=n), options.topology, n)
     if n == 1:
-        row, graph = algorithm_for("local", family), None
+        row, graph = alone(family), None
     every = options.outer.every if options.outer is not None else options.communicate_every
     return row, graph, Rhythm(every, options.global_average_every)
 

@@ -1,0 +1,294 @@
+"""The one table of what does not go with what: algorithm x option x topology x storage x device.
+
+    check(Setup(family, algorithm, vars(options), groups, topology=topology, ...))    raises a row's text, or returns
+
+A row names two features of a setup that do not go together, says why, and what to use instead. Rows about one algorithm stand
+with it, in `Algorithm.refuses`. To refuse a combination, add a row; a test builds all pairs of features and finds those that
+fail without one. Whether the *value* of an option makes sense by itself is checked where options are (`options.py`), and how
+parameters lie on ranks where they are sharded (`shards.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fusedfog.algorithms import TABLE, Algorithm
+from fusedfog.features import FEATURES, OPTIMIZERS, ROWS_OF_ALGORITHMS, Setup
+from fusedfog.topology import Topology, base_graph, named, one_peer_exponential, symmetric_exponential
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row: two features that do not go together, why, and what to use instead.
+
+    In `why` and `instead`, {algorithm} is the setup's, and {lacking} and {replacement} what it says of its GPU.
+    """
+
+    what: str
+    other: str
+    why: str
+    instead: str
+
+    def holds(self, setup: Setup) -> bool:
+        """Whether the setup has both features."""
+        return FEATURES[self.what].present(setup) and FEATURES[self.other].present(setup)
+
+    def text(self, setup: Setup) -> str:
+        """The error that the setup raises."""
+        one, two = (
+            feature.named(setup) if feature.named else feature.words
+            for feature in (FEATURES[self.what], FEATURES[self.other])
+        )
+        why, instead = (_filled(part, setup) for part in self.texts)
+        return f"{one} does not work with {two}: {why}; {instead}"
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Why, and what to use instead."""
+        return self.why, self.instead
+
+    @property
+    def in_cells(self) -> bool:
+        """Whether the option table has a cell of its own for it."""
+        return self.what in _ALGORITHMS and any(self.other in option for option in _COLUMNS.values())
+
+
+def _filled(text: str, setup: Setup) -> str:
+    _, lacking, replacement = setup.lacking or ("", "", "")
+    known = {"algorithm": setup.algorithm.name, "lacking": lacking, "replacement": replacement}
+    return text.format_map(known)
+
+
+_OWN_PASSES = "use fusedfog.SGD or fusedfog.AdamW, or leave it out"
+_ONE_OF_THEM = "leave one of them out"
+
+ROWS: tuple[Refusal, ...] = (
+    Refusal(
+        "Decentralized",
+        "fused_backward",
+        "the wrapped optimizer makes its step over all parameters at once, not bucket by bucket",
+        "leave it out",
+    ),
+    Refusal(
+        "Decentralized",
+        "outer",
+        "outer= needs the passes of fusedfog's own optimizers",
+        "use algorithm='atc' with communicate_every, or a fusedfog optimizer for the inner steps",
+    ),
+    Refusal("Decentralized", "measure", "only the passes of fusedfog's own optimizers see gradients", _OWN_PASSES),
+    Refusal("Decentralized", "low_precision", "the wrapped optimizer writes the parameters itself", _OWN_PASSES),
+    Refusal("Decentralized", "state_dtype", "the wrapped optimizer keeps its own states", _OWN_PASSES),
+    Refusal(
+        "Decentralized",
+        "wire_dtype",
+        "compressed messages are made by the passes of fusedfog's own optimizers",
+        _OWN_PASSES,
+    ),
+    Refusal(
+        "Decentralized", "cpu_compile", "only the passes of fusedfog's own optimizers can be compiled", _OWN_PASSES
+    ),
+    Refusal(
+        "Decentralized",
+        "capturable",
+        "the wrapped optimizer's step takes its numbers, and starts its kernels, as it likes",
+        _OWN_PASSES,
+    ),
+    *(
+        Refusal(name, option, why, instead)
+        for name, _, row in ROWS_OF_ALGORITHMS
+        for option, (why, instead) in row.refuses.items()
+    ),
+    Refusal("outer", "exchanging steps", "outer= runs over local steps", "use algorithm='local'"),
+    *(
+        Refusal("outer", every, "outer= has a rhythm of its own", "give outer=Outer(every=...) and no other rhythm")
+        for every in ("communicate_every", "global_average_every")
+    ),
+    Refusal("mesh", "wire_dtype", "machines of a mesh exchange exact means", _ONE_OF_THEM),
+    Refusal(
+        "FSDP2",
+        "fused_backward",
+        "their gradients come out of FSDP's reduce-scatter, module by module, on a stream of its own",
+        "leave it out (awc overlaps the whole iteration without it)",
+    ),
+    Refusal(
+        "FSDP2",
+        "capturable",
+        "forward and backward wait for collectives between ranks, and nobody has recorded those with a step",
+        "leave it out",
+    ),
+    Refusal(
+        "low_precision",
+        "no 16-bit parameters",
+        "it is for bf16 and fp16 parameters, which these are not",
+        "convert the model first (model.bfloat16()), or leave it out",
+    ),
+    Refusal(
+        "state_dtype",
+        "exact sums",
+        "its states carry sums over ranks that must be exact",
+        "leave it out, or use awc, atc, allreduce, local without outer=, or push_sum",
+    ),
+    Refusal("cpu_compile", "measure", "compiled passes measure nothing", _ONE_OF_THEM),
+    *(
+        Refusal("cpu_compile", option, f"compiled passes know no {option}", _ONE_OF_THEM)
+        for option in ("low_precision", "state_dtype", "wire_dtype")
+    ),
+    Refusal(
+        "cpu_compile",
+        "other passes",
+        "cpu_compile=True compiles the passes of SGD and Adam(W) with awc, atc, allreduce and local",
+        "leave it out",
+    ),
+    Refusal("capturable", "fused_backward", "its hooks start messages inside backward", _ONE_OF_THEM),
+    Refusal("capturable", "cpu_compile", "compiled passes take numbers as arguments", _ONE_OF_THEM),
+    Refusal(
+        "capturable",
+        "exchange in mid-step",
+        "a step that has its exchange in its middle needs the host there, so it cannot be recorded as a whole",
+        "use algorithm='awc', 'gradient_tracking', 'momentum_tracking', 'extra' or 'local' without outer=, or leave out "
+        "capturable=True and record forward and backward alone",
+    ),
+    Refusal(
+        "capturable",
+        "endless of any degree",
+        "it needs to know how many neighbours a rank has at most, and this topology never repeats and does not say",
+        "give it a period (from_rounds(n, fn, period=...)), or use 'one_peer_exponential' or 'base_graph'",
+    ),
+    Refusal(
+        "capturable",
+        "replicas that change",
+        "compressed messages have replicas of their own in each round, and none in steps without an exchange, so passes would "
+        "change",
+        "use wire_dtype with a static topology, communicate_every=1 and without global_average_every, or exact messages",
+    ),
+    Refusal(
+        "needs double stochasticity",
+        "not doubly stochastic",
+        "{algorithm} needs a doubly stochastic topology, or the ranks would minimise a sum that weighs some ranks' losses more "
+        "than others'",
+        "use 'one_peer_exponential', 'base_graph' or 'ring', fusedfog.topology.from_networkx for Metropolis weights on your "
+        "own graph, or algorithm='push_sum'",
+    ),
+    Refusal(
+        "needs static symmetry",
+        "not static symmetric",
+        "{algorithm} needs a static symmetric topology, or it can diverge",
+        "use 'symmetric_exponential', 'ring', 'grid' or 'hypercube', or algorithm='quasi_global' or 'gradient_tracking'",
+    ),
+    Refusal(
+        "wire_dtype",
+        "endless",
+        "it keeps replicas for each round of the topology's period, and this one has none",
+        "use a static graph, 'one_peer_exponential' or another periodic sequence",
+    ),
+    Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
+    Refusal("instructions that lack", "GPU", "{lacking}", "use {replacement}"),
+)
+"""All rows, in the order in which they are looked through."""
+
+
+def first_refusal(setup: Setup) -> Refusal | None:
+    """The first row that holds, if one does."""
+    return next((row for row in ROWS if row.holds(setup)), None)
+
+
+def check(setup: Setup) -> None:
+    """Raise ValueError, with the row's text, if two features of the setup do not go together."""
+    row = first_refusal(setup)
+    if row is not None:
+        raise ValueError(row.text(setup))
+
+
+def choose_topology(setup: Setup, given: Topology | str | None, size: int) -> Topology | None:
+    """The topology of `size` nodes along which the setup will exchange, the given or the default one; checks the whole setup.
+
+    Raises:
+        ValueError: as `check` and `resolve_topology`.
+    """
+    chosen = resolve_topology(setup.algorithm, given, size, static=bool(setup.value("wire_dtype")))
+    check(replace(setup, topology=chosen))
+    return chosen.lazy() if chosen is not None and setup.algorithm.lazy else chosen
+
+
+def resolve_topology(
+    algorithm: Algorithm, topology: Topology | str | None, size: int, *, static: bool = False
+) -> Topology | None:
+    """The topology that is meant for `size` ranks: the given one, or the algorithm's default.
+
+    The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
+    every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
+    methods that need one static symmetric matrix, and if `static` asks for one round.
+
+    Raises:
+        ValueError: the topology is of another size, or unknown. Whether the theory covers it, `choose_topology` says.
+        TypeError: not a Topology, a name or None.
+    """
+    if algorithm.exchanges != "parameters":
+        return None
+    if topology is None:
+        topology = symmetric_exponential(size) if static else _default(algorithm, size)
+    if isinstance(topology, str):
+        topology = named(topology, size)
+    if not isinstance(topology, Topology):
+        raise TypeError(f"topology must be a fusedfog.topology.Topology, a name or None, got {type(topology).__name__}")
+    if topology.size != size:
+        raise ValueError(
+            f"topology {topology.name} is for {topology.size} ranks but the group has {size}; "
+            f"build it with n={size}, or pass its name to have it sized to the group"
+        )
+    return topology
+
+
+def _default(algorithm: Algorithm, size: int) -> Topology:
+    if algorithm.graph == "symmetric":
+        return symmetric_exponential(size)
+    return one_peer_exponential(size) if size & (size - 1) == 0 else base_graph(size)
+
+
+# -- the option table of the docs ------------------------------------------------------------------------------------
+
+_COLUMNS: dict[str, Mapping[str, Any]] = {
+    "momentum": {"momentum": 0.9},
+    "`communicate_every` > 1": {"communicate_every": 2},
+    "`global_average_every`": {"global_average_every": 2},
+    "`mesh`": {"mesh": "machines"},
+    "`wire_dtype`": {"wire_dtype": "bf16"},
+    "`low_precision`": {"low_precision": "kahan"},
+    "`state_dtype` bf16": {"state_dtype": torch.bfloat16},
+    "`capturable`": {"capturable": True},
+}
+_ALGORITHMS = {name for name, _, _ in ROWS_OF_ALGORITHMS}
+_GRAPHS = {"doubly_stochastic": "doubly stochastic", "symmetric": "static symmetric", "any": "any directed"}
+
+
+def markdown() -> str:
+    """The option table for readers: each algorithm with the commonest options, then all other rows."""
+    head, more = ["optimizer", "algorithm", "graph", *_COLUMNS], ["this", "does not go with", "because", "instead"]
+    generic = {"algorithm": "it", "lacking": "bf16 takes sm_80, fp8 sm_89", "replacement": "fp32, fp16 or int8"}
+    rows = [
+        [*(FEATURES[name].words for name in (row.what, row.other)), *(text.format_map(generic) for text in row.texts)]
+        for row in ROWS
+        if not row.in_cells
+    ]
+    return f"{_table(head, _cells())}\n\nMoreover:\n\n{_table(more, rows)}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+
+
+def _cells() -> Iterator[list[str]]:
+    for family, rows in TABLE.items():
+        for row in rows.values():
+            graph = _GRAPHS[row.graph] if row.exchanges == "parameters" else "none"
+            cells = [OPTIMIZERS[family], f"`{row.name}`", graph]
+            for option in _COLUMNS.values():
+                unknown = "momentum" in option and family != "SGD"
+                refused = first_refusal(Setup(family, row, option, ranks=2)) is not None
+                cells.append("" if unknown else "no" if refused else "yes")
+            yield cells

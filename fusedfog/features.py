@@ -1,0 +1,214 @@
+"""What one optimizer's setup has: plain facts, and by name the features that `compatibility` asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fusedfog.algorithms import TABLE, WRAPPED, Algorithm, alone
+from fusedfog.kernels import device
+from fusedfog.topology import Topology
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Plain facts about one optimizer that is to be built, or changed.
+
+    Attributes:
+        family: "SGD", "Adam", "AccumAdam", or "wrapped" for `Decentralized`.
+        algorithm: the chosen row.
+        options: keywords by name.
+        groups: the param groups, for their hyper-parameters.
+        ranks: how many exchange; 1 also while that is not known yet.
+        topology: the chosen one, once it is known.
+        sharded: the parameters are FSDP2's.
+        dtypes: those of the parameters, by name.
+        place: where the parameters are.
+        lacking: what the GPU has no instructions for: (its dtype and use, why, what to use instead).
+    """
+
+    family: str
+    algorithm: Algorithm
+    options: Mapping[str, Any] = field(default_factory=dict)
+    groups: Sequence[Mapping[str, Any]] = ()
+    ranks: int = 1
+    topology: Topology | None = None
+    sharded: bool = False
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    place: torch.device = _CPU
+    lacking: tuple[str, str, str] | None = None
+
+    @property
+    def running(self) -> Algorithm:
+        """The row whose passes are made: a rank that is alone makes the inner optimizer's own step."""
+        return self.algorithm if self.ranks > 1 else alone(self.family)
+
+    def value(self, name: str) -> Any:
+        """A keyword's or hyper-parameter's value; of param groups, the first that has one."""
+        given = self.options.get(name)
+        return given or next((group[name] for group in self.groups if group.get(name)), given)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a setup has or has not.
+
+    Attributes:
+        present: whether it has.
+        words: what the option table calls it.
+        named: what errors call it, with its value; None for `words`.
+    """
+
+    present: Callable[[Setup], bool]
+    words: str
+    named: Callable[[Setup], str] | None = None
+
+
+def _keyword(name: str, off: Any = None) -> Feature:
+    """A keyword or hyper-parameter that is given and is not what it is without."""
+    return Feature(
+        lambda setup: bool(setup.value(name)) and setup.value(name) != off,
+        f"`{name}`",
+        lambda setup: f"{name}={setup.value(name)!r}",
+    )
+
+
+def _row(family: str, row: Algorithm) -> Feature:
+    # By identity: a row with an Outer over its steps is another one.
+    return Feature(
+        lambda setup: setup.algorithm is row,
+        f"`{row.name}` ({OPTIMIZERS[family]})",
+        lambda setup: f"algorithm {row.name!r}",
+    )
+
+
+def _algorithm(present: Callable[[Setup], bool], words: str) -> Feature:
+    return Feature(present, words, lambda setup: f"algorithm {setup.algorithm.name!r}")
+
+
+def _topology(present: Callable[[Topology], bool], words: str) -> Feature:
+    return Feature(
+        lambda setup: setup.topology is not None and present(setup.topology),
+        words,
+        lambda setup: f"topology {setup.topology.name if setup.topology is not None else None}",
+    )
+
+
+def _needs(graph: str) -> Callable[[Setup], bool]:
+    return lambda setup: setup.algorithm.exchanges == "parameters" and setup.algorithm.graph == graph
+
+
+def _pauses(setup: Setup) -> bool:
+    return _keyword("communicate_every", 1).present(setup) or bool(setup.value("global_average_every"))
+
+
+def _promises_no_degree(setup: Setup) -> bool:
+    if setup.topology is None or setup.topology.period is not None or setup.ranks == 1:
+        return False
+    try:
+        return setup.topology.max_degree < 0
+    except ValueError:
+        return True
+
+
+OPTIMIZERS = {"SGD": "SGD", "Adam": "Adam, AdamW", "AccumAdam": "AccumAdamW", "wrapped": "Decentralized"}
+
+ROWS_OF_ALGORITHMS = [
+    (f"{family} {row.name}", _row(family, row), row)
+    for family, rows in {**TABLE, "wrapped": WRAPPED}.items()
+    for row in rows.values()
+]
+"""(name, feature, row) of every algorithm of every family."""
+
+HYPER = ("momentum", "nesterov", "dampening", "amsgrad")
+"""The hyper-parameters that some algorithm refuses."""
+
+FEATURES: dict[str, Feature] = {
+    **{name: feature for name, feature, _ in ROWS_OF_ALGORITHMS},
+    **{name: _keyword(name) for name in HYPER},
+    "communicate_every": _keyword("communicate_every", 1),
+    "global_average_every": _keyword("global_average_every"),
+    "outer": _keyword("outer"),
+    "fused_backward": _keyword("fused_backward"),
+    "wire_dtype": _keyword("wire_dtype"),
+    "low_precision": _keyword("low_precision"),
+    "state_dtype": _keyword("state_dtype", torch.float32),
+    "max_grad_norm": _keyword("max_grad_norm"),
+    "capturable": _keyword("capturable"),
+    "measure": _keyword("measure"),
+    # GPUs ignore it: every pass is compiled there.
+    "cpu_compile": replace(
+        _keyword("cpu_compile"),
+        present=lambda setup: bool(setup.value("cpu_compile")) and not device.on_gpu(setup.place),
+    ),
+    # Of FSDP2 parameters it only says where shards lie.
+    "mesh": Feature(
+        lambda setup: setup.value("mesh") is not None and not setup.sharded, "`mesh`", lambda setup: "mesh="
+    ),
+    "FSDP2": Feature(lambda setup: setup.sharded, "FSDP2 parameters"),
+    "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
+    "exchanging steps": _algorithm(
+        lambda setup: not setup.algorithm.takes_outer, "an algorithm that exchanges in its steps"
+    ),
+    "exact sums": _algorithm(lambda setup: not setup.running.plain, "an algorithm with states of its own"),
+    "exchange in mid-step": Feature(
+        lambda setup: not setup.running.capturable,
+        "an algorithm that exchanges in the middle of a step",
+        lambda setup: f"{'outer= over ' * setup.algorithm.outer}algorithm {setup.algorithm.name!r}",
+    ),
+    "other passes": _algorithm(lambda setup: not setup.running.compiled, "an algorithm with passes of its own"),
+    "needs double stochasticity": _algorithm(
+        lambda setup: _needs("doubly_stochastic")(setup) or _needs("symmetric")(setup),
+        "an algorithm for doubly stochastic graphs",
+    ),
+    "needs static symmetry": _algorithm(_needs("symmetric"), "an algorithm for static symmetric graphs"),
+    "not doubly stochastic": _topology(
+        lambda topology: not topology.is_doubly_stochastic(),
+        "a topology that is not doubly stochastic",
+    ),
+    "not static symmetric": _topology(
+        lambda topology: not (topology.is_static and topology.is_symmetric()),
+        "a topology that changes, or is not symmetric",
+    ),
+    "endless": _topology(
+        lambda topology: topology.period is None,
+        "a topology that never repeats",
+    ),
+    "endless of any degree": Feature(
+        _promises_no_degree,
+        "a topology that never repeats and promises no largest degree",
+        lambda setup: f"topology {setup.topology.name if setup.topology is not None else None}",
+    ),
+    "replicas that change": Feature(
+        lambda setup: (
+            bool(setup.value("wire_dtype"))
+            and setup.ranks > 1
+            and setup.topology is not None
+            and not (setup.topology.is_static and not _pauses(setup))
+        ),
+        "`wire_dtype` on a changing topology, or with steps that do not exchange with neighbours",
+        lambda setup: f"wire_dtype={setup.value('wire_dtype')!r}",
+    ),
+    "no 16-bit parameters": Feature(
+        lambda setup: bool(setup.dtypes) and not any(dtype.itemsize == 2 for dtype in setup.dtypes.values()),
+        "parameters that are neither bf16 nor fp16",
+        lambda setup: f"parameters of {', '.join(sorted({str(dtype) for dtype in setup.dtypes.values()}))}",
+    ),
+    "float64 parameters": Feature(
+        lambda setup: torch.float64 in setup.dtypes.values(),
+        "float64 parameters",
+        lambda setup: f"float64 parameter {next(n for n, dtype in setup.dtypes.items() if dtype == torch.float64)}",
+    ),
+    "GPU": Feature(lambda setup: device.on_gpu(setup.place), "a GPU", lambda setup: str(setup.place)),
+    "instructions that lack": Feature(
+        lambda setup: setup.lacking is not None,
+        "parameters, states or messages in a dtype that it has no instructions for",
+        lambda setup: setup.lacking[0] if setup.lacking else "",
+    ),
+}
+"""name -> feature. Those that no row names are there to be tested."""

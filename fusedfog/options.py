@@ -1,0 +1,108 @@
+"""The keywords that every optimizer takes, as fields, each checked by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from fusedfog.algorithms import Outer
+from fusedfog.storage import WAYS, Storage, Way, wire_format
+from fusedfog.topology import Topology
+
+
+class Keywords(TypedDict, total=False):
+    """The keyword arguments that every optimizer takes; `DecentralizedOptimizer` explains them."""
+
+    topology: Topology | str | None
+    algorithm: str
+    group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
+    communicate_every: int
+    global_average_every: int | None
+    outer: Outer | None
+    fused_backward: bool
+    bucket_mb: float
+    wire_dtype: torch.dtype | str | None
+    low_precision: Way | None
+    state_dtype: torch.dtype
+    max_grad_norm: float | None
+    cpu_compile: bool
+    capturable: bool
+    measure: bool
+    sync_init: bool
+    comm_sms: int | None
+    model: torch.nn.Module | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked `Keywords` of one optimizer, and the clock that a copy of it resumes from."""
+
+    topology: Topology | str | None = None
+    algorithm: str = "awc"
+    group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
+    communicate_every: int = 1
+    global_average_every: int | None = None
+    outer: Outer | None = None
+    fused_backward: bool = False
+    bucket_mb: float = 25
+    wire_dtype: torch.dtype | str | None = None
+    low_precision: Way | None = None
+    state_dtype: torch.dtype = torch.float32
+    max_grad_norm: float | None = None
+    cpu_compile: bool = False
+    capturable: bool = False
+    measure: bool = False
+    sync_init: bool = True
+    comm_sms: int | None = None
+    model: torch.nn.Module | None = None
+    clock: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(keywords: Keywords) -> Options:
+        """Check the value of each keyword by itself; ValueError says which one is wrong. `compatibility` has combinations."""
+        options = Options(**keywords)
+        for name in ("communicate_every", "global_average_every"):
+            every = getattr(options, name)
+            if not (isinstance(every, int) and every >= 1) and (name == "communicate_every" or every is not None):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {every!r}")
+        if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
+            raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
+        if options.low_precision not in (None, *WAYS):
+            ways = ", ".join(map(repr, WAYS))
+            raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}")
+        if options.state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
+        sms = options.comm_sms
+        if sms is not None and not (isinstance(sms, int) and not isinstance(sms, bool) and 1 <= sms <= 64):
+            raise ValueError(f"comm_sms must be a whole number of 1 to 64, or None for NCCL's own choice, got {sms!r}")
+        clip = options.max_grad_norm
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
+        return options
+
+    @property
+    def codes(self) -> torch.dtype | None:
+        """dtype of compressed messages, or None; ValueError for formats that there are not."""
+        return wire_format(self.wire_dtype)
+
+    @property
+    def storage(self) -> Storage:
+        """How 16-bit parameters and states are kept."""
+        return Storage(self.low_precision, self.state_dtype)
+
+    def portable(self, clock: Mapping[str, Any]) -> Options:
+        """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0."""
+        if self.group is not None or self.mesh is not None:
+            raise TypeError(
+                "an optimizer with a group or mesh of its own cannot be pickled or copied; use state_dict()"
+            )
+        return dataclasses.replace(self, clock=clock, sync_init=False)

@@ -1,0 +1,141 @@
+"""The parameters that an optimizer is given: what the layout needs to know of them, and which ones cannot be trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fusedfog.flat import dense_stride
+from fusedfog.layout import ParamSpec
+from fusedfog.options import Options
+from fusedfog.shards import room, stand_in
+
+Groups: TypeAlias = list[dict[str, Any]]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_finite(group: Mapping[str, Any], non_negative: Iterable[str], finite: Iterable[str] = ()) -> None:
+    """Raise ValueError unless the named hyper-parameters are finite numbers, and the first ones not negative."""
+    bounded = list(non_negative)
+    for name in [*bounded, *finite]:
+        value = float(group[name])
+        if not math.isfinite(value) or (name in bounded and value < 0):
+            raise ValueError(
+                f"{name} must be finite{' and not negative' if name in bounded else ''}, got {group[name]}"
+            )
+
+
+def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch.nn.Module | None) -> list[ParamSpec]:
+    """The layout's view of the parameters of `groups`, checked.
+
+    Raises:
+        ValueError: a dtype, memory layout or device that cannot be trained here, or parameters that share memory.
+    """
+    known = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())} if model is not None else {}
+    specs: list[ParamSpec] = []
+    seen: list[Tensor] = []
+    for offset, group in enumerate(groups):
+        names = group.get("param_names") or [f"{len(specs) + i}" for i in range(len(group["params"]))]
+        for i, (param, given) in enumerate(zip(group["params"], names, strict=True)):
+            depth, name = known.get(id(param), (i / len(group["params"]), given))
+            local = stand_in(param)
+            _check_parameter(local, name)
+            specs.append(
+                ParamSpec(
+                    name=name,
+                    shape=tuple(local.shape),
+                    stride=dense_stride(local),
+                    dtype=param.dtype,
+                    group=first_group + offset,
+                    mix=bool(group["mix"]),
+                    depth=depth,
+                    room=room(param),
+                )
+            )
+            seen.append(local)
+    places = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {place}" for place, name in places.items())
+        raise ValueError(
+            f"all parameters of an optimizer must be on one device, but there is {found}; move the model first"
+        )
+    _check_disjoint(seen, specs)
+    return specs
+
+
+def _check_parameter(param: Tensor, name: str) -> None:
+    if isinstance(param, torch.nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"parameter {name} is lazy and has no shape yet; run one forward pass before the optimizer is built"
+        )
+    if param.layout != torch.strided:
+        raise ValueError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
+    if param.dtype not in _DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(
+            f"parameter {name} is {param.dtype}; supported are {kinds}. Give others a torch.optim optimizer"
+        )
+    if param.device.type == "meta":
+        raise ValueError(
+            f"parameter {name} is on the meta device; materialise the model first (model.to_empty, then init)"
+        )
+    if param.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"parameter {name} is on {param.device}; supported devices are cpu and cuda")
+
+
+def _check_disjoint(params: Sequence[Tensor], specs: Sequence[ParamSpec]) -> None:
+    def extent(tensor: Tensor) -> int:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return int(tensor.data_ptr() + (reach + 1) * tensor.element_size())
+
+    spans = sorted((p.data_ptr(), extent(p), spec.name) for p, spec in zip(params, specs, strict=True) if p.numel())
+    for (_, stop, one), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"parameters {one} and {other} share memory but are different Parameter objects, so flat storage would part "
+                f"them; tie them by assigning the same object (model.b.weight = model.a.weight)"
+            )
+
+
+def pair_parameters(groups: Groups, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
+    """Each parameter with its key in a state_dict's "state", in order; as many as both have."""
+    params = [param for group in groups for param in group["params"]]
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    return list(zip(params, keys, strict=False))
+
+
+def check_states(groups: Groups, state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the parameter, if a saved state does not have its parameter's shape."""
+    for number, (param, key) in enumerate(pair_parameters(groups, state_dict)):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
+                raise ValueError(
+                    f"{name} of parameter {number} has shape {tuple(value.shape)}, not {tuple(param.shape)}: "
+                    f"this checkpoint is of another model, or its parameters were in another order"
+                )
+
+
+def fields_of(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Options) -> dict[str, str]:
+    """What ranks must agree on, in a reader's words."""
+    fields = {"optimizer": kind, "number of parameters": str(len(specs))}
+    for i, spec in enumerate(specs):
+        dtype = str(spec.dtype).removeprefix("torch.")
+        fields[f"parameter {i} ({spec.name})"] = f"shape {spec.shape} {dtype} in group {spec.group}"
+    for g, group in enumerate(groups):
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                plain = value.tolist() if isinstance(value, Tensor) else value
+                # Whatever prints its address, as functions do, would differ on every rank.
+                known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))
+                fields[f"{name} of group {g}"] = repr(plain) if known else type(plain).__name__
+    for entry in dataclasses.fields(options):
+        if entry.name not in ("topology", "group", "mesh", "model", "clock"):
+            fields[entry.name] = repr(getattr(options, entry.name))
+    return fields
