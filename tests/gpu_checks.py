@@ -21,10 +21,8 @@ from torch import Tensor, nn
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
-from fusedfog.capture import CapturableScheduler
 from fusedfog.comm.group import GroupView
 from fusedfog.rhythm import Rhythm
-from fusedfog.scheduler import Scheduler
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -104,8 +102,7 @@ def among_echoes(
     With `bent`, as one of the ranks of that topology whose others send something else.
     """
     engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
-    make = CapturableScheduler if isinstance(engine, CapturableScheduler) else Scheduler
-    optimizer._scheduler = make(
+    optimizer._scheduler = type(engine)(
         optimizer.param_groups,
         engine.segments,
         algorithm_for(algorithm, optimizer._family),
