@@ -17,7 +17,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from fusedfog.kernels import cpu_pass, device, fused_pass, reference
+from fusedfog.kernels import cpu_pass, device, fused_pass
 from support.stub_driver import stub_gpu
 
 Way = Literal["stub", "passes", "cpu"]
@@ -105,6 +105,4 @@ def dry_run(way: Way) -> Iterator[None]:
         elif way == "passes":
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
             stack.enter_context(mock.patch.object(fused_pass, "launch", cpu_pass.run_pass))
-            if hasattr(fused_pass, "launch_advance"):
-                stack.enter_context(mock.patch.object(fused_pass, "launch_advance", reference.advance_steps))
         yield

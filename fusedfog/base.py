@@ -269,7 +269,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             for position, param in segment.unshown(names):
                 views = {name: segment.state_view(name, position) for name in names}
                 if "exp_avg" in views or not engine.algorithm.plain:
-                    views = {"step": segment.steps[position], **views}
+                    views = {"step": segment.step_of(position), **views}
                 if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
                     self.state[param] = views
 

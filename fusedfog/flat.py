@@ -76,7 +76,8 @@ class FlatSegment:
         states: name -> `[N]`, float32 (float64 beside float64 parameters, bfloat16 where `storage` says so), zero until
             first used.
         owners: the parameters as the optimizer's user knows them; `params`, unless these are `shards`.
-        steps: float32 `[P]`, how often each parameter was updated, as torch.optim counts.
+        steps: float32, how often each parameter was updated, as torch.optim counts: `[P]`, or where there are block tables one
+            for each row of `whole.blocks`; see `kernels.Pass`.
         touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
         whole: the same for a pass over all buckets at once.
@@ -132,7 +133,11 @@ class FlatSegment:
     def _make_tables(self) -> None:
         """Put on the device what a GPU pass reads beside the flat tensors: block rows and gradient addresses."""
         tables = [torch.from_numpy(block_table(self.layout, bucket)) for bucket in self.layout.buckets]
-        rows = torch.cat(tables).to(self.param.device)
+        table = torch.cat(tables)
+        rows = table.to(self.param.device)
+        self._first_rows = torch.searchsorted(table[:, 0].contiguous(), torch.arange(len(self.params))).tolist()
+        self._first_rows.append(len(table))
+        self.steps = self.steps[rows[:, 0]]
         # Buckets cut the segment in order, so their rows are consecutive pieces of the segment's.
         self.regions, self.whole = self._regions(rows, rows.split([len(table) for table in tables]))
         self._grad_table = torch.zeros(len(self.params), dtype=torch.int64, device=self.param.device)
@@ -201,9 +206,34 @@ class FlatSegment:
             return figures
         if region.blocks is None:
             return figures[region.first : region.first + len(region.spans)]
+        return self._rows_of(region, figures)
+
+    def steps_of(self, region: Region) -> Tensor:
+        """The counts that a pass over a region reads, as `kernels.Pass.steps`."""
+        return self.steps if region.blocks is None else self._rows_of(region, self.steps)
+
+    def step_of(self, position: int) -> Tensor:
+        """How often parameter number `position` was updated, 0-d; shown to users as its state "step"."""
+        if self.whole.blocks is None:
+            return self.steps[position]
+        first = self._first_rows[position]
+        # A parameter without elements has no blocks, and nobody counts its updates.
+        return self.steps[first] if first < self._first_rows[position + 1] else self.steps.new_zeros(())
+
+    def set_step(self, position: int, count: float) -> None:
+        """Have parameter number `position` count on from `count`."""
+        rows = slice(position, position + 1)
+        if self.whole.blocks is not None:
+            rows = slice(self._first_rows[position], self._first_rows[position + 1])
+        self.steps[rows] = count
+
+    def _rows_of(self, region: Region, rows: Tensor) -> Tensor:
+        """A region's part of a tensor with one row for each of the segment's blocks."""
+        if region is self.whole or region.blocks is None:
+            return rows
         # A bucket's rows are a piece of the segment's table.
         first = region.blocks.storage_offset() // region.blocks.shape[1]
-        return figures[first : first + len(region.blocks)]
+        return rows[first : first + len(region.blocks)]
 
     def touch_all(self) -> None:
         """Count every parameter as having state: methods whose correction goes on without a gradient."""
@@ -237,7 +267,7 @@ class FlatSegment:
                 else:
                     view.zero_()
             # torch's SGD stores no count; what matters is whether its momentum buffer has begun.
-            self.steps[position] = float(state.get("step", 1.0 if present else 0.0))
+            self.set_step(position, float(state.get("step", 1.0 if present else 0.0)))
             self.touched[position] = bool(present) or "step" in state
         self._shown = [False] * len(self.params)
 

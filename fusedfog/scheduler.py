@@ -38,7 +38,7 @@ from fusedfog.comm.profiling import span
 from fusedfog.flat import FlatSegment
 from fusedfog.gradients import grad_scaler_exists, measured_norms, multiplier
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.kernels import Gradients, Pass, Wire, advance_steps, device, run_pass
+from fusedfog.kernels import Gradients, Pass, Wire, device, run_pass
 from fusedfog.kernels.rounding import seed_of
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
@@ -339,7 +339,8 @@ class Scheduler:
                     self._hyper(segment.layout.group, stage),
                     sweep.region,
                     grads=grads,
-                    steps=segment.steps,
+                    steps=segment.steps_of(sweep.region),
+                    advance=grads is not None and self.algorithm.counts_updates(group),
                     sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
                     inbox=inbox.tensors,
                     weights=inbox.weights,
@@ -357,15 +358,6 @@ class Scheduler:
                     given=given,
                     numbers=inbox.numbers,
                 )
-            )
-        if grads is not None and self.algorithm.counts_updates(group):
-            own = slice(sweep.first, sweep.last)
-            table = grads.addresses[own] if grads.addresses is not None else None
-            advance_steps(
-                segment.steps[own],
-                Gradients(grads.tensors[own], table, grads.dtype),
-                self._inputs.found_inf,
-                missing=stage.missing,
             )
         sweep.bump_versions()
         if self.wires is not None and following is not None and given:

@@ -7,10 +7,6 @@ before and after its exchange are two rules.
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-
 from . import cpu_pass, reference
 from .compiled import RULES as COMPILED_RULES
 from .compiled import compile_now
@@ -28,7 +24,6 @@ __all__ = [
     "Region",
     "Wire",
     "adam_hyper",
-    "advance_steps",
     "compile_now",
     "run_pass",
     "sgd_hyper",
@@ -51,30 +46,3 @@ def run_pass(work: Pass) -> None:
     else:
         run = cpu_pass.run_pass
     run(work)
-
-
-def advance_steps(
-    steps: torch.Tensor,
-    grads: Gradients,
-    found_inf: torch.Tensor | None = None,
-    missing: Literal["skip", "zero"] = "skip",
-) -> None:
-    """`steps[p] += 1` for every parameter that a pass with these arguments has updated.
-
-    Args:
-        steps: fp32 [P], changed in place.
-        grads: the gradients of the P parameters of the segment.
-        found_inf: fp32 scalar tensor on the device, or None.
-        missing: "skip" advances parameters that have a gradient, and none if `found_inf` is not zero; "zero" all.
-
-    Raises:
-        ValueError: if `grads` has no address table on CUDA.
-    """
-    if missing == "zero":
-        steps += 1.0
-        return
-    if steps.is_cuda:
-        from .fused_pass import launch_advance as advance
-    else:
-        advance = reference.advance_steps
-    advance(steps, grads, found_inf)

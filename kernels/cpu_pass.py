@@ -137,6 +137,7 @@ def run_pass(work: Pass) -> None:
         start, numel = region.spans[position]
         _run_compiled(job, *tensors, position, slice(start, start + numel))
     _run_batches(job, *tensors, plan.cut, work.figures.zero_() if work.figures is not None else None)
+    reference.advance_steps(work)
 
 
 def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:

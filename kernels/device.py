@@ -1,4 +1,4 @@
-"""Where a pass runs: the one question that decides between the kernel and the CPU's passes, and between their tables.
+"""Where work is done: the one question that decides between streams and the host, and between tables and lists.
 
 Tests answer it for CPU tensors, and so take every GPU branch without a GPU; callers therefore ask `device.on_gpu(...)`
 through the module.

@@ -105,6 +105,7 @@ def fused_pass(
     figures,
     numbers,
     seed,
+    advance,
     row_sum,
     weights,
     hyper,
@@ -190,7 +191,8 @@ def fused_pass(
         tl.store(place + 1, tl.sum(g * g))
     step = 1.0
     if steps is not None:
-        step = tl.load(steps + index) + 1.0
+        count = tl.load(steps + tl.program_id(0))
+        step = count + 1.0
     if extra is not None:
         hyper = hyper + (tl.load(extra).to(tl.float32),)  # noqa: RUF005
 
@@ -216,6 +218,10 @@ def fused_pass(
             if seed is not None and states[s].dtype.element_ty != tl.float32:
                 state = stochastic(state, states[s].dtype.element_ty, seed, 1 + s, at)
             store(states[s], at, state, lanes, n, inside & update, BLOCK)
+    if steps is not None:
+        # Every warp reads the count and one thread writes it: not before all have read it.
+        tl.debug_barrier()
+        tl.store(steps + tl.program_id(0), count + tl.where(update, advance, 0.0))
     tl.static_assert(len(messages) == 0 or len(messages) == len(made), "one buffer per message of the rule, or none")
     tl.static_assert(len(replicas) == 0 or len(replicas) == len(made), "one wire per message of the rule, or none")
     for m in tl.static_range(len(messages)):
@@ -225,18 +231,6 @@ def fused_pass(
         unmade = mixed[m] if m < len(mixed) else mixed[0]
         value = tl.where(update, made[m], unmade)
         give(value, given[2 * m], given[2 * m + 1], replicas[m], at, lanes, real, inside, BLOCK)
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["steps", "addresses", "found_inf"])
-def advance(steps, addresses, found_inf, count, BLOCK: tl.constexpr):
-    """`steps += 1` where there is a gradient, unless found_inf."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    increment = 1.0
-    if found_inf is not None:
-        increment = tl.where(tl.load(found_inf) == 0.0, 1.0, 0.0)
-    increment = tl.where(tl.load(addresses + at, mask=inside, other=0) != 0, increment, 0.0)
-    tl.store(steps + at, tl.load(steps + at, mask=inside) + increment, mask=inside)
 
 
 class Names:
@@ -328,6 +322,7 @@ def launch(work: Pass) -> None:
             work.numbers,
             # float(): an int would be part of the compile key.
             None if work.seed is None else float(work.seed),
+            float(work.advance),
             float(work.row_sum),
             tuple(map(float, work.weights)),
             tuple(map(float, work.hyper)),
@@ -341,19 +336,6 @@ def launch(work: Pass) -> None:
             num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
             enable_fp_fusion=FP_FUSION,
         )
-
-
-def launch_advance(steps: torch.Tensor, grads: Gradients, found_inf: torch.Tensor | None = None) -> None:
-    """`fusedfog.kernels.advance_steps` on the GPU: one launch, on the current stream of steps' device.
-
-    Raises:
-        ValueError: if the gradients have no address table.
-    """
-    if grads.addresses is None:
-        raise ValueError("the GPU path needs the gradients' address table")
-    grid = (triton.cdiv(len(steps), BLOCK),)
-    with _on(steps):
-        advance[grid](steps, grads.addresses, found_inf, len(steps), BLOCK=BLOCK, num_warps=8)
 
 
 def _ends(wires: Sequence[Wire]) -> tuple[torch.Tensor, ...]:

@@ -35,7 +35,10 @@ class Pass:
         hyper: the rule's floats, as the named tuple of its signature in `reference` or in the order of that.
         region: the parameters to go over.
         grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
-        steps: fp32 [P], per parameter of the segment, how many updates were made before this one; None counts as 0.
+        steps: fp32, how many updates were made before this one; None counts as 0. On the CPU [P], per parameter of the
+            segment. On CUDA one for each row of `region.blocks`, equal for all rows of a parameter: a program reads and
+            writes its own.
+        advance: count this update in `steps` wherever one is made: not where a gradient is missing, unless that means zero.
         sent: M flat tensors [N], what the neighbours got from us, of any dtype that `param` may have; () means (param,).
             They may be `param` and states themselves.
         inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours. A rule that leaves
@@ -73,6 +76,7 @@ class Pass:
     region: Region
     grads: Gradients | None = None
     steps: Tensor | None = None
+    advance: bool = False
     sent: Sequence[Tensor] = ()
     inbox: Sequence[Sequence[Tensor]] = ()
     weights: Sequence[float] = ()

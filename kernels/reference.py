@@ -401,6 +401,7 @@ def run_pass(work: Pass) -> None:
             high = min(low + width, numel)
             piece = None if gradient is None else gradient[low:high]
             _run_chunk(work, start + low, start + high, piece, scale, step, hyper, sums)
+    advance_steps(work)
 
 
 def _run_chunk(
@@ -481,10 +482,17 @@ def square_sum(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance_steps(steps: Tensor, grads: Gradients, found_inf: Tensor | None = None) -> None:
-    """`fusedfog.kernels.advance_steps` on CPU tensors."""
-    if found_inf is None or found_inf.item() == 0:
-        steps += torch.tensor([gradient is not None for gradient in grads.tensors], dtype=steps.dtype)
+def advance_steps(work: Pass) -> None:
+    """Count the update that a pass on CPU tensors has made, where it counts and was made."""
+    if work.steps is None or not work.advance:
+        return
+    region = work.region
+    here = slice(region.first, region.first + len(region.spans))
+    if work.missing == "zero" or work.grads is None:
+        work.steps[here] += 1.0
+    elif work.found_inf is None or work.found_inf.item() == 0:
+        present = [gradient is not None for gradient in work.grads.tensors[here]]
+        work.steps[here] += torch.tensor(present, dtype=work.steps.dtype)
 
 
 def in_memory_order(region: Region, grads: Gradients | None) -> list[Tensor | None]:

@@ -156,7 +156,7 @@ class Case:
             row.hyper,
             region,
             grads=grads if row.grads else None,
-            steps=torch.arange(len(NUMELS), dtype=torch.float32, device=device),
+            steps=(torch.tensor(blocks)[:, 0] if on_gpu else torch.arange(len(NUMELS))).float().to(device),
             sent=self._sent(written, message),
             inbox=tuple(tuple(tensor.to(device) for tensor in received) for received in inbox),
             weights=tuple(0.5 / 2**k for k in range(self.neighbours)),

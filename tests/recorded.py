@@ -33,7 +33,7 @@ def poisoned(work: Pass) -> Pass:
 
 
 class StandInGraph:
-    """Passes, step counts and gradient multipliers that a step would have computed."""
+    """Passes and gradient multipliers that a step would have computed."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], object]] = []
@@ -41,15 +41,12 @@ class StandInGraph:
 
     def capture(self, step: Callable[[], object]) -> None:
         """Call `step` as if the current stream were being captured."""
-        run_pass, advance_steps, multiplier = scheduler.run_pass, scheduler.advance_steps, scheduler.multiplier
+        run_pass, multiplier = scheduler.run_pass, scheduler.multiplier
 
         def record_pass(work: Pass) -> None:
             assert work.numbers is not None
             self.passes.append(poisoned(work))
             self.calls.append(partial(run_pass, self.passes[-1]))
-
-        def record_advance(*args: Any, **named: Any) -> None:
-            self.calls.append(partial(advance_steps, *args, **named))
 
         def record_multiplier(*args: Any) -> Tensor | None:
             factor = multiplier(*args)
@@ -59,11 +56,7 @@ class StandInGraph:
 
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(capture, "recording", lambda: True))
-            for name, stand_in in (
-                ("run_pass", record_pass),
-                ("advance_steps", record_advance),
-                ("multiplier", record_multiplier),
-            ):
+            for name, stand_in in (("run_pass", record_pass), ("multiplier", record_multiplier)):
                 patches.enter_context(mock.patch.object(scheduler, name, stand_in))
             step()
 

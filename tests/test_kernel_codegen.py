@@ -79,8 +79,7 @@ class Compiler:
             unload_module=lambda module: None,
         )
         self.launcher_cls = lambda source, metadata: lambda *arguments: None
-        for kernel in (fused_pass.fused_pass, fused_pass.advance):
-            kernel.device_caches.pop(self.device, None)
+        fused_pass.fused_pass.device_caches.pop(self.device, None)
 
     def get_current_device(self) -> str:
         return self.device
@@ -125,7 +124,7 @@ def launch(
     arguments = {
         "region": Region(0, ((0, 2 * BLOCK),), torch.zeros(blocks, 4, dtype=torch.int64)),
         "grads": Gradients((None,), torch.zeros(1, dtype=torch.int64), grad_dtype or dtype) if row.grads else None,
-        "steps": torch.full((1,), first_step),
+        "steps": torch.full((blocks,), first_step),
         "sent": sent,
         "inbox": tuple(tuple(flat(base.dtype) for _ in range(neighbours)) for base in sent or (param,)),
         "weights": (0.1,) * neighbours if weights is None else weights,
@@ -174,11 +173,11 @@ def check(
         # The gradient of a last block, which ends where it ends.
         expected["ld b32" if grad == torch.float32 else "ld b16"] += width
     found = accesses(kernel)
-    # The block's row, the address, found_inf, the scale, the step and the extra number.
+    # The block's row, the address, found_inf, the scale, the step, read and counted, and the extra number.
     scalars = found - expected
     assert not expected - found, (found, expected)
-    assert set(scalars) <= {"ld b64", "ld b32"}, (found, expected)
-    assert scalars["ld b64"] <= 5 and scalars["ld b32"] <= 4, (found, expected)
+    assert set(scalars) <= {"ld b64", "ld b32", "st b32"}, (found, expected)
+    assert scalars["ld b64"] <= 5 and scalars["ld b32"] <= 4 and scalars["st b32"] <= 1, (found, expected)
 
 
 def check_pass(
@@ -278,11 +277,12 @@ def test_structure_does_recompile(compiler):
     assert len(compiler.compiled()) == 10
 
 
-def test_steps_advance_by_one_kernel_for_all_sizes(compiler):
-    for count in (1, 2, 16, 1000, 5000):
-        addresses = torch.zeros(count, dtype=torch.int64)
-        fused_pass.launch_advance(torch.zeros(count), Gradients((), addresses, torch.float32), torch.zeros(()))
-    assert len(compiler.compiled(fused_pass.advance)) == 1
+def test_counting_steps_or_not_is_one_kernel_and_every_warp_reads_before_one_thread_writes(compiler):
+    for advance in (False, True):
+        launch("sgd-momentum", 1, torch.float32, advance=advance)
+    (kernel,) = compiler.compiled()
+    text = kernel.asm["ptx"]
+    assert text.index("bar.sync") < re.search(r"@%p\d+ st\.global\.b32", text).start()
 
 
 @pytest.mark.parametrize("name", ["adamw-amsgrad", "dag-amsgrad", "adamw-tracking-amsgrad"])
@@ -299,7 +299,7 @@ def test_tables_and_numbers_that_begin_anywhere_never_recompile(name, compiler):
     for first in range(5):
         offset = {  # In elements; figures have two a row, blocks four.
             "figures": torch.zeros(16, 2)[first : first + 2],
-            "steps": torch.zeros(16)[first : first + 1],
+            "steps": torch.zeros(16)[first : first + 2],
             "grads": Gradients((None,), torch.zeros(16, dtype=torch.int64)[first : first + 1], torch.float32),
             "region": Region(0, ((0, 2 * BLOCK),), torch.zeros(16, 4, dtype=torch.int64)[first : first + 2]),
             "numbers": torch.zeros(64)[first : first + 2 + hyper],
@@ -307,10 +307,7 @@ def test_tables_and_numbers_that_begin_anywhere_never_recompile(name, compiler):
             "extra": None if row.extra is None else torch.zeros(16)[first],
         }
         launch(name, 1 if "x" in row.writes else 0, torch.float32, **offset)
-        steps, found_inf = offset["steps"], offset["found_inf"]
-        fused_pass.launch_advance(steps, offset["grads"], found_inf)
     assert len(compiler.compiled()) == 1
-    assert len(compiler.compiled(fused_pass.advance)) == 1
 
 
 def test_bits_do_not_depend_on_contraction(compiler):

@@ -59,11 +59,19 @@ class Segment:
 
     def step(self, rule: str, hyper: tuple[float, ...], gradients, **options) -> None:
         grads = Gradients(gradients, None, self.param.dtype)
-        counts = {key: options[key] for key in ("found_inf", "missing") if key in options}
         kernels.run_pass(
-            Pass(rule, self.param, self.states, hyper, self.region, grads=grads, steps=self.steps, **options)
+            Pass(
+                rule,
+                self.param,
+                self.states,
+                hyper,
+                self.region,
+                grads=grads,
+                steps=self.steps,
+                advance=True,
+                **options,
+            )
         )
-        kernels.advance_steps(self.steps, grads, **counts)
         for tensor in (self.param, *self.states):
             assert tensor[~self.valid].isnan().all()
 

@@ -290,24 +290,6 @@ def test_num_warps(stub: StubGpu) -> None:
     assert launched(stub, pass_of("adamw")).block == (256, 1, 1)
 
 
-@pytest.mark.skipif(not hasattr(fused_pass, "launch_advance"), reason="the pass counts updates itself")
-def test_advance_is_launched_with_its_table_and_makes_one_variant(stub: StubGpu) -> None:
-    room = torch.zeros(5000)
-    for first, count in ((0, 1), (1, 16), (2, 1025), (7, 4000)):
-        homes_of, found_inf = torch.zeros(5000, dtype=torch.int64)[first : first + count], room[first:][:1].reshape(())
-        stub.clear()
-        fused_pass.launch_advance(
-            room[first : first + count], Gradients([None] * count, homes_of, room.dtype), found_inf
-        )
-        (launch,) = stub.launches("advance")
-        assert launch.flat("steps") == [room.data_ptr() + 4 * first]
-        assert launch.flat("addresses") == [homes_of.data_ptr()]
-        assert launch.flat("found_inf") == [found_inf.data_ptr()]
-        assert launch.flat("count") == [count]
-        assert launch.grid == (-(-count // BLOCK), 1, 1)
-    assert stub.variants == 1
-
-
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 

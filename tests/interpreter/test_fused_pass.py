@@ -38,6 +38,7 @@ class Case:
     numels: tuple[int, ...] = NUMELS
     first: int = 0
     options: dict = field(default_factory=dict)
+    counts: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         row, dtype, grad_dtype = self.row, self.dtype, self.grad_dtype or self.dtype
@@ -100,6 +101,10 @@ class Case:
     def run(self, run, finite: bool = True) -> list[torch.Tensor]:
         """The pass on copies: parameters, states and messages after it; NaN wherever nothing belongs."""
         written, states = [tensor.clone() for tensor in self.written], self.row.states
+        steps, on_gpu = self.arguments["steps"], run is fused_pass.launch
+        if steps is not None:
+            # By parameter for the reference; by block for the kernel, of which a program counts for itself alone.
+            steps = steps[self.region.blocks[:, 0]] if on_gpu else steps.clone()
         run(
             Pass(
                 self.row.rule,
@@ -108,9 +113,11 @@ class Case:
                 self.row.hyper,
                 sent=self.sent(written),
                 messages=tuple(written[1 + states :]),
-                **self.arguments,
+                advance=True,
+                **{**self.arguments, "steps": steps},
             )
         )
+        self.counts[on_gpu] = steps if on_gpu or steps is None else steps[self.region.blocks[:, 0]]
         for tensor, before in zip(written, self.written, strict=True):
             bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
             assert torch.equal(tensor.view(bits)[~self.valid], before.view(bits)[~self.valid])
@@ -122,6 +129,8 @@ class Case:
         ours, theirs = self.run(fused_pass.launch), self.run(reference.run_pass)
         for got, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got[self.valid], expected[self.valid], **TOLERANCE[got.dtype])
+        if self.arguments["steps"] is not None:
+            assert torch.equal(self.counts[True], self.counts[False])
         return ours
 
 
@@ -327,15 +336,18 @@ def test_bias_correction_is_accurate(beta):
     torch.testing.assert_close(out.double(), 1 - beta ** steps.double(), rtol=4e-7, atol=0)
 
 
-@pytest.mark.parametrize("count", [1, 5, 1024, 1500])
+@pytest.mark.parametrize("missing", ["skip", "zero"])
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
-def test_steps_advance_where_there_is_a_gradient(count, found_inf):
-    addresses = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(0)) * 64
-    steps = torch.full((count + 1,), 3.0)
+@pytest.mark.parametrize("advance", [True, False])
+def test_steps_advance_where_an_update_was_made(advance, found_inf, missing):
+    case = Case(ROWS["adamw"], numels=(65, 2049, 3), absent=frozenset({2}))
     flag = None if found_inf is None else torch.tensor(found_inf)
-    fused_pass.launch_advance(steps[:count], Gradients((), addresses, torch.float32), flag)
-    assert torch.equal(steps[:count], 3.0 + (addresses != 0) * (not found_inf))
-    assert steps[count] == 3
+    before = torch.tensor([3.0, 3.0, 3.0, 3.0, 7.0, 7.0])
+    steps = before.clone()
+    options = {**case.arguments, "found_inf": flag, "missing": missing, "steps": steps, "advance": advance}
+    fused_pass.launch(Pass("adam", case.written[0], tuple(case.written[1:3]), case.row.hyper, **options))
+    updated = [missing == "zero" or (p < 2 and not found_inf) for p in (0, 1, 1, 1, 2)]
+    assert torch.equal(steps - before, advance * torch.tensor([*updated, False]).float())
 
 
 def test_missing_tables_and_strange_dtypes_are_refused():
@@ -345,8 +357,10 @@ def test_missing_tables_and_strange_dtypes_are_refused():
     case.arguments["region"] = Region(0, case.spans, None)
     with pytest.raises(ValueError, match="block table"):
         fused_pass.launch(Pass("mix", torch.zeros(64), (), (), **case.arguments))
+    case = Case(ROWS["sgd"])
+    grads = dataclasses.replace(case.arguments["grads"], addresses=None)
     with pytest.raises(ValueError, match="address table"):
-        fused_pass.launch_advance(torch.zeros(1), Gradients((), None, torch.float32))
+        fused_pass.launch(Pass("sgd", torch.zeros(64), (), (), **{**case.arguments, "grads": grads}))
 
 
 @pytest.mark.parametrize("options", [{}, {"found_inf": torch.ones(())}, {"grad_scale": torch.tensor(0.5)}], ids=str)

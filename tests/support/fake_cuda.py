@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fusedfog.kernels import Gradients, Pass, Region, cpu_pass, device, reference
+from fusedfog.kernels import Gradients, Pass, Region, cpu_pass, device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -327,12 +327,24 @@ def _of_blocks(region: Region) -> tuple[Region, dict[int, int]]:
     return _known[region]
 
 
+def _counts(steps: Tensor, region: Region) -> Tensor:
+    """Step counts by parameter; a GPU pass has one for each block, the same for all of a parameter."""
+    assert region.blocks is not None and len(steps) == len(region.blocks)
+    counts = torch.zeros(region.first + len(region.spans))
+    counts[region.blocks[:, 0]] = steps
+    assert torch.equal(counts[region.blocks[:, 0]], steps), "blocks of one parameter count differently"
+    return counts
+
+
 def _kernel(real: Callable[[Pass], None]) -> Callable[[Pass], None]:
     def run(work: Pass) -> None:
         region, rows = _of_blocks(work.region)
         grads = None if work.grads is None else _through_table(work.grads, region.first, region.spans)
         sums = None if work.figures is None else torch.zeros(len(region.spans), 2, dtype=torch.float64)
-        real(replace(work, grads=grads, region=region, figures=sums))
+        steps = None if work.steps is None else _counts(work.steps, work.region)
+        real(replace(work, grads=grads, region=region, figures=sums, steps=steps))
+        if work.steps is not None and steps is not None and work.region.blocks is not None:
+            work.steps.copy_(steps[work.region.blocks[:, 0]])
         if work.figures is not None and sums is not None:
             # The kernel has a row for each block; what a parameter's come to stands in its first.
             work.figures.zero_()
@@ -347,15 +359,7 @@ def pretend() -> Iterator[Gpu]:
     """Inside, CPU tensors count as a GPU's, and torch.cuda has streams, events and graphs for them."""
     gpu = Gpu()
     _HOST.clear()
-    run_pass, advance = _kernel(cpu_pass.run_pass), reference.advance_steps
-
-    def count(steps: Tensor, grads: Gradients, found_inf: Tensor | None = None) -> None:
-        def make() -> None:
-            spans = tuple((0, 1) for _ in range(len(steps)))
-            advance(steps, _through_table(grads, 0, spans), found_inf)
-
-        gpu.run("advance", make)
-
+    run_pass = _kernel(cpu_pass.run_pass)
     stand_ins = {
         "Stream": Stream,
         "Event": Event,
@@ -379,7 +383,6 @@ def pretend() -> Iterator[Gpu]:
             (Tensor, "record_stream", lambda tensor, stream: None),
             (device, "on_gpu", lambda where: True),
             (cpu_pass, "run_pass", lambda work: gpu.run(work.rule, lambda: run_pass(work))),
-            (reference, "advance_steps", count),
             # The kernel is stood in for, so no Triton is needed.
             (environment, "triton_version", lambda: "3.9.0"),
         ):

@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import triton
-from fusedfog.kernels import cpu_pass, device, fused_pass, reference
+from fusedfog.kernels import cpu_pass, device, fused_pass
 
 SOURCE = Path(__file__).with_name("stub_driver.c")
 _FORMATS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "u1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q"}
@@ -281,8 +281,6 @@ def stub_gpu(
         if take_gpu_way:
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
             stack.enter_context(mock.patch.object(cpu_pass, "run_pass", fused_pass.launch))
-            if hasattr(fused_pass, "launch_advance"):
-                stack.enter_context(mock.patch.object(reference, "advance_steps", fused_pass.launch_advance))
         triton.runtime.driver.set_active(driver)
         try:
             yield StubGpu(library, sources)
