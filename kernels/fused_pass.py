@@ -27,7 +27,7 @@ import triton.language as tl
 from . import reference, rules
 from .lossy import give, held, mix_wired, nearest, stochastic
 from .passes import Pass
-from .region import ALIGNMENT, BLOCK, Gradients
+from .region import ALIGNMENT, BLOCK
 from .wire import Wire
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
