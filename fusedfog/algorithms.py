@@ -181,6 +181,7 @@ MIX = Stage("mix")
 _DESCEND = Stage("descend", lambda group, previous_lr: (float(group["lr"]), _coupled(group), _sign(group)))
 
 _OWN_MOMENTUM = ("its momentum is a part of the method", "leave it out")
+_NO_NESTEROV = {"nesterov": _OWN_MOMENTUM, "dampening": _OWN_MOMENTUM}
 _OTHERS = "use quasi_global or gradient_tracking"
 _STATIC = {
     "communicate_every": ("it diverges (verified), as it needs the same mixing matrix in every step", _OTHERS),
@@ -228,13 +229,6 @@ def _decentlam_numbers(group: Group, previous_lr: float) -> tuple[float, ...]:
 
 
 def _sgd_family() -> dict[str, Algorithm]:
-    tracking = Stage(
-        "tracking",
-        lambda group, previous_lr: (float(group["lr"]), float(group["momentum"]), _coupled(group), _sign(group)),
-        lambda group: ("tracker", "tracked"),
-        missing="zero",
-    )
-    no_nesterov = {"nesterov": _OWN_MOMENTUM, "dampening": _OWN_MOMENTUM}
     rows = [
         Algorithm(
             "decentlam",
@@ -243,7 +237,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             messages=("message",),
             settles=True,
             graph="symmetric",
-            refuses=no_nesterov | _STATIC,
+            refuses=_NO_NESTEROV | _STATIC,
         ),
         Algorithm(
             "quasi_global",
@@ -287,16 +281,28 @@ def _sgd_family() -> dict[str, Algorithm]:
             graph="symmetric",
             refuses=_STATIC,
         ),
+        *_tracking_sgd(),
+    ]
+    return _common(INNER["SGD"]) | {row.name: row for row in rows}
+
+
+def _tracking_sgd() -> list[Algorithm]:
+    tracking = Stage(
+        "tracking",
+        lambda group, previous_lr: (float(group["lr"]), float(group["momentum"]), _coupled(group), _sign(group)),
+        lambda group: ("tracker", "tracked"),
+        missing="zero",
+    )
+    return [
         Algorithm(
             "gradient_tracking",
             None,
             tracking,
             messages=("param", "tracker"),
-            refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | no_nesterov,
+            refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | _NO_NESTEROV,
         ),
-        Algorithm("momentum_tracking", None, tracking, messages=("param", "tracker"), refuses=no_nesterov),
+        Algorithm("momentum_tracking", None, tracking, messages=("param", "tracker"), refuses=_NO_NESTEROV),
     ]
-    return _common(INNER["SGD"]) | {row.name: row for row in rows}
 
 
 def _adam_family() -> dict[str, Algorithm]:

@@ -169,7 +169,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         data_parallel.check(
             self._kind,
             (param for segment in engine.segments for param in segment.params),
-            self._options.fused_backward,
+            construction.running_setup(self._family, engine, self._options),
             engine.link.world.ranks if exchanges and engine.link is not None else (),
         )
         self._data_parallel_checked = True

@@ -109,14 +109,14 @@ ROWS: tuple[Refusal, ...] = (
     ),
     Refusal("mesh", "wire_dtype", "machines of a mesh exchange exact means", _ONE_OF_THEM),
     Refusal(
-        "FSDP2",
         "fused_backward",
-        "their gradients come out of FSDP's reduce-scatter, module by module, on a stream of its own",
+        "FSDP2",
+        "gradients come out of FSDP's reduce-scatter, module by module, on a stream of its own",
         "leave it out (awc overlaps the whole iteration without it)",
     ),
     Refusal(
-        "FSDP2",
         "capturable",
+        "FSDP2",
         "forward and backward wait for collectives between ranks, and nobody has recorded those with a step",
         "leave it out",
     ),
@@ -142,6 +142,12 @@ ROWS: tuple[Refusal, ...] = (
         "other passes",
         "cpu_compile=True compiles the passes of SGD and Adam(W) with awc, atc, allreduce and local",
         "leave it out",
+    ),
+    Refusal(
+        "fused_backward",
+        "DistributedDataParallel",
+        "it puts gradients back after they were used and freed",
+        "train the bare module (ddp.module), or leave out fused_backward=True",
     ),
     Refusal("capturable", "fused_backward", "its hooks start messages inside backward", _ONE_OF_THEM),
     Refusal("capturable", "cpu_compile", "compiled passes take numbers as arguments", _ONE_OF_THEM),
@@ -186,7 +192,7 @@ ROWS: tuple[Refusal, ...] = (
         "use a static graph, 'one_peer_exponential' or another periodic sequence",
     ),
     Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
-    Refusal("instructions that lack", "GPU", "{lacking}", "use {replacement}"),
+    Refusal("GPU", "instructions that lack", "{lacking}", "use {replacement}"),
 )
 """All rows, in the order in which they are looked through."""
 

@@ -160,7 +160,7 @@ def _compile(
     return bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
 
 
-def _running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
+def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
     """The setup of a running scheduler, with its ranks."""
     specs = [slot.spec for segment in engine.segments for slot in segment.layout.slots]
     setup = setup_of(family, engine.groups, options, specs, sharded=engine.sharding is not None)
@@ -169,7 +169,7 @@ def _running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
-    setup = _running_setup(family, engine, options)
+    setup = running_setup(family, engine, options)
     check(dataclasses.replace(setup, groups=groups, topology=engine.topology))
 
 
@@ -221,7 +221,7 @@ def change_topology(
 ) -> None:
     """Give a running scheduler another topology; all ranks together."""
     size = engine.topology.size if engine.topology is not None else 1
-    chosen = choose_topology(_running_setup(family, engine, options), topology, size)
+    chosen = choose_topology(running_setup(family, engine, options), topology, size)
     if engine.link is not None:
         world = engine.link.world
         fields = {"topology": name_topology(chosen)}

@@ -8,12 +8,16 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from fusedfog.compatibility import first_refusal
+from fusedfog.features import Setup
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -46,22 +50,22 @@ def local_gradients(ddp: Module) -> Module:
     return ddp
 
 
-def check(kind: str, params: Iterable[Tensor], fused_backward: bool, ranks: Sequence[int]) -> None:
+def check(kind: str, params: Iterable[Tensor], setup: Setup, ranks: Sequence[int]) -> None:
     """Look, once, whether parameters are in a DistributedDataParallel that gets in the way.
 
     Args:
         kind: the optimizer's name, for the texts.
+        setup: the optimizer's.
         ranks: the global ranks that the optimizer exchanges parameters with; () if it exchanges none.
 
     Raises:
-        RuntimeError: it is there and `fused_backward` is on: DDP writes gradients back after backward has consumed them.
+        RuntimeError: it is there and the setup does not go with it, as the table of `compatibility` says.
     """
     found = _holders(params) if dist.is_initialized() else []
-    if found and fused_backward:
-        raise RuntimeError(
-            f"rank {dist.get_rank()}: {kind}: fused_backward does not work inside a DistributedDataParallel, which puts "
-            f"gradients back after they were used and freed. Train the bare module (ddp.module), or use fused_backward=False"
-        )
+    inside = replace(setup, data_parallel=bool(found))
+    row = first_refusal(inside) if found else None
+    if row is not None:
+        raise RuntimeError(f"rank {dist.get_rank()}: {kind}: {row.text(inside)}")
     if ranks and any(_averages_gradients(ddp, ranks) for ddp in found):
         warnings.warn(
             f"rank {dist.get_rank()}: {kind}: its parameters are in a DistributedDataParallel that averages gradients over all "

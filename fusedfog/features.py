@@ -27,6 +27,7 @@ class Setup:
         ranks: how many exchange; 1 also while that is not known yet.
         topology: the chosen one, once it is known.
         sharded: the parameters are FSDP2's.
+        data_parallel: they are in a DistributedDataParallel.
         dtypes: those of the parameters, by name.
         place: where the parameters are.
         lacking: what the GPU has no instructions for: (its dtype and use, why, what to use instead).
@@ -39,6 +40,7 @@ class Setup:
     ranks: int = 1
     topology: Topology | None = None
     sharded: bool = False
+    data_parallel: bool = False
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     place: torch.device = _CPU
     lacking: tuple[str, str, str] | None = None
@@ -151,6 +153,8 @@ FEATURES: dict[str, Feature] = {
         lambda setup: setup.value("mesh") is not None and not setup.sharded, "`mesh`", lambda setup: "mesh="
     ),
     "FSDP2": Feature(lambda setup: setup.sharded, "FSDP2 parameters"),
+    # Seen by the first step: frameworks wrap the model after the optimizer is built.
+    "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),
     "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
     "exchanging steps": _algorithm(
         lambda setup: not setup.algorithm.takes_outer, "an algorithm that exchanges in its steps"

@@ -238,7 +238,7 @@ def test_every_feature_is_walked_or_a_row_knows_it() -> None:
         ({"dtypes": {"w": torch.float64}}, "float64 parameter w does not work with cuda:0: the GPU kernel computes in"),
         (
             {"lacking": ("bf16 states", "it cannot", "fp32")},
-            "bf16 states does not work with cuda:0: it cannot; use fp32",
+            "cuda:0 does not work with bf16 states: it cannot; use fp32",
         ),
     ],
 )
