@@ -144,7 +144,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             PeerTimeout, ExchangeError: a neighbour's message did not come.
             RankLeft: another rank has called `leave()`.
             NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
-            StorageReplacedError: a parameter was moved or given a new storage.
+            StorageReplacedError: a parameter was moved or given a new storage; of 256 or more, a step looks at every fourth.
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
         engine = self._engine

@@ -228,7 +228,8 @@ class Scheduler:
             raise RuntimeError(f"step() inside {self.held}: leave the with-block first")
         if self.link is not None and self.link.ended is not None:
             raise self.link.ended
-        self.check_storage()
+        for segment in self.segments:
+            segment.check_storage(self.clock.steps)
 
     def _touch(self) -> None:
         for segment in self.segments:

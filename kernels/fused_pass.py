@@ -259,7 +259,8 @@ def _names(rule: str) -> Names | None:
     return None if names is None else Names(names)
 
 
-def num_warps(param: torch.dtype, grad: torch.dtype, others: Sequence[torch.dtype], states: int) -> int:
+@functools.cache
+def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, ...], states: int) -> int:
     """Warps per block of 1,024 elements: 4, eight elements a thread, where that is safe; else 8, four a thread.
 
     Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
@@ -293,8 +294,8 @@ def launch(work: Pass) -> None:
     received = tuple(tensor for message in work.inbox for tensor in message)
     rest = () if work.rest is None else (work.rest,)
     sent = tuple(work.sent) or (param,)
-    wires = tuple(tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica))
-    others = [tensor.dtype for tensor in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)]
+    wires = [tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica)]
+    others = tuple([one.dtype for one in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)])
     with _on(param):
         fused_pass[(region.blocks.shape[0],)](
             param,
@@ -305,11 +306,7 @@ def launch(work: Pass) -> None:
             tuple(work.messages),
             _ends(work.taken),
             tuple(wire.gap for wire in work.taken),
-            tuple(
-                codes if scales is None else scales
-                for message in zip(work.inbox, work.scales, strict=False)
-                for codes, scales in zip(*message, strict=True)
-            ),
+            _scales(work) if work.scales else (),
             _ends(work.given),
             tuple(wire.replica for wire in work.given),
             region.blocks,
@@ -336,6 +333,15 @@ def launch(work: Pass) -> None:
             num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
             enable_fp_fusion=FP_FUSION,
         )
+
+
+def _scales(work: Pass) -> tuple[torch.Tensor, ...]:
+    """The scales of what came, and codes in their place where there are none."""
+    return tuple(
+        codes if scales is None else scales
+        for message in zip(work.inbox, work.scales, strict=True)
+        for codes, scales in zip(*message, strict=True)
+    )
 
 
 def _ends(wires: Sequence[Wire]) -> tuple[torch.Tensor, ...]:

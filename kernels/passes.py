@@ -103,10 +103,9 @@ class Pass:
         messages = max(len(self.sent), 1)
         if self.inbox and len(self.inbox) != messages:
             raise ValueError(f"{len(self.inbox)} inboxes for {messages} messages sent")
-        if any(len(received) != len(self.weights) for received in self.inbox or ((),)):
-            raise ValueError(
-                f"{len(self.weights)} weights for inboxes of {[len(received) for received in self.inbox]} neighbours"
-            )
+        for received in self.inbox or ((),):
+            if len(received) != len(self.weights):
+                raise ValueError(f"{len(self.weights)} weights for inboxes of {[*map(len, self.inbox)]} neighbours")
         if self.taken and (len(self.taken) != messages or [*map(len, self.scales)] != [*map(len, self.inbox)]):
             raise ValueError(f"{len(self.taken)} wires and {len(self.scales)} scales for {messages} messages")
         if self.rest is not None and self.rest.dtype not in (torch.float32, self.param.dtype):

@@ -145,3 +145,16 @@ def test_evaluation_of_a_parameter_that_left_is_refused_too() -> None:
         pass
     with pytest.raises(fusedfog.StorageReplacedError):
         opt.consensus_distance()
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3, 299])
+def test_of_many_parameters_a_moved_one_is_noticed_within_four_steps(moved: int) -> None:
+    params = [nn.Parameter(torch.ones(1)) for _ in range(300)]
+    opt = fusedfog.SGD(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones(1)
+    opt.step()
+    params[moved].data = torch.ones(1)
+    with pytest.raises(fusedfog.StorageReplacedError, match=rf"parameter {moved} was given a new storage"):
+        for _ in range(4):
+            opt.step()
