@@ -46,7 +46,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             (Gossip-PGA, Chen et al. 2021).
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
-        bucket_mb: size of an exchanged bucket in MB (2^20 bytes).
+        bucket_mb: size of an exchanged bucket in MB (2^20 bytes). The default is 256 instead of 25 where a step has nothing to
+            do between one bucket and the next: awc and kin without `fused_backward` and `mesh`.
         wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
             are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
             Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
@@ -438,11 +439,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
         engine = self._engine
-        previous, engine.accumulating = engine.accumulating, True
+        hooks = engine.hooks
+        previous, hooks.accumulating = hooks.accumulating, True
         try:
             yield
         finally:
-            engine.accumulating = previous
+            hooks.accumulating = previous
 
     def set_topology(self, topology: Topology | str | None) -> None:
         """Use another topology from the next step on. Collective, discards messages in flight.

@@ -23,12 +23,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass
 from fusedfog.flat import FlatSegment, addresses_of, align
 from fusedfog.kernels import Gradients, Wire, device
 from fusedfog.kernels.region import TABLE_ALIGNMENT
 from fusedfog.kernels.region import align as align_table
 from fusedfog.lanes import EMPTY, Inbox, Sweep
-from fusedfog.scheduler import Scheduler, StepInputs
+from fusedfog.scheduler import Scheduler
 from fusedfog.topology import Topology
 
 Layout: TypeAlias = tuple[object, ...]
@@ -107,6 +108,9 @@ class CapturableScheduler(Scheduler):
     _warm: tuple[Layout, bool, bool] | None = None
     _recorded: Layout | None = None
 
+    def warm_up(self) -> None:
+        """Nothing: every step makes the same passes, whose kernels are compiled in the first one."""
+
     def follow_topology(self, topology: Topology | None) -> None:
         """See `Scheduler.follow_topology`."""
         super().follow_topology(topology)
@@ -144,11 +148,11 @@ class CapturableScheduler(Scheduler):
                 "where they are (zero_grad(set_to_none=False))"
             )
         # Nobody may read these: they are not the replay's.
-        self._inputs.numbers = {key: (math.nan,) * count for key, count in self._counts.items()}
+        self.inputs.numbers = {key: (math.nan,) * count for key, count in self._counts.items()}
         try:
             self._make_passes(grad_scale, found_inf, record=True)
         finally:
-            self._inputs = StepInputs()
+            self.inputs = StepInputs()
         self._recorded = layout
 
     @contextmanager
@@ -197,16 +201,15 @@ class CapturableScheduler(Scheduler):
             done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
             for sweep in self._wholes if self._exchanging(step + 1) else ():
                 if self.wires is not None and sweep.segment.layout.mix:
-                    for lane in sweep.lanes:
-                        self.wires.said(lane, done)
+                    self.wires.said(sweep.lanes, done)
                 self._send_all(sweep, step + 1, done)
             self._tick()
 
     def _make_passes(self, grad_scale: Tensor | None, found_inf: Tensor | None, *, record: bool = False) -> None:
         """What is recorded: device work alone, the same in every step."""
         assert self._numbers is not None
-        self._inputs.found_inf = found_inf
-        self._inputs.grad_scale = self._multiplier(grad_scale)
+        self.inputs.found_inf = found_inf
+        self.inputs.grad_scale = self._multiplier(grad_scale)
         for sweep, place in zip(self._wholes, self._places, strict=True):
             segment = sweep.segment
             grads = self._tables_of()[segment].record() if record else segment.gradients(sweep.first, sweep.last)
@@ -216,11 +219,11 @@ class CapturableScheduler(Scheduler):
         """All inbox tensors that any round fills, whoever has filled them, with numbers that are elsewhere."""
         inbox = EMPTY
         if self._mailbox is not None and sweep.segment.layout.mix:
-            inbox = self._mailbox.slots(sweep.segment, self.slots, self._codes_for(sweep, None))
+            inbox = self._mailbox.slots(sweep.segment, self.slots, self.codes_for(sweep, None))
         neighbours = len(inbox.tensors[0]) if inbox.tensors else 0
         return replace(inbox, weights=(math.nan,) * neighbours, row_sum=math.nan, numbers=numbers)
 
-    def _codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+    def codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
         """Of a static graph's exchanges, one in every step, each pass takes and gives codes in the same place."""
         return self.wires.of(sweep.segment, 0) if self.wires is not None and sweep.segment.layout.mix else ()
 
@@ -229,13 +232,13 @@ class CapturableScheduler(Scheduler):
         segment, stage = sweep.segment, self.algorithm.after
         slots = self.slots if self._mailbox is not None and segment.layout.mix else 0
         weights = [*inbox.weights, *[0.0] * (slots - len(inbox.weights))]
-        seed = [float(self._seed(segment, False))] if segment.rounds_stochastically else []
+        seed = [float(seed_of_pass(self, segment, False))] if segment.rounds_stochastically else []
         row_sum = 0.0 if stage.differences else inbox.row_sum
-        return [row_sum, *weights, *self._hyper(segment.layout.group, stage), *seed]
+        return [row_sum, *weights, *hyper_of(self, segment.layout.group, stage), *seed]
 
     def _write(self, passes: Sequence[Sequence[float]]) -> None:
         """Have the device read these numbers in the passes that follow on its current stream."""
-        self._counts = {key: len(hyper) for key, hyper in self._inputs.numbers.items()}
+        self._counts = {key: len(hyper) for key, hyper in self.inputs.numbers.items()}
         blocks = self.segments[0].whole.blocks
         starts = list(accumulate((align_table(len(numbers), TABLE_ALIGNMENT) for numbers in passes), initial=0))
         values = [0.0] * starts[-1]

@@ -34,6 +34,8 @@ from fusedfog.shards import segment_of, settle, sharding_of
 from fusedfog.topology import Topology
 
 _WARM_ROUNDS = 64
+_WHOLE_MB = 256
+"""Large enough that a call of NCCL or gloo costs nothing beside it, small enough for their own chunks to overlap."""
 
 
 def name_topology(topology: Topology | None) -> str:
@@ -73,7 +75,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     algorithm = setup.running
     check_kernel(place)
     check_backend(world, place)
-    layouts = plan(specs, int(options.bucket_mb * 2**20))
+    layouts = plan(specs, _bucket_bytes(options, algorithm))
     link, channel, hierarchy = None, 0, None
     if world.size > 1:
         fields = fields_of(kind, groups, specs, options) | _fields_of_ranks(options.mesh, topology)
@@ -105,6 +107,16 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
 
 def _fields_of_ranks(mesh: DeviceMesh | None, topology: Topology | None) -> dict[str, str]:
     return {"topology": name_topology(topology), "mesh": "none" if mesh is None else str(mesh.mesh.tolist())}
+
+
+def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
+    """The size of buckets: as asked for; by default larger where a step does nothing between one bucket and the next.
+
+    Awc and kin in step mode wait for all messages, make one pass and send all again: more messages are only more calls.
+    """
+    pipelined = options.fused_backward or algorithm.before is not None or algorithm.exchanges == "gradients"
+    by_default = options.bucket_mb == Options.bucket_mb and options.mesh is None and not pipelined
+    return int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
 
 
 def _adopt(
@@ -194,12 +206,13 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
         agree(
             engine.link.world, next_agreement(engine.link.world), fields, engine.link.timeout, f"{kind}.add_param_group"
         )
-    layouts = plan(specs, int(options.bucket_mb * 2**20))
+    layouts = plan(specs, _bucket_bytes(options, engine.algorithm))
     compiled = any(region.compiled for region in engine.segments[0].regions)
     segments = _adopt([group], layouts, options, engine.link, compiled=compiled)
     engine.discard()
     engine.segments.extend(segments)
     engine.lay_lanes()
+    engine.warm_up()
 
 
 def measuring_link(engine: Scheduler, options: Options) -> Communicator | None:
@@ -231,6 +244,7 @@ def change_topology(
     if engine.link is not None:
         mailbox = engine._mailbox
         _warm_up(engine.link, None if mailbox is None else mailbox.hierarchy, chosen)
+    engine.warm_up()
 
 
 def _warm_up(link: Communicator, hierarchy: Hierarchy | None, topology: Topology | None) -> None:

@@ -84,6 +84,7 @@ class FlatSegment:
         touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
         whole: the same for a pass over all buckets at once.
+        gradient_table: int64 `[P]` on GPUs, the gradients' addresses; see `kernels.Gradients`.
 
     Args:
         compiled: whether passes over it on the CPU are to be compiled.
@@ -125,7 +126,7 @@ class FlatSegment:
         self._row_major = len(filled) == len(params) and all(param.is_contiguous() for param in params)
         self.regions, self.whole = self._regions()
         self._grad_homes = [0] * len(params)
-        self._grad_table: Tensor | None = None
+        self.gradient_table: Tensor | None = None
         self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
         self.rest_name = storage.rest if self.narrow else None
         if self.rest_name == MASTER:
@@ -143,7 +144,7 @@ class FlatSegment:
         self.steps = self.steps[rows[:, 0]]
         # Buckets cut the segment in order, so their rows are consecutive pieces of the segment's.
         self.regions, self.whole = self._regions(rows, rows.split([len(table) for table in tables]))
-        self._grad_table = torch.zeros(len(self.params), dtype=torch.int64, device=self.param.device)
+        self.gradient_table = torch.zeros(len(self.params), dtype=torch.int64, device=self.param.device)
 
     def _regions(
         self, rows: Tensor | None = None, pieces: Sequence[Tensor] | None = None
@@ -308,11 +309,11 @@ class FlatSegment:
         parameters are None.
         """
         found = self.found_gradients(first, last)
-        if self._grad_table is not None:
-            self._show_addresses(self._grad_table, found, first, last)
+        if self.gradient_table is not None:
+            self._show_addresses(self.gradient_table, found, first, last)
         elsewhere: list[Tensor | None] = [None]
         tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
-        return Gradients(tensors, self._grad_table, self.layout.dtype)
+        return Gradients(tensors, self.gradient_table, self.layout.dtype)
 
     def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
         """The gradients of parameters `[first, last)` alone, which count as touched from now on."""

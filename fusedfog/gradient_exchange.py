@@ -41,7 +41,7 @@ class AllReduceScheduler(Scheduler):
         assert average is not None
         tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
         with span("exchange", (lane.number,), to=("all",), sources=("all",)), unrecorded():
-            average.start(Gradients(tensors, grads.addresses, grads.dtype), self._inputs.found_inf)
+            average.start(Gradients(tensors, grads.addresses, grads.dtype), self.inputs.found_inf)
         world = average.link.world.size
         size = 2 * average.buffer.nbytes * (world - 1) // world
         self.figures.bytes_sent += size
@@ -55,10 +55,10 @@ class AllReduceScheduler(Scheduler):
             with span("wait", (number,), sources=("all",)):
                 reduced.append(average.finish())
         self.figures.blocked_s += time.perf_counter() - begin
-        self._inputs.grad_scale = multiplier(
+        self.inputs.grad_scale = multiplier(
             [average.tensors() for average in averages], grad_scale, self.rhythm.max_grad_norm, self.sharding
         )
-        scaled = self._inputs.found_inf is not None
+        scaled = self.inputs.found_inf is not None
         for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
-            self._inputs.found_inf = found_inf if scaled else None
+            self.inputs.found_inf = found_inf if scaled else None
             self._pass(sweep, self.algorithm.after, grads, EMPTY)

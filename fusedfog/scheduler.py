@@ -26,7 +26,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +34,12 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
+from fusedfog.engine.hooks import BackwardHooks
+from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
 from fusedfog.flat import FlatSegment
-from fusedfog.gradients import grad_scaler_exists, measured_norms, multiplier
+from fusedfog.gradients import measured_norms, multiplier
 from fusedfog.hierarchy import Hierarchy
-from fusedfog.kernels import Gradients, Pass, Wire, device, run_pass
-from fusedfog.kernels.rounding import seed_of
+from fusedfog.kernels import Gradients, Wire, device, run_pass, warm_pass
 from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
 from fusedfog.mailbox import Figures, Mailbox, abandon
 from fusedfog.push_sum import PushSum, Shares
@@ -48,16 +48,8 @@ from fusedfog.shards import Sharding
 from fusedfog.topology import Topology
 from fusedfog.wires import Wires
 
-
-@dataclass
-class StepInputs:
-    """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once."""
-
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
-    shares: Shares | None = None
-    inverse_norm: Tensor | None = None
+_WARM_ROUNDS = 64
+"""Of an endless topology."""
 
 
 class Scheduler:
@@ -88,7 +80,6 @@ class Scheduler:
         self.groups, self.segments = groups, segments
         self.algorithm, self.topology, self.link, self.rhythm = algorithm, topology, link, rhythm
         self.clock, self.figures, self.sharding = Clock(), Figures(), sharding
-        self.accumulating = False
         self.held: str | None = None
         # Not with fused_backward: how many buckets the hooks have led differs by rank, and with it the order of sweeps,
         # in which messages are started and NCCL matches them.
@@ -96,10 +87,8 @@ class Scheduler:
         self._lanes: list[Lane] = []
         self._singles: list[Sweep] = []
         self._wholes: list[Sweep] = []
-        self._led = 0
-        self._inputs = StepInputs()
-        self._hold_in_hooks: bool | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks = BackwardHooks(self, clips=rhythm.max_grad_norm is not None)
+        self.inputs = StepInputs()
         self._mailbox: Mailbox | None = None
         self._push_sum: PushSum | None = None
         self.wires: Wires | None = None
@@ -111,6 +100,12 @@ class Scheduler:
             weakref.finalize(self, abandon, link, self._mailbox.in_flight)
         self.lay_lanes()
         self.follow_topology(topology)
+        self.warm_up()
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 where it is alone."""
+        return self.link.world.rank if self.link is not None else 0
 
     # -- construction and change -------------------------------------------------------------------------------------
 
@@ -122,14 +117,7 @@ class Scheduler:
         if self._mailbox is not None:
             self._mailbox.forget_postings()
         self._lanes, self._singles, self._wholes = lanes_of(self.segments)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(_Hook(self, lane))
-            for lane in (self._lanes if self.rhythm.fused_backward else ())
-            for param in lane.segment.params[lane.bucket.first : lane.bucket.last]
-            if param.requires_grad
-        ]
+        self.hooks.attach(self._lanes if self.rhythm.fused_backward else ())
         for segment in self.segments if self.algorithm.outer else ():
             if "outer_param" not in segment.states:
                 segment.state("outer_param").copy_(segment.param)
@@ -207,18 +195,18 @@ class Scheduler:
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Finish this step: all passes, the exchange they need and, for AWC and kin, the start of the next one."""
         self._begin()
-        if self._led and (grad_scale is not None or found_inf is not None):
+        if self.hooks.led and (grad_scale is not None or found_inf is not None):
             raise RuntimeError(
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
         self._touch()
-        self._inputs.found_inf = found_inf
+        self.inputs.found_inf = found_inf
         self._lead_and_follow(grad_scale)
         self._tick()
 
     def _lead_and_follow(self, grad_scale: Tensor | None) -> None:
-        self._inputs.grad_scale = self._multiplier(grad_scale)
+        self.inputs.grad_scale = self._multiplier(grad_scale)
         self._lead_all()
         if self.algorithm.before is not None:
             self._follow_all()
@@ -239,10 +227,12 @@ class Scheduler:
     def _tick(self) -> None:
         rates = [float(group.get("lr") or 0.0) for group in self.groups]
         self.clock.tick(self.rhythm, self._exchanging(self.clock.steps), rates)
-        self._led = 0
-        self._inputs = StepInputs()
+        self.inputs = StepInputs()
+        self.hooks.begin_step()
         for lane in self._lanes:
-            lane.ready, lane.counted = 0, False
+            lane.counted = False
+        if self.wires is not None:
+            self.wires.report()
 
     def _exchanging(self, step: int) -> bool:
         return self.topology is not None and self.link is not None and self.rhythm.exchanges(step)
@@ -255,9 +245,9 @@ class Scheduler:
     def _lead_all(self) -> None:
         if self.algorithm.before is None and self._exchanging(self.clock.steps):
             self._send_missing()
-        for sweep in self._sweeps(self._led):
+        for sweep in self._sweeps(self.hooks.led):
             self._lead(sweep)
-        self._led = len(self._lanes)
+        self.hooks.led = len(self._lanes)
 
     def state_names(self, segment: FlatSegment) -> tuple[str, ...]:
         """All states of a segment's parameters that a checkpoint has to hold."""
@@ -279,7 +269,7 @@ class Scheduler:
 
     def _send_missing(self) -> None:
         """Start this step's exchange of buckets for which none was started ahead."""
-        for lane in self._lanes[self._led :]:
+        for lane in self._lanes[self.hooks.led :]:
             if lane.message is None:
                 self._send(lane, self.clock.steps, self.clock.exchanges)
 
@@ -325,60 +315,37 @@ class Scheduler:
         inbox: Inbox,
         following: tuple[int, int] | None = None,
     ) -> None:
-        """One pass over a sweep; `following` is the step and exchange that its messages are for, if it makes them."""
-        segment = sweep.segment
-        group = self.groups[segment.layout.group]
-        first_half, given = stage is self.algorithm.before, self._codes_for(sweep, following)
-        makes_message = first_half and "message" in self.algorithm.messages
-        takes_message = not first_half and self.algorithm.messages != ("param",)
+        """Make a stage's pass over a sweep; see `passes.pass_of`."""
         with span("pass", sweep.numbers, stage.rule):
-            run_pass(
-                Pass(
-                    stage.rule,
-                    segment.param,
-                    tuple(segment.state(name) for name in stage.states(group)),
-                    self._hyper(segment.layout.group, stage),
-                    sweep.region,
-                    grads=grads,
-                    steps=segment.steps_of(sweep.region),
-                    advance=grads is not None and self.algorithm.counts_updates(group),
-                    sent=tuple(segment.tensor(name) for name in self.algorithm.messages) if takes_message else (),
-                    inbox=inbox.tensors,
-                    weights=inbox.weights,
-                    row_sum=0.0 if stage.differences else inbox.row_sum,
-                    messages=(segment.tensor("message"),) if makes_message else (),
-                    grad_scale=self._inputs.grad_scale if grads is not None else None,
-                    found_inf=self._inputs.found_inf if grads is not None else None,
-                    missing=stage.missing,
-                    extra=self._extra(segment) if first_half and self.algorithm.normalized else None,
-                    figures=segment.figures(first_half, sweep.region) if self.rhythm.measure else None,
-                    rest=segment.rest,
-                    seed=self._seed(segment, first_half) if segment.rounds_stochastically else None,
-                    taken=inbox.wires,
-                    scales=inbox.scales,
-                    given=given,
-                    numbers=inbox.numbers,
-                )
-            )
+            work = pass_of(self, sweep, stage, grads, inbox, following)
+            run_pass(work)
         sweep.bump_versions()
-        if self.wires is not None and following is not None and given:
-            for lane in sweep.lanes:
-                self.wires.said(lane, following[1])
+        if self.wires is not None and following is not None and work.given:
+            self.wires.said(sweep.lanes, following[1])
 
-    def _hyper(self, number: int, stage: Stage) -> tuple[float, ...]:
-        """A stage's numbers for a param group, worked out once a step."""
-        if (number, stage.rule) not in self._inputs.numbers:
-            group = self.groups[number]
-            previous = self.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
-            self._inputs.numbers[number, stage.rule] = stage.hyper(group, previous)
-        return self._inputs.numbers[number, stage.rule]
+    def warm_up(self) -> None:
+        """On GPUs, compile the kernels of all rounds, so that none is compiled in mid-training."""
+        if not device.on_gpu(self.segments[0].param):
+            return
+        neighbours = self._numbers_of_neighbours()
+        for sweep in self._wholes:
+            for work in passes_to_warm(self, sweep, neighbours):
+                warm_pass(work)
 
-    def _seed(self, segment: FlatSegment, first_half: bool) -> int:
-        """Of this pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
-        rank = self.link.world.rank if self.link is not None else 0
-        return seed_of(rank, self.clock.steps, 2 * self.segments.index(segment) + first_half)
+    def _numbers_of_neighbours(self) -> set[int]:
+        """How many neighbours rounds have, those of weight 0 too; full averages, and machines, count as one."""
+        if self._mailbox is None or self.topology is None:
+            return {0}
+        pauses = self.rhythm.communicate_every > 1
+        found = {0} if pauses else set()
+        if self._mailbox.hierarchy is not None:
+            return found | {1}
+        if self.rhythm.global_average_every is not None:
+            found.add(1)
+        rounds = min(self.topology.period or _WARM_ROUNDS, _WARM_ROUNDS)
+        return found | {len(self.topology.round(self.rank, step).recv) for step in range(rounds)}
 
-    def _codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+    def codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
         """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""
         if self.wires is None or following is None or not sweep.segment.layout.mix:
             return ()
@@ -388,16 +355,6 @@ class Scheduler:
     def measured(self) -> dict[str, float]:
         """What the last step's passes have measured; waits for the device."""
         return measured_norms(self.segments, self.algorithm.before is not None) if self.rhythm.measure else {}
-
-    def _extra(self, segment: FlatSegment) -> Tensor:
-        """1 / (||s|| + 1e-8), s being this rank's whole `normalized` state; 0 while it is zero."""
-        assert self.algorithm.normalized is not None
-        if self._inputs.inverse_norm is None:
-            states = [one.state(self.algorithm.normalized) for one in self.segments]
-            norm = torch.stack([torch.linalg.vector_norm(state).double() for state in states]).norm()
-            norm = norm if self.sharding is None else self.sharding.norm(norm)
-            self._inputs.inverse_norm = torch.where(norm > 0, 1.0 / (norm + 1e-8), 0.0)
-        return self._inputs.inverse_norm.to(segment.state(self.algorithm.normalized).dtype)
 
     # -- exchanging --------------------------------------------------------------------------------------------------
 
@@ -429,10 +386,10 @@ class Scheduler:
 
     def _shares(self) -> Shares:
         assert self._push_sum is not None
-        if self._inputs.shares is None:
+        if self.inputs.shares is None:
             exchanging = self._exchanging(self.clock.steps)
-            self._inputs.shares = self._push_sum.exchange(self.clock.exchanges) if exchanging else self._push_sum.idle()
-        return self._inputs.shares
+            self.inputs.shares = self._push_sum.exchange(self.clock.exchanges) if exchanging else self._push_sum.idle()
+        return self.inputs.shares
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -445,26 +402,12 @@ class Scheduler:
         found = [grad for segment in self.segments for grad in segment.own_gradients(0, len(segment.params))]
         return [grad for grad in found if grad is not None]
 
-    def gradient_ready(self, lane: Lane, name: str) -> None:
-        """A parameter of `lane` has its gradient: lead every bucket that can go, in order, without waiting."""
-        if self.accumulating or self._holds():
-            return
-        if lane.number < self._led:
-            raise RuntimeError(
-                f"a second gradient arrived for {name} after fused_backward had already applied its bucket. Wrap all but the "
-                f"last backward of a step in `with opt.no_sync():`, and use non-reentrant checkpointing; or "
-                f"fused_backward=False"
-            )
-        lane.ready += 1
-        while self._led < len(self._lanes):
-            lane = self._lanes[self._led]
-            if lane.ready < lane.bucket.last - lane.bucket.first or not self._may_lead(lane):
-                return
-            with torch.no_grad():
-                self._lead(self._singles[self._led])
-            self._led += 1
+    def lead(self, number: int) -> None:
+        """See `hooks.Leader`."""
+        self._lead(self._singles[number])
 
-    def _may_lead(self, lane: Lane) -> bool:
+    def may_lead(self, lane: Lane) -> bool:
+        """See `hooks.Leader`."""
         if self.algorithm.before is not None or not self._exchanging(self.clock.steps) or not lane.segment.layout.mix:
             return True
         if lane.message is None:
@@ -472,22 +415,3 @@ class Scheduler:
         # A wait on a GPU orders streams and never holds the host, which runs ahead of the device: there, asking whether the
         # message is over would leave nearly every bucket to `step`.
         return device.on_gpu(lane.segment.param) or lane.message.done()
-
-    def _holds(self) -> bool:
-        """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
-        if self._hold_in_hooks is None:
-            self._hold_in_hooks = self.rhythm.max_grad_norm is not None or grad_scaler_exists()
-        return self._hold_in_hooks or self.held is not None
-
-
-class _Hook:
-    """Calls the scheduler, if it still lives, when a parameter's gradient is complete."""
-
-    def __init__(self, scheduler: Scheduler, lane: Lane) -> None:
-        self._scheduler = weakref.ref(scheduler)
-        self._lane = weakref.ref(lane)
-
-    def __call__(self, param: Tensor) -> None:
-        scheduler, lane = self._scheduler(), self._lane()
-        if scheduler is not None and lane is not None:
-            scheduler.gradient_ready(lane, f"a parameter of shape {tuple(param.shape)}")

@@ -293,7 +293,7 @@ class ShardSegment(FlatSegment):
         super().load_states(names, shards)
         self._touch_trained()
 
-    def check_storage(self) -> None:
+    def check_storage(self, step: int | None = None) -> None:
         """As `FlatSegment.check_storage`, of the DTensors' local tensors."""
         for position, owner in enumerate(self.owners):
             local = owner._local_tensor

@@ -11,9 +11,13 @@ been, are part of `replica` already, so after a pause or on resume the very same
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +26,7 @@ from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
 from fusedfog.flat import FlatSegment
-from fusedfog.kernels import Wire, wire
+from fusedfog.kernels import Wire, device, wire
 from fusedfog.lanes import Lane
 from fusedfog.topology import Topology
 
@@ -30,6 +34,21 @@ from fusedfog.topology import Topology
 def is_wire_state(name: str) -> bool:
     """Whether a state of this name is one of `Wires.names`."""
     return re.fullmatch(r".*_(replica\d+|gap\d+|said)", name) is not None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A copy of a device's flag on its way to the host: its home in pinned memory, seen as numpy sees it, and its arrival."""
+
+    home: Tensor
+    seen: npt.NDArray[np.float32]
+    event: torch.cuda.Event
+
+    @staticmethod
+    def of(flag: Tensor) -> Answer:
+        """Room for one."""
+        home = torch.empty(len(flag), pin_memory=flag.is_cuda)
+        return Answer(home, home.numpy(), torch.cuda.Event())
 
 
 class Wires:
@@ -60,7 +79,8 @@ class Wires:
         self._settled = False
         self._wires: dict[tuple[FlatSegment, str, int], Wire] = {}
         self._said: dict[int, int] = {}
-        self._reports: list[tuple[torch.cuda.Event, Tensor, Lane]] = []
+        self._reports: list[Answer] = []
+        self._spare: list[Answer] = []
 
     def follow_topology(self, topology: Topology | None) -> None:
         """Forget all replicas, and keep one for each round of this topology from now on."""
@@ -102,44 +122,61 @@ class Wires:
         return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
 
     def say(self, lane: Lane, exchange: int) -> None:
-        """Have codes for a bucket's part in an exchange, if no pass has made them."""
+        """Have codes for a bucket's part in an exchange, if no pass has made them.
+
+        Raises:
+            NonFiniteError: as `check`.
+        """
         if self._said.get(lane.number) == exchange:
             return
         here = lane.whole
         for name, end in zip(self.messages, self.of(lane.segment, exchange), strict=True):
             part = wire.cut(end, here.start, here.stop)
-            wire.give(part, lane.segment.value(name)[here].to(part.replica.dtype))
-        self.said(lane, exchange)
+            wire.give(part, lane.segment.value(name)[here].to(part.replica.dtype), self.flag)
+        self.said([lane], exchange)
 
-    def said(self, lane: Lane, exchange: int) -> None:
-        """A bucket's codes for this exchange have been made.
+    def said(self, lanes: Sequence[Lane], exchange: int) -> None:
+        """The codes of these buckets for this exchange have been made.
 
         Raises:
-            NonFiniteError: they leave out values that are not finite. On GPUs it is raised by a later call, once the
-                device has got there.
+            NonFiniteError: on CPUs, if they leave out values that are not finite; nobody was sent them. On GPUs `report`
+                raises it.
         """
-        self._said[lane.number] = exchange
-        here = lane.whole
-        for end in self.of(lane.segment, exchange):
-            flag = wire.cut(end, here.start, here.stop).spoilt()
-            if not flag.is_cuda:
-                self._refuse(lane, flag)
-                continue
-            report = torch.empty((), dtype=torch.bool, pin_memory=True)
-            report.copy_(flag, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._reports.append((event, report, lane))
-        while self._reports and self._reports[0][0].query():
-            _, report, earlier = self._reports.pop(0)
-            self._refuse(earlier, report)
+        for lane in lanes:
+            self._said[lane.number] = exchange
+        if not device.on_gpu(self.flag) and bool(self.flag.any()):
+            self._refuse()
 
-    def _refuse(self, lane: Lane, flag: Tensor) -> None:
-        if not flag:
+    @functools.cached_property
+    def flag(self) -> Tensor:
+        """fp32 [4], where passes note that codes leave out values that are not finite."""
+        return self.segments[0].param.new_zeros(4, dtype=torch.float32)
+
+    def report(self) -> None:
+        """On GPUs, at the end of a step: ask whether any codes left out values, without waiting for the answer.
+
+        One copy and one event a step.
+
+        Raises:
+            NonFiniteError: those of an earlier step did.
+        """
+        if not device.on_gpu(self.flag):
             return
-        segment, bucket = lane.segment, lane.bucket
-        slots = segment.layout.slots[bucket.first : bucket.last]
-        bad = [(slot.spec.name, int((~segment.param[slot.start : slot.stop].isfinite()).sum())) for slot in slots]
+        while self._reports and self._reports[0].event.query():
+            answer = self._reports.pop(0)
+            self._spare.append(answer)
+            if answer.seen.any():
+                self._refuse()
+        answer = self._spare.pop() if self._spare else Answer.of(self.flag)
+        answer.home.copy_(self.flag, non_blocking=True)
+        answer.event.record(torch.cuda.current_stream(self.flag.device))
+        self._reports.append(answer)
+
+    def _refuse(self) -> None:
+        self.flag.zero_()
+        self._reports.clear()
+        slots = [(segment, slot) for segment in self.segments if segment.layout.mix for slot in segment.layout.slots]
+        bad = [(slot.spec.name, int((~one.param[slot.start : slot.stop].isfinite()).sum())) for one, slot in slots]
         names = ", ".join(f"{name} ({count})" for name, count in bad if count) or "a message"
         raise NonFiniteError(
             f"rank {self.link.world.rank}: values that are not finite in {names}; {self.dtype} messages cannot carry them, and "

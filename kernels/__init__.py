@@ -27,6 +27,7 @@ __all__ = [
     "compile_now",
     "run_pass",
     "sgd_hyper",
+    "warm_pass",
 ]
 
 RULES: tuple[str, ...] = tuple(reference.RULES)
@@ -46,3 +47,16 @@ def run_pass(work: Pass) -> None:
     else:
         run = cpu_pass.run_pass
     run(work)
+
+
+def warm_pass(work: Pass) -> None:
+    """Compile what `run_pass` would run of a pass on a GPU, and run nothing; on the CPU there is nothing to compile.
+
+    Raises:
+        ValueError: as `run_pass`.
+    """
+    work.check(tuple(reference.RULES))
+    if work.param.is_cuda:
+        from .fused_pass import warm
+
+        warm(work)

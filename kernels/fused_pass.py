@@ -96,6 +96,7 @@ def fused_pass(
     inbox_scales,
     given,
     replicas,
+    spoilt,
     blocks,
     steps,
     addresses,
@@ -230,7 +231,7 @@ def fused_pass(
     for m in tl.static_range(len(replicas)):
         unmade = mixed[m] if m < len(mixed) else mixed[0]
         value = tl.where(update, made[m], unmade)
-        give(value, given[2 * m], given[2 * m + 1], replicas[m], at, lanes, real, inside, BLOCK)
+        give(value, given[2 * m], given[2 * m + 1], replicas[m], spoilt, at, lanes, real, inside, BLOCK)
 
 
 class Names:
@@ -283,6 +284,24 @@ def launch(work: Pass) -> None:
     """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
 
     Raises:
+        ValueError: as `arguments_of`.
+    """
+    arguments, constants = arguments_of(work)
+    with _on(work.param):
+        fused_pass[(len(work.region.blocks),)](*arguments, **constants)
+
+
+def warm(work: Pass) -> None:
+    """Compile the kernel that `launch` would launch, and launch nothing. Only dtypes and what there is of a pass count."""
+    arguments, constants = arguments_of(work)
+    with _on(work.param):
+        fused_pass.warmup(*arguments, grid=(1,), **constants)
+
+
+def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A pass as the kernel's arguments, and its constants.
+
+    Raises:
         ValueError: for parameters or gradients that are not fp32, bf16 or fp16, or a missing block or address table.
     """
     param, grads, region = work.param, work.grads, work.region
@@ -296,43 +315,46 @@ def launch(work: Pass) -> None:
     sent = tuple(work.sent) or (param,)
     wires = [tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica)]
     others = tuple([one.dtype for one in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)])
-    with _on(param):
-        fused_pass[(region.blocks.shape[0],)](
-            param,
-            work.rest,
-            tuple(work.states),
-            sent,
-            received,
-            tuple(work.messages),
-            _ends(work.taken),
-            tuple(wire.gap for wire in work.taken),
-            _scales(work) if work.scales else (),
-            _ends(work.given),
-            tuple(wire.replica for wire in work.given),
-            region.blocks,
-            work.steps,
-            None if grads is None else grads.addresses,
-            work.grad_scale,
-            work.found_inf,
-            work.extra,
-            work.figures,
-            work.numbers,
-            # float(): an int would be part of the compile key.
-            None if work.seed is None else float(work.seed),
-            float(work.advance),
-            float(work.row_sum),
-            tuple(map(float, work.weights)),
-            tuple(map(float, work.hyper)),
-            RULE=getattr(rules, work.rule),
-            NAMES=_names(work.rule),
-            LEFT=_left(work.rule),
-            OWN=sum(1 << m for m, tensor in enumerate(sent) if tensor is param),
-            ZERO_MISSING=work.missing == "zero",
-            GRAD_DTYPE=DTYPES[grad_dtype],
-            BLOCK=BLOCK,
-            num_warps=num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
-            enable_fp_fusion=FP_FUSION,
-        )
+    arguments = (
+        param,
+        work.rest,
+        tuple(work.states),
+        sent,
+        received,
+        tuple(work.messages),
+        _ends(work.taken),
+        tuple(wire.gap for wire in work.taken),
+        _scales(work) if work.scales else (),
+        _ends(work.given),
+        tuple(wire.replica for wire in work.given),
+        work.spoilt if work.given else None,
+        region.blocks,
+        work.steps,
+        None if grads is None else grads.addresses,
+        work.grad_scale,
+        work.found_inf,
+        work.extra,
+        work.figures,
+        work.numbers,
+        # float(): an int would be part of the compile key.
+        None if work.seed is None else float(work.seed),
+        float(work.advance),
+        float(work.row_sum),
+        tuple(map(float, work.weights)),
+        tuple(map(float, work.hyper)),
+    )
+    constants = {
+        "RULE": getattr(rules, work.rule),
+        "NAMES": _names(work.rule),
+        "LEFT": _left(work.rule),
+        "OWN": sum(1 << m for m, tensor in enumerate(sent) if tensor is param),
+        "ZERO_MISSING": work.missing == "zero",
+        "GRAD_DTYPE": DTYPES[grad_dtype],
+        "BLOCK": BLOCK,
+        "num_warps": num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
+        "enable_fp_fusion": FP_FUSION,
+    }
+    return arguments, constants
 
 
 def _scales(work: Pass) -> tuple[torch.Tensor, ...]:

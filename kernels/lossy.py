@@ -92,8 +92,17 @@ def mix_wired(base, codes, scales, gap, inbox, inbox_scales, weights, row_sum, F
 
 
 @triton.jit
-def give(value, codes, scales, replica, at, lanes, real, inside, BLOCK: tl.constexpr):
-    """`wire.give`; zeros go into the padding.
+def note(spoilt, flag, lanes, BLOCK: tl.constexpr):
+    """Ones in `flag`, if there is one, where `spoilt`."""
+    if flag is not None:
+        # Every lane that sees one writes the same one: no sum, and nothing at all as a rule. To four places, so that a
+        # thread's four elements go side by side as everywhere: with one place, the mask would go through shared memory.
+        tl.store(flag + lanes % 4, tl.full([BLOCK], 1.0, tl.float32), mask=spoilt)
+
+
+@triton.jit
+def give(value, codes, scales, replica, flag, at, lanes, real, inside, BLOCK: tl.constexpr):
+    """`wire.give`; zeros go into the padding, and a one to `flag`, if there is one, where values are left out.
 
     Codes and scales are mostly those that `decode` has read in the same pass. A thread writes the codes that it has read
     itself. A scale is read by sixteen threads and written by one of them, without a barrier between: none is needed,
@@ -105,7 +114,9 @@ def give(value, codes, scales, replica, at, lanes, real, inside, BLOCK: tl.const
     if codes.dtype.element_ty == tl.bfloat16:
         code = nearest(difference, tl.bfloat16)
         tl.store(codes + at, code.to(tl.bfloat16), mask=inside)
-        said = tl.where(tl.abs(code) < float("inf"), code, 0.0)
+        spoilt = ~(tl.abs(code) < float("inf"))
+        note(spoilt & inside, flag, lanes, BLOCK)
+        said = tl.where(spoilt, 0.0, code)
     else:
         FP8: tl.constexpr = codes.dtype.element_ty == tl.float8e4nv
         size = tl.where(tl.abs(difference) < float("inf"), tl.abs(difference), float("inf"))
@@ -116,6 +127,7 @@ def give(value, codes, scales, replica, at, lanes, real, inside, BLOCK: tl.const
         LARGEST: tl.constexpr = _FP8_LARGEST if FP8 else _INT8_LARGEST
         field = size.to(tl.int32, bitcast=True) >> 23
         spoilt = field == _SPOILT
+        note(spoilt & inside, flag, lanes, BLOCK)
         exponent = tl.where(spoilt, _SPOILT, tl.maximum(field - TOP, 1))
         scaled = tl.where(spoilt, 0.0, difference * ((254 - exponent) << 23).to(tl.float32, bitcast=True))
         if FP8:

@@ -65,6 +65,7 @@ class Pass:
             gap += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + gap.
         scales: M tuples of K, the scales of the codes in `inbox`; None for formats without.
         given: per message, if it is to travel compressed, where its codes are written; see `wire`.
+        spoilt: fp32 [4], in which ones are written where codes leave out values that are not finite, and nothing else.
         numbers: (row_sum, *weights, *hyper, seed) on the device, fp32 (fp64 on the CPU), read in the place of those given
             here, of which only how many there are counts: for passes that are recorded once and replayed.
     """
@@ -92,6 +93,7 @@ class Pass:
     taken: Sequence[Wire] = ()
     scales: Sequence[Sequence[Tensor | None]] = ()
     given: Sequence[Wire] = ()
+    spoilt: Tensor | None = None
     numbers: Tensor | None = None
 
     def check(self, rules: Sequence[str]) -> None:

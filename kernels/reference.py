@@ -449,7 +449,7 @@ def _run_chunk(
     for message, value in zip(out, made, strict=False):
         message.copy_(value)
     for wire, value in zip(given, made, strict=False):
-        give(wire, value)
+        give(wire, value, work.spoilt)
     # Last: x, mixed or a message may be a view of param.
     if x_new is not x:
         keep(x_new, home, rest, bits(0, home) if rest is None else None)

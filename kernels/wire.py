@@ -129,18 +129,21 @@ def take(wire: Wire, inbox: Sequence[Tensor], scales: Sequence[Tensor | None], w
     return wire.gap
 
 
-def give(wire: Wire, value: Tensor) -> None:
+def give(wire: Wire, value: Tensor, flag: Tensor | None = None) -> None:
     """Write the codes that tell the neighbours `value`, and what they will know then.
 
     Args:
         wire: this rank's end, cut to a flat tensor that starts at a multiple of 64.
         value: of that size, in the arithmetic dtype.
+        flag: fp32 [4], not all of it zero afterwards if values are left out that are not finite.
     """
     codes, scales = encode(value - wire.replica, wire.codes.dtype)
     wire.codes.copy_(codes)
     if wire.scales is not None and scales is not None:
         wire.scales.copy_(scales)
     wire.replica.add_(decode(codes, scales, value.dtype))
+    if flag is not None:
+        torch.maximum(flag, wire.spoilt().float(), out=flag)
 
 
 def cut(wire: Wire, start: int, stop: int) -> Wire:

@@ -31,8 +31,9 @@ FP32, BF16, FP16, INT8, FP8 = torch.float32, torch.bfloat16, torch.float16, torc
 NAMES, WAYS = ("mix", "sgd-momentum", "adamw"), ("master", "kahan", "stochastic")
 HALVES, FORMATS = (BF16, FP16), (BF16, INT8, FP8)
 NEIGHBOURS, CAPABILITIES = codegen.NEIGHBOURS, codegen.CAPABILITIES
-MOST = (64, 80)
-"""Registers of torch's rules with up to two neighbours, and with four of them."""
+MOST = (64 if triton.__version__.startswith(("3.6.", "3.7.")) else 72, 80)
+"""Registers of torch's rules with up to two neighbours, and with four of them. In bf16 states and rounded stochastically
+3.5 needs 72 for momentum, and 3.9 needs 68 for AdamW."""
 FLUSHING = {"sqrt.rn.ftz", "div.rn.ftz"} if triton.__version__.startswith("3.5.") else set()
 """What takes subnormals for zero: Triton 3.5 has no other correctly rounded root and quotient of Adam's moments."""
 
@@ -78,6 +79,7 @@ class Variant:
         }
         if self.wire is not None:
             ends = tuple(Wire.zeros(base, self.wire) for base in sent or (param,))
+            found["spoilt"] = torch.zeros(4)
             found["given"] = ends[: row.messages] or tuple(Wire.zeros(param, self.wire) for _ in range(row.messages))
             if "x" in row.writes:
                 found["taken"] = ends
@@ -151,7 +153,9 @@ def check(variant: Variant, compiler: codegen.Compiler, folder: Path, most: int 
     found = codegen.accesses(kernel)
     scalars = found - expected
     assert not expected - found, (found, expected)
-    assert set(scalars) <= {"ld b64", "ld b32", "st b32"} and scalars["st b32"] <= 1, (found, expected)
+    assert set(scalars) <= {"ld b64", "ld b32", "st b32"}, (found, expected)
+    # The count of updates, and a store that only lanes with values that are not finite make.
+    assert scalars["st b32"] <= 1 + width * len(variant.work().given), (found, expected)
     numbers = 0 if not variant.numbers else len(variant.work().numbers)
     assert scalars["ld b64"] <= 5 and scalars["ld b32"] <= 4 + numbers, (found, expected)
     return usage["REG"]
@@ -222,8 +226,8 @@ def bytes_per_element(variant: Variant, compiler: codegen.Compiler) -> float:
     )
     narrow = 0.0
     if variant.wire is not None and variant.wire.itemsize == 1:
-        # One access for four codes, and one for four scales, which sixteen threads share.
-        assert width == 4 and found["st", ".b32"] == 2 + 1
+        # One access for four codes, and one for four scales, which sixteen threads share. Nothing is noted as a rule.
+        assert width == 4 and found["st", ".b32"] == 2 + 1 + width
         scalars = 3  # found_inf, the gradient's scale and the step, which alone is written too
         pairs, odd = divmod(found["ld", ".b32"] - scalars, 2)
         assert (pairs, odd) == (1 + variant.neighbours, 0)

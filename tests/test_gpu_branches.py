@@ -246,7 +246,16 @@ def steps_without_syncs() -> dict[str, str]:
     """By name, the first thing in a step that would have the host wait for the GPU."""
     found: dict[str, str] = {}
     with gpu_world() as gpu:
-        for name in ("sgd awc", "sgd awc hooks", "sgd atc", "sgd tracking", "sgd mesh", "sgd allreduce", "adamw awc"):
+        for name in (
+            "sgd awc",
+            "sgd awc hooks",
+            "sgd atc",
+            "sgd tracking",
+            "sgd mesh",
+            "sgd int8",
+            "sgd allreduce",
+            "adamw awc",
+        ):
             kind, options = TRAINED[name]
             options = {"bucket_mb": TINY} | options
             if options.pop("mesh", False):

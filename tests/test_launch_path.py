@@ -18,13 +18,15 @@ import torch
 import triton
 import triton.language as tl
 from fusedfog.kernels import BLOCK, Gradients, Pass, Region, Wire, fused_pass
-from gpu_checks import among_echoes
+from gpu_checks import IRREGULAR, among_echoes
 from kernel_rules import ROWS
 from support import triton_versions
 from support.stub_driver import Launch, StubGpu, stub_gpu, unavailable
 from torch import nn
 
 import fusedfog
+from fusedfog import scheduler
+from fusedfog.rhythm import Rhythm
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"launches were NOT tested: {unavailable()}")
 
@@ -314,7 +316,7 @@ def trained(stub: StubGpu, steps: int, **options: Any) -> list[list[Launch]]:
             net.out.bias.grad = None
         stub.clear()
         optimizer.step()
-        table = optimizer._engine.segments[0]._grad_table
+        table = optimizer._engine.segments[0].gradient_table
         assert table.tolist() == [
             0 if p.grad is None else p.grad.data_ptr() for p in optimizer._engine.segments[0].params
         ]
@@ -339,6 +341,40 @@ def test_the_engine_launches_one_pass_a_segment_and_compiles_in_its_first_step_a
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "options"),
+    [
+        ("AdamW", "awc", {}),
+        ("AdamW", "awc", {"bucket_mb": 1e-3}),
+        ("SGD", "atc", {"momentum": 0.9}),
+        ("SGD", "momentum_tracking", {"momentum": 0.9}),
+        ("AdamW", "dag", {}),
+        ("AdamW", "quasi_global", {}),
+    ],
+)
+def test_no_kernel_is_compiled_after_construction(
+    kind: str, algorithm: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a round with more neighbours, a step that is silent, or one that averages over all ranks."""
+    monkeypatch.setattr(scheduler, "warm_pass", fused_pass.warm)
+    rhythm = Rhythm(communicate_every=2)
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in fused_pass.fused_pass.device_caches.values())
+
+    with stub_gpu(take_gpu_way=True) as stub:
+        net = Net()
+        optimizer = getattr(fusedfog, kind)(net.parameters(), lr=0.1, algorithm="local", **options)
+        among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, rhythm=rhythm)
+        warm = compiled()
+        assert warm > 1 and not stub.launches()
+        for _ in range(8):
+            for param in net.parameters():
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+        assert compiled() == warm and stub.variants > 1
+
+
 def test_the_address_table_is_what_the_pass_reads() -> None:
     with stub_gpu(take_gpu_way=True) as stub:
         net = nn.Linear(40, 40)
@@ -347,9 +383,9 @@ def test_the_address_table_is_what_the_pass_reads() -> None:
         net.weight.grad = torch.zeros(40, 40)
         optimizer.step()
         (launch,) = stub.launches("fused_pass")
-        assert launch.flat("addresses") == [segment._grad_table.data_ptr()]
+        assert launch.flat("addresses") == [segment.gradient_table.data_ptr()]
         assert launch.grid == (len(segment.whole.blocks), 1, 1)
-        by_id = dict(zip(map(id, segment.params), segment._grad_table.tolist(), strict=True))
+        by_id = dict(zip(map(id, segment.params), segment.gradient_table.tolist(), strict=True))
         assert by_id == {id(net.weight): net.weight.grad.data_ptr(), id(net.bias): 0}
 
 

@@ -75,6 +75,7 @@ class Lossy(Case):
         param, rest = self.split(param)
         more: dict = {"rest": rest, "seed": SEED if self.way == "stochastic" else None}
         more["sent"] = self.sent([param, *states])
+        more["spoilt"] = torch.zeros(4)
         if self.wire is not None:
             bases = more["sent"] or (param,)
             ends = tuple(self.end(base) for base in bases)
@@ -142,6 +143,7 @@ class Lossy(Case):
         """Asserts that kernel, reference and spec agree; the pass that the kernel made."""
         ours, theirs = self.after(), self.after(reference.run_pass)
         self.check_close(ours, theirs)
+        assert ours.spoilt.any() == theirs.spoilt.any()
         for work, run in ((ours, fused_pass.launch), (theirs, reference.run_pass)):
             self.check_param(work)
             self.check_wires(work)
@@ -423,6 +425,7 @@ def test_values_that_are_not_finite_are_not_spread(dtype):
     case.check_wires(case.after(reference.run_pass))
     end = ours.given[0]
     assert end.spoilt() and not was.spoilt() and end.replica.isfinite().all()
+    assert ours.spoilt.any() and not Lossy(ROWS["mix"], wire=dtype, numels=FEW).check().spoilt.any()
     places = torch.arange(case.size)
     groups = places if end.scales is None else places // 64 * 4 + places % 4
     spoilt = torch.isin(groups, groups[list(wild)])

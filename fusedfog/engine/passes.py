@@ -1,0 +1,158 @@
+"""What a pass is made of: (segment, stage, inbox) -> `kernels.Pass`. Knows no order and starts no message.
+
+Reads the engine through a small protocol, so that the engine can own its state and this file builds from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.flat import FlatSegment
+from fusedfog.kernels import Gradients, Pass, Wire
+from fusedfog.kernels.region import ALIGNMENT
+from fusedfog.kernels.rounding import seed_of
+from fusedfog.lanes import Inbox, Sweep
+from fusedfog.push_sum import Shares
+from fusedfog.rhythm import Clock, Rhythm
+from fusedfog.shards import Sharding
+from fusedfog.wires import Wires
+
+
+@dataclass
+class StepInputs:
+    """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
+    shares: Shares | None = None
+    inverse_norm: Tensor | None = None
+
+
+class Engine(Protocol):
+    """What a pass depends on beside its buckets; see `Scheduler`."""
+
+    groups: list[dict[str, Any]]
+    segments: list[FlatSegment]
+    algorithm: Algorithm
+    rhythm: Rhythm
+    clock: Clock
+    inputs: StepInputs
+    wires: Wires | None
+    sharding: Sharding | None
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 where it is alone."""
+        ...
+
+    def codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+        """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""
+        ...
+
+
+def pass_of(
+    engine: Engine,
+    sweep: Sweep,
+    stage: Stage,
+    grads: Gradients | None,
+    inbox: Inbox,
+    following: tuple[int, int] | None = None,
+) -> Pass:
+    """A stage's pass over a sweep; `following` is the step and exchange that its messages are for, if it makes them."""
+    segment, algorithm, inputs = sweep.segment, engine.algorithm, engine.inputs
+    group = engine.groups[segment.layout.group]
+    first_half = stage is algorithm.before
+    makes_message = first_half and "message" in algorithm.messages
+    takes_message = not first_half and algorithm.messages != ("param",)
+    return Pass(
+        stage.rule,
+        segment.param,
+        tuple(segment.state(name) for name in stage.states(group)),
+        hyper_of(engine, segment.layout.group, stage),
+        sweep.region,
+        grads=grads,
+        steps=segment.steps_of(sweep.region),
+        advance=grads is not None and algorithm.counts_updates(group),
+        sent=tuple(segment.tensor(name) for name in algorithm.messages) if takes_message else (),
+        inbox=inbox.tensors,
+        weights=inbox.weights,
+        row_sum=0.0 if stage.differences else inbox.row_sum,
+        messages=(segment.tensor("message"),) if makes_message else (),
+        grad_scale=inputs.grad_scale if grads is not None else None,
+        found_inf=inputs.found_inf if grads is not None else None,
+        missing=stage.missing,
+        extra=_inverse_norm(engine, segment, algorithm.normalized) if first_half and algorithm.normalized else None,
+        figures=segment.figures(first_half, sweep.region) if engine.rhythm.measure else None,
+        rest=segment.rest,
+        seed=seed_of_pass(engine, segment, first_half) if segment.rounds_stochastically else None,
+        taken=inbox.wires,
+        scales=inbox.scales,
+        given=engine.codes_for(sweep, following),
+        spoilt=engine.wires.flag if engine.wires is not None else None,
+        numbers=inbox.numbers,
+    )
+
+
+def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
+    """A stage's numbers for param group `number`, worked out once a step."""
+    numbers = engine.inputs.numbers
+    if (number, stage.rule) not in numbers:
+        group = engine.groups[number]
+        previous = engine.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
+        numbers[number, stage.rule] = stage.hyper(group, previous)
+    return numbers[number, stage.rule]
+
+
+def seed_of_pass(engine: Engine, segment: FlatSegment, first_half: bool) -> int:
+    """Of a pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
+    return seed_of(engine.rank, engine.clock.steps, 2 * engine.segments.index(segment) + first_half)
+
+
+def _inverse_norm(engine: Engine, segment: FlatSegment, name: str) -> Tensor:
+    """1 / (||s|| + 1e-8), s being this rank's whole state `name`; 0 while it is zero."""
+    if engine.inputs.inverse_norm is None:
+        states = [one.state(name) for one in engine.segments]
+        norm = torch.stack([torch.linalg.vector_norm(state).double() for state in states]).norm()
+        norm = norm if engine.sharding is None else engine.sharding.norm(norm)
+        engine.inputs.inverse_norm = torch.where(norm > 0, 1.0 / (norm + 1e-8), 0.0)
+    return engine.inputs.inverse_norm.to(segment.state(name).dtype)
+
+
+def passes_to_warm(engine: Engine, sweep: Sweep, neighbours: set[int]) -> Iterator[Pass]:
+    """Passes like those that steps will make over a sweep, one for each kernel: none is to be compiled in mid-training.
+
+    Only dtypes, alignment and numbers of tensors make a kernel, so what neighbours send is stood in for by small tensors.
+
+    Args:
+        neighbours: the numbers of neighbours, of weight 0 too, that rounds have.
+    """
+    algorithm, segment = engine.algorithm, sweep.segment
+    grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
+    clips = replace(engine.inputs, grad_scale=segment.param.new_zeros((), dtype=torch.float32))
+    real, engine.inputs = engine.inputs, clips if engine.rhythm.max_grad_norm is not None else engine.inputs
+    try:
+        if algorithm.before is not None:
+            yield pass_of(engine, sweep, algorithm.before, grads, Inbox())
+        for count in sorted(neighbours) if segment.layout.mix else [0]:
+            inbox = _stand_ins(engine, segment, count)
+            yield pass_of(engine, sweep, algorithm.after, None if algorithm.before is not None else grads, inbox)
+    finally:
+        engine.inputs = real
+
+
+def _stand_ins(engine: Engine, segment: FlatSegment, count: int) -> Inbox:
+    names, weights = engine.algorithm.messages, (0.0,) * count
+    if engine.wires is None or not count:
+        sent = [segment.tensor(name) for name in names]
+        return Inbox(tuple(tuple(flat.new_zeros(ALIGNMENT) for _ in range(count)) for flat in sent), weights)
+    ends = tuple(Wire.zeros(segment.param.new_zeros(ALIGNMENT), engine.wires.dtype) for _ in names)
+    codes = tuple((end.codes,) * count for end in ends)
+    scales = tuple((end.scales,) * count for end in ends)
+    return Inbox(codes, weights, scales=scales, wires=ends)
