@@ -290,17 +290,20 @@ class FlatSegment:
             pairs = zip(homes, self._homes[part], slots, strict=True)
             raise _moved(next(slot for at, home, slot in pairs if at != home))
 
+    def _between(self, first: int, last: int) -> list[torch.nn.Parameter]:
+        return self.params if last - first == len(self.params) else self.params[first:last]
+
     def versions(self, bucket: Bucket) -> int:
         """Sum of autograd's version counters over a bucket; it grows with every in-place edit."""
-        return sum(map(_version_of, self.params[bucket.first : bucket.last]))
+        return sum(map(_version_of, self._between(bucket.first, bucket.last)))
 
     def bump_versions(self, first: int, last: int) -> None:
         """Tell autograd that a pass wrote parameters `[first, last)`, so that it still catches use of stale values."""
-        torch.autograd.graph.increment_version(self.params[first:last])
+        torch.autograd.graph.increment_version(self._between(first, last))
 
     def own_gradients(self, first: int, last: int) -> list[Tensor | None]:
         """The gradients of parameters `[first, last)` as they are."""
-        return list(map(_grad_of, self.params[first:last]))
+        return list(map(_grad_of, self._between(first, last)))
 
     def gradients(self, first: int, last: int) -> Gradients:
         """The gradients of parameters `[first, last)` where autograd left them.
