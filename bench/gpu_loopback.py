@@ -31,7 +31,7 @@ from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.transfer import Transfer
-from fusedfog.rhythm import Rhythm
+from fusedfog.engine.clock import Rhythm
 
 TRANSFERS = r"nccl|Memcpy DtoD"
 """What a message to oneself is on the GPU's timeline."""

@@ -17,7 +17,7 @@ from kernel_rules import ROWS, SHAPES
 from torch import Tensor
 
 from fusedfog import kernels
-from fusedfog.pages import zeros
+from fusedfog.params.pages import zeros
 
 TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {
     "mix": None,

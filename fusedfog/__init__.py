@@ -2,11 +2,8 @@
 
 from fusedfog import ops, topology
 from fusedfog.algorithms import Outer
-from fusedfog.checkpoint import load_checkpoint, save_checkpoint
 from fusedfog.comm.group import init
 from fusedfog.comm.subgroup import new_group
-from fusedfog.data_parallel import local_gradients
-from fusedfog.decentralized import Decentralized
 from fusedfog.errors import (
     ExchangeError,
     ForeignCheckpointWarning,
@@ -28,7 +25,10 @@ from fusedfog.ops import (
     neighbor_allreduce,
     pair_gossip,
 )
-from fusedfog.optim import SGD, AccumAdamW, Adam, AdamW
+from fusedfog.optim.checkpoint import load_checkpoint, save_checkpoint
+from fusedfog.optim.ddp import local_gradients
+from fusedfog.optim.optimizers import SGD, AccumAdamW, Adam, AdamW
+from fusedfog.optim.wrapper import Decentralized
 from fusedfog.topology import Topology
 
 __all__ = [

@@ -22,7 +22,7 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.group import GroupView
-from fusedfog.rhythm import Rhythm
+from fusedfog.engine.clock import Rhythm
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 

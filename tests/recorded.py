@@ -18,7 +18,7 @@ import torch
 from fusedfog.kernels import Pass
 from torch import Tensor
 
-from fusedfog import capture, scheduler
+from fusedfog.engine import capture, scheduler
 
 
 def poisoned(work: Pass) -> Pass:

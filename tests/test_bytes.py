@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedfog
-from fusedfog import scheduler
 from fusedfog.comm.communicator import Communicator
+from fusedfog.engine import scheduler
 
 triton = pytest.importorskip("triton")
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import scheduler, topology
-from fusedfog.capture import most_neighbours
-from fusedfog.rhythm import Rhythm
+from fusedfog import topology
+from fusedfog.engine import scheduler
+from fusedfog.engine.capture import most_neighbours
+from fusedfog.engine.clock import Rhythm
 from fusedfog.topology import Topology
 
 triton = pytest.importorskip("triton")
@@ -264,7 +265,7 @@ def test_a_capture_needs_capturable_and_so_does_a_replay(monkeypatch: pytest.Mon
     opt = with_gradients()
     with pytest.raises(RuntimeError, match="capturable=True"), opt.replaying():
         pass
-    monkeypatch.setattr("fusedfog.base.recording", lambda: True)
+    monkeypatch.setattr("fusedfog.optim.base.recording", lambda: True)
     with pytest.raises(RuntimeError, match="capturable=True"):
         opt.step()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fusedfog.topology as ft
-from fusedfog.__main__ import main
+from fusedfog.cli.main import main
 from fusedfog.topology.guide import guide_table
 
 

@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fusedfog
-from fusedfog import compatibility, topology
+from fusedfog import topology
 from fusedfog.algorithms import TABLE, WRAPPED, Outer, algorithm_for
-from fusedfog.compatibility import ROWS, Refusal, check, first_refusal
-from fusedfog.features import FEATURES, HYPER, ROWS_OF_ALGORITHMS, Setup
+from fusedfog.optim import compatibility
+from fusedfog.optim.compatibility import ROWS, Refusal, check, first_refusal
+from fusedfog.optim.features import FEATURES, HYPER, ROWS_OF_ALGORITHMS, Setup
 
 PACKAGE = Path(fusedfog.__file__).parent
 OPTIMIZERS = {"SGD": "SGD", "Adam": "AdamW", "AccumAdam": "AccumAdamW", "wrapped": "Decentralized"}
@@ -139,7 +140,7 @@ def asked() -> Iterator[list[str | None]]:
 
     with (
         mock.patch.object(compatibility, "first_refusal", look),
-        mock.patch("fusedfog.construction.compile_everywhere", lambda *given: False),
+        mock.patch("fusedfog.optim.build.compile_everywhere", lambda *given: False),
     ):
         yield found
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch._inductor.utils import run_and_get_cpp_code
 
 import fusedfog
-from fusedfog import compilation
 from fusedfog.comm.group import GroupView
+from fusedfog.engine import compile as compilation
 
 SHORT = [name for name, row in ROWS.items() if row.rule in ("mix", "sgd", "adam")]
 SIZES = (1, 64, 700, 5, 129)

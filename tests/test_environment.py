@@ -74,7 +74,7 @@ def test_gpus_without_the_instructions(capability: tuple[int, int], dtype: torch
 def test_construction_asks_for_what_it_will_use(keywords: dict[str, Any]) -> None:
     asked: dict[str, Any] = {}
     dtype = torch.float32 if keywords else torch.bfloat16
-    with mock.patch("fusedfog.construction.missing_instructions", lambda place, dtypes: asked.update(dtypes)):
+    with mock.patch("fusedfog.optim.build.missing_instructions", lambda place, dtypes: asked.update(dtypes)):
         fusedfog.AdamW([("weight", nn.Parameter(torch.ones(3, dtype=dtype)))], topology="ring", **keywords)
     assert torch.bfloat16 in asked.values()
     assert "parameters (weight)" in asked

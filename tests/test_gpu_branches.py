@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
 from fusedfog.comm import transfer, watchdog
-from fusedfog.hierarchy import Chain
+from fusedfog.gossip.by_machine import Chain
 
 STEPS = 5
 TINY = 2e-4

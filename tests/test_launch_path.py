@@ -25,8 +25,8 @@ from support.stub_driver import Launch, StubGpu, stub_gpu, unavailable
 from torch import nn
 
 import fusedfog
-from fusedfog import scheduler
-from fusedfog.rhythm import Rhythm
+from fusedfog.engine import scheduler
+from fusedfog.engine.clock import Rhythm
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"launches were NOT tested: {unavailable()}")
 

@@ -7,7 +7,7 @@ from fusedfog.kernels.region import ALIGNMENT, BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedfog.layout import ParamSpec, backward_order, block_table, plan
+from fusedfog.params.layout import ParamSpec, backward_order, block_table, plan
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -22,12 +22,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import construction, hierarchy
 from fusedfog.comm import communicator, group, subgroup, watchdog
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
+from fusedfog.gossip import by_machine as hierarchy
+from fusedfog.optim import build as construction
 from fusedfog.topology import Topology
 
 CPU = torch.device("cpu")

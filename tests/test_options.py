@@ -12,8 +12,8 @@ from torch import nn
 import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import TABLE, Algorithm, Outer, algorithm_for
-from fusedfog.compatibility import check, choose_topology
-from fusedfog.features import Setup
+from fusedfog.optim.compatibility import check, choose_topology
+from fusedfog.optim.features import Setup
 
 KINDS = {"SGD": "SGD", "Adam": "AdamW", "AccumAdam": "AccumAdamW"}
 ROWS = [(family, name) for family, rows in TABLE.items() for name in rows]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedfog
-from fusedfog.pages import zeros
+from fusedfog.params.pages import zeros
 
 CPU = torch.device("cpu")
 POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")

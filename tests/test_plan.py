@@ -19,8 +19,9 @@ from plan_oracle import slow_finish_times
 from pool import Pool
 
 import fusedfog.topology as ft
-from fusedfog import calibrate, layout
-from fusedfog.__main__ import main
+from fusedfog.cli import calibrate
+from fusedfog.cli.main import main
+from fusedfog.params import layout
 from fusedfog.plan import (
     Layer,
     Link,

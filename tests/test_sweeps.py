@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog import scheduler
 from fusedfog.algorithms import TABLE
+from fusedfog.engine import scheduler
 
 TINY = 0.0004
 

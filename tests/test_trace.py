@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog.__main__ import main
+from fusedfog.cli.main import main
+from fusedfog.cli.trace import report
 from fusedfog.comm.profiling import span
-from fusedfog.trace import report
 
 STEPS = 3
 

@@ -316,9 +316,9 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(ranks: Pool) -> None:
 
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedfog.algorithms import algorithm_for
-    from fusedfog.compatibility import check
     from fusedfog.environment import missing_instructions
-    from fusedfog.features import Setup
+    from fusedfog.optim.compatibility import check
+    from fusedfog.optim.features import Setup
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     place, row = torch.device("cuda", 0), algorithm_for("awc", "SGD")

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fusedfog.gradients import grad_scaler_exists
-from fusedfog.lanes import Lane
+from fusedfog.engine.gradient_scale import grad_scaler_exists
+from fusedfog.gossip.buckets import Lane
 
 
 class Leader(Protocol):

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
-from fusedfog.flat import FlatSegment
+from fusedfog.engine.clock import Clock, Rhythm
+from fusedfog.gossip.buckets import Inbox, Sweep
+from fusedfog.gossip.compression import Wires
+from fusedfog.gossip.push_sum import Shares
 from fusedfog.kernels import Gradients, Pass, Wire
 from fusedfog.kernels.region import ALIGNMENT
 from fusedfog.kernels.rounding import seed_of
-from fusedfog.lanes import Inbox, Sweep
-from fusedfog.push_sum import Shares
-from fusedfog.rhythm import Clock, Rhythm
-from fusedfog.shards import Sharding
-from fusedfog.wires import Wires
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.shards import Sharding
 
 
 @dataclass

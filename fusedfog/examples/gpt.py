@@ -34,7 +34,7 @@ import fusedfog
 from fusedfog.examples import text
 from fusedfog.examples.checkpoints import Checkpoints
 from fusedfog.examples.gpt_model import GPT, Shape, next_token_loss, parameter_groups
-from fusedfog.storage import WAYS
+from fusedfog.params.precision import WAYS
 
 
 def option(default: Any, explanation: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fusedfog.topology import Round, Topology, exponential, named
-from fusedfog.topology.base import whole
+from fusedfog.topology.round import whole
 
 RecvWeights: TypeAlias = Mapping[int, float]
 SendWeights: TypeAlias = Mapping[int, float] | Sequence[int]

@@ -16,7 +16,7 @@ from fusedfog.ops.neighbors import open_communicator
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.topology import Round, Topology
-from fusedfog.topology.base import whole
+from fusedfog.topology.round import whole
 
 _OPERATION = "hierarchical_neighbor_allreduce"
 

@@ -19,7 +19,7 @@ from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, 
 from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
-from fusedfog.storage import wire_format
+from fusedfog.params.precision import wire_format
 from fusedfog.topology import Topology
 
 

@@ -1,4 +1,4 @@
-"""Who waits for whom: training steps on all ranks at once, bucket by bucket, in the order of `fusedfog.scheduler`.
+"""Who waits for whom: training steps on all ranks at once, bucket by bucket, in the order of `fusedfog.engine.scheduler`.
 
 Every quantity is a vector over ranks, so 4,096 ranks cost little more than 8. One step of rank i, compute times multiplied by
 a factor f_i(t), log-normal with mean 1 and parameter sigma, drawn anew for every rank and step:
@@ -24,8 +24,8 @@ from functools import cached_property
 import numpy as np
 
 from fusedfog.algorithms import TABLE, Algorithm
-from fusedfog.compatibility import check, choose_topology
-from fusedfog.features import Setup
+from fusedfog.optim.compatibility import check, choose_topology
+from fusedfog.optim.features import Setup
 from fusedfog.plan.network import (
     Collective,
     Meeting,

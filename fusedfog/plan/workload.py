@@ -125,7 +125,7 @@ class Workload:
         return size * tensors / self.memory_bandwidth
 
     def buckets(self, cap_mb: float = DEFAULT_BUCKET_MB) -> list[Bucket]:
-        """Buckets in the order in which backward completes them, as `fusedfog.layout` cuts them: in registration order.
+        """Buckets in the order in which backward completes them, as `fusedfog.params.layout` cuts them: in registration order.
 
         Raises:
             ValueError: `cap_mb` (of 2^20 bytes) is not positive.

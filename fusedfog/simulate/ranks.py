@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.engine.clock import Clock, Rhythm
+from fusedfog.gossip.push_sum import idle, push
 from fusedfog.kernels.reference import RULES
 from fusedfog.kernels.region import align
-from fusedfog.push_sum import idle, push
-from fusedfog.rhythm import Clock, Rhythm
 from fusedfog.topology import Round, Topology
 
 Mix: TypeAlias = Callable[[Tensor], Tensor]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fusedfog import optim
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, alone
-from fusedfog.compatibility import choose_topology
-from fusedfog.features import Setup
-from fusedfog.options import Keywords, Options
-from fusedfog.parameters import check_finite
-from fusedfog.rhythm import Rhythm
+from fusedfog.engine.clock import Rhythm
+from fusedfog.optim.compatibility import choose_topology
+from fusedfog.optim.features import Setup
+from fusedfog.optim.options import Keywords, Options
+from fusedfog.optim.parameters import check_finite
 from fusedfog.simulate.problems import Problem
 from fusedfog.simulate.ranks import Ranks
 from fusedfog.topology import Topology

@@ -1,6 +1,6 @@
 """Who talks to whom: static graphs and sequences of graphs, for every number of ranks, without a process group."""
 
-from fusedfog.topology.base import Round, Topology
+from fusedfog.topology.base import Topology, sequence
 from fusedfog.topology.circulant import (
     equi_dynamic,
     exponential,
@@ -9,7 +9,6 @@ from fusedfog.topology.circulant import (
     ring,
     symmetric_exponential,
 )
-from fusedfog.topology.combined import sequence
 from fusedfog.topology.explicit import from_matrix
 from fusedfog.topology.from_graph import from_networkx
 from fusedfog.topology.grouping import alternating_exponential_ring, base_graph
@@ -21,6 +20,7 @@ from fusedfog.topology.pairing import (
     one_peer_hypercube,
     random_matching,
 )
+from fusedfog.topology.round import Round
 from fusedfog.topology.rounds import from_rounds
 from fusedfog.topology.static import grid, hypercube, star
 

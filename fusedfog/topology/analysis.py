@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from fusedfog.topology.base import Topology
+from fusedfog.topology.round import RoundSequence
 
 EXACT = 1e-10
 """A product of mixing matrices this near to J is the average, up to rounding."""
@@ -24,7 +23,7 @@ Complex = npt.NDArray[np.complex128]
 Real = npt.NDArray[np.float64]
 
 
-def spectral_gap(topology: Topology) -> float:
+def spectral_gap(topology: RoundSequence) -> float:
     """See `Topology.spectral_gap`."""
     period = topology.finite_period("its spectral gap")
     if period > LONGEST_PERIOD:
@@ -41,7 +40,7 @@ def spectral_gap(topology: Topology) -> float:
     return 1.0 if rho < EXACT else 1.0 - float(rho ** (1 / period))
 
 
-def smallest_eigenvalue(topology: Topology) -> float:
+def smallest_eigenvalue(topology: RoundSequence) -> float:
     """See `Topology.smallest_eigenvalue`."""
     eigenvalues = _circulant_product(topology, 0, 1)
     if eigenvalues is not None:
@@ -52,7 +51,7 @@ def smallest_eigenvalue(topology: Topology) -> float:
     return float(_sparse_tools().linalg.eigsh(operator, k=1, which="SA", return_eigenvectors=False)[0])
 
 
-def consensus_factor(topology: Topology, start: int, steps: int) -> float:
+def consensus_factor(topology: RoundSequence, start: int, steps: int) -> float:
     """See `Topology.consensus_factor`."""
     n = topology.size
     if n == 1:
@@ -80,7 +79,7 @@ def consensus_factor(topology: Topology, start: int, steps: int) -> float:
     return float(np.sqrt(max(0.0, linalg.eigsh(gram, k=1, which="LM", return_eigenvectors=False)[0])))
 
 
-def rounds_to_exact(topology: Topology, limit: int) -> int | None:
+def rounds_to_exact(topology: RoundSequence, limit: int) -> int | None:
     """See `Topology.rounds_to_exact`.
 
     Random vectors stand for all vectors: only a product that equals J turns them into their means.
@@ -110,7 +109,7 @@ def rounds_to_exact(topology: Topology, limit: int) -> int | None:
     return None
 
 
-def _circulant_product(topology: Topology, start: int, steps: int) -> Complex | None:
+def _circulant_product(topology: RoundSequence, start: int, steps: int) -> Complex | None:
     """Fourier eigenvalues of the product; None unless every round is circulant (those commute and are normal)."""
     product: Complex = np.ones(topology.size, dtype=np.complex128)
     for step in range(start, start + steps):
@@ -121,7 +120,7 @@ def _circulant_product(topology: Topology, start: int, steps: int) -> Complex | 
     return product
 
 
-def _dense_product(topology: Topology, start: int, steps: int) -> Real:
+def _dense_product(topology: RoundSequence, start: int, steps: int) -> Real:
     product = topology.matrix(start)
     for step in range(start + 1, start + steps):
         product = topology.matrix(step) @ product
@@ -136,7 +135,7 @@ def _second_of_dense(product: Real) -> float:
     return float(np.sort(np.abs(eigenvalues))[-2])
 
 
-def _operators(topology: Topology, start: int, steps: int) -> list[Any]:
+def _operators(topology: RoundSequence, start: int, steps: int) -> list[Any]:
     made: dict[int, Any] = {}
     period = topology.period
     result: list[Any] = []
@@ -148,11 +147,11 @@ def _operators(topology: Topology, start: int, steps: int) -> list[Any]:
     return result
 
 
-def _operator(topology: Topology, step: int) -> Any:
+def _operator(topology: RoundSequence, step: int) -> Any:
     return topology.matrix(step) if topology.size <= LARGEST_DENSE_SPECTRUM else _sparse_matrix(topology, step)
 
 
-def _sparse_matrix(topology: Topology, step: int) -> Any:
+def _sparse_matrix(topology: RoundSequence, step: int) -> Any:
     rows: list[int] = []
     columns: list[int] = []
     weights: list[float] = []

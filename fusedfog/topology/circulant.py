@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology.base import Matrix, Round, Topology, ascending, whole
+from fusedfog.topology.base import Topology
+from fusedfog.topology.round import Matrix, Round, ascending, whole
 
 Hops = dict[int, float]
 

@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology.base import SUM_TOLERANCE, Matrix, Round, Topology
+from fusedfog.topology.base import Topology
+from fusedfog.topology.round import SUM_TOLERANCE, Matrix, Round
 
 
 class Explicit(Topology):

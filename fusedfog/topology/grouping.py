@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fusedfog.topology.base import Round, Topology, ascending, whole
+from fusedfog.topology.base import Topology
+from fusedfog.topology.round import Round, ascending, whole
 
 
 class ExactSequence(Topology):

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology.base import Matrix, Round, Topology, whole
+from fusedfog.topology.base import Topology
 from fusedfog.topology.circulant import Circulant, common_draw
+from fusedfog.topology.round import Matrix, Round, whole
 from fusedfog.topology.static import power_of_two
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fusedfog.topology.base import Topology
+from fusedfog.topology.round import RoundSequence
 
 MOST_ROUNDS = 8
 MOST_LABELS = 64
@@ -21,7 +20,7 @@ NODE = "#f3efe6"
 INK = "#222222"
 
 
-def draw(topology: Topology, path: str | PathLike[str]) -> None:
+def draw(topology: RoundSequence, path: str | PathLike[str]) -> None:
     """See `Topology.plot`: ranks clockwise from the top; lines for symmetric rounds, else arrows."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,7 +44,7 @@ def draw(topology: Topology, path: str | PathLike[str]) -> None:
     figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.06)
 
 
-def _title(topology: Topology, rounds: int) -> str:
+def _title(topology: RoundSequence, rounds: int) -> str:
     text = repr(topology)
     if len(text) > 90:
         text = f"{topology.name}, {topology.size} ranks"
@@ -54,7 +53,7 @@ def _title(topology: Topology, rounds: int) -> str:
     return f"{text}: first {rounds} of {topology.period} rounds" if rounds < topology.period else text
 
 
-def _draw_round(topology: Topology, step: int, panel: Any, side: float) -> None:
+def _draw_round(topology: RoundSequence, step: int, panel: Any, side: float) -> None:
     from matplotlib.patches import FancyArrowPatch
 
     n = topology.size

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import SupportsFloat
 
-from fusedfog.topology.base import SUM_TOLERANCE, Round, Topology, ascending, whole
+from fusedfog.topology.base import Topology
+from fusedfog.topology.round import SUM_TOLERANCE, Round, ascending, whole
 
 RoundWeights = Mapping[int, Mapping[int, float]]
 

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from fusedfog.topology.base import Matrix, Round, Topology, ascending, whole
+from fusedfog.topology.base import Topology
+from fusedfog.topology.round import Matrix, Round, ascending, whole
 
 
 class SymmetricStatic(Topology):

@@ -10,8 +10,8 @@ from recorded import StandInGraph
 from torch import nn
 
 import fusedfog
-from fusedfog import scheduler
-from fusedfog.flat import FlatSegment
+from fusedfog.engine import scheduler
+from fusedfog.params.flat import FlatSegment
 
 
 class Net(nn.Module):

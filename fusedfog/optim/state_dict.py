@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from fusedfog.construction import name_topology
+from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ForeignCheckpointWarning
-from fusedfog.scheduler import Scheduler
+from fusedfog.optim.build import name_topology
 
 KEYS = ("rank", "ranks", "topology")
 """What `origin_of` adds to a clock."""

@@ -19,9 +19,9 @@ from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region, device
 from fusedfog.kernels.region import ACCESS_BYTES
 from fusedfog.kernels.rounding import held
-from fusedfog.layout import Bucket, Segment, Slot, block_table
-from fusedfog.pages import zeros
-from fusedfog.storage import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
+from fusedfog.params.layout import Bucket, Segment, Slot, block_table
+from fusedfog.params.pages import zeros
+from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
 
 # Looking at 300 storages takes 12 us of a step's 150.
 _MANY = 256

@@ -34,19 +34,19 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
+from fusedfog.engine.clock import Clock, Rhythm
+from fusedfog.engine.gradient_scale import measured_norms, multiplier
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
-from fusedfog.flat import FlatSegment
-from fusedfog.gradients import measured_norms, multiplier
-from fusedfog.hierarchy import Hierarchy
+from fusedfog.gossip.buckets import EMPTY, Inbox, Lane, Sweep, lanes_of
+from fusedfog.gossip.by_machine import Hierarchy
+from fusedfog.gossip.compression import Wires
+from fusedfog.gossip.mailbox import Figures, Mailbox, abandon
+from fusedfog.gossip.push_sum import PushSum, Shares
 from fusedfog.kernels import Gradients, Wire, device, run_pass, warm_pass
-from fusedfog.lanes import EMPTY, Inbox, Lane, Sweep, lanes_of
-from fusedfog.mailbox import Figures, Mailbox, abandon
-from fusedfog.push_sum import PushSum, Shares
-from fusedfog.rhythm import Clock, Rhythm
-from fusedfog.shards import Sharding
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
-from fusedfog.wires import Wires
 
 _WARM_ROUNDS = 64
 """Of an endless topology."""

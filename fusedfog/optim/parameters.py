@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog.flat import dense_stride
-from fusedfog.layout import ParamSpec
-from fusedfog.options import Options
-from fusedfog.shards import room, stand_in
+from fusedfog.optim.options import Options
+from fusedfog.params.flat import dense_stride
+from fusedfog.params.layout import ParamSpec
+from fusedfog.params.shards import room, stand_in
 
 Groups: TypeAlias = list[dict[str, Any]]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.profiling import span
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.gossip.buckets import Sweep
 from fusedfog.kernels import Pass, run_pass
-from fusedfog.lanes import Sweep
-from fusedfog.scheduler import Scheduler
 
 
 class AroundScheduler(Scheduler):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Outer
-from fusedfog.storage import WAYS, Storage, Way, wire_format
+from fusedfog.params.precision import WAYS, Storage, Way, wire_format
 from fusedfog.topology import Topology
 
 

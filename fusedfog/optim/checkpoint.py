@@ -27,12 +27,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from fusedfog import origin
-from fusedfog.base import DecentralizedOptimizer
 from fusedfog.comm.group import GroupView, find_group
-from fusedfog.construction import measuring_link
-from fusedfog.storage import COMPENSATION
-from fusedfog.wires import is_wire_state
+from fusedfog.gossip.compression import is_wire_state
+from fusedfog.optim import state_dict as origin
+from fusedfog.optim.base import DecentralizedOptimizer
+from fusedfog.optim.build import measuring_link
+from fusedfog.params.precision import COMPENSATION
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, **extra: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fusedfog.algorithms import TABLE, Algorithm
-from fusedfog.features import FEATURES, OPTIMIZERS, ROWS_OF_ALGORITHMS, Setup
+from fusedfog.optim.features import FEATURES, OPTIMIZERS, ROWS_OF_ALGORITHMS, Setup
 from fusedfog.topology import Topology, base_graph, named, one_peer_exponential, symmetric_exponential
 
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass
-from fusedfog.flat import FlatSegment, addresses_of, align
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.gossip.buckets import EMPTY, Inbox, Sweep
 from fusedfog.kernels import Gradients, Wire, device
 from fusedfog.kernels.region import TABLE_ALIGNMENT
 from fusedfog.kernels.region import align as align_table
-from fusedfog.lanes import EMPTY, Inbox, Sweep
-from fusedfog.scheduler import Scheduler
+from fusedfog.params.flat import FlatSegment, addresses_of, align
 from fusedfog.topology import Topology
 
 Layout: TypeAlias = tuple[object, ...]

@@ -1,7 +1,8 @@
-"""The mean gradient over all ranks, bucket by bucket."""
+"""`algorithm="allreduce"`: gradients are averaged over all ranks, then every rank makes the same pass."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
-from fusedfog.comm.transfer import Transfer
-from fusedfog.flat import FlatSegment, addresses_of
+from fusedfog.comm.profiling import span
+from fusedfog.comm.transfer import Transfer, unrecorded
+from fusedfog.engine.gradient_scale import multiplier
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.gossip.buckets import EMPTY, Lane, Sweep
 from fusedfog.kernels import Gradients, device
-from fusedfog.layout import Bucket
+from fusedfog.params.flat import FlatSegment, addresses_of
+from fusedfog.params.layout import Bucket
 
 
 class GradientAverage:
@@ -87,3 +92,49 @@ class GradientAverage:
     def tensors(self) -> Tensor:
         """The reduced gradients of the bucket, padding (zero) included."""
         return self.buffer[: self.length]
+
+
+class AllReduceScheduler(Scheduler):
+    """A scheduler whose buckets lead with an all-reduce of their gradients, and follow with their pass."""
+
+    def lay_lanes(self) -> None:
+        """See `Scheduler.lay_lanes`."""
+        super().lay_lanes()
+        assert self.link is not None
+        self._averages = [GradientAverage(lane.segment, lane.bucket, self.link) for lane in self._lanes]
+
+    def _lead_and_follow(self, grad_scale: Tensor | None) -> None:
+        self._lead_all()
+        self._follow_averages(grad_scale)
+
+    def _sweeps(self, first: int) -> list[Sweep]:
+        return self._singles[first:]
+
+    def _lead(self, sweep: Sweep) -> None:
+        self._start_average(sweep.lanes[0], sweep.segment.gradients(sweep.first, sweep.last))
+        self._release(sweep)
+
+    def _start_average(self, lane: Lane, grads: Gradients) -> None:
+        average = self._averages[lane.number]
+        tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
+        with span("exchange", (lane.number,), to=("all",), sources=("all",)), unrecorded():
+            average.start(Gradients(tensors, grads.addresses, grads.dtype), self.inputs.found_inf)
+        world = average.link.world.size
+        size = 2 * average.buffer.nbytes * (world - 1) // world
+        self.figures.bytes_sent += size
+        self.figures.bytes_received += size
+
+    def _follow_averages(self, grad_scale: Tensor | None) -> None:
+        begin = time.perf_counter()
+        reduced = []
+        for number, average in enumerate(self._averages):
+            with span("wait", (number,), sources=("all",)):
+                reduced.append(average.finish())
+        self.figures.blocked_s += time.perf_counter() - begin
+        self.inputs.grad_scale = multiplier(
+            [average.tensors() for average in self._averages], grad_scale, self.rhythm.max_grad_norm, self.sharding
+        )
+        scaled = self.inputs.found_inf is not None
+        for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
+            self.inputs.found_inf = found_inf if scaled else None
+            self._pass(sweep, self.algorithm.after, grads, EMPTY)

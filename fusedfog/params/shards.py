@@ -22,13 +22,12 @@ the others.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,12 +39,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusedfog.comm.group import GroupView, check_mesh, find_group
-from fusedfog.flat import FlatSegment, window
-from fusedfog.layout import Bucket, ParamSpec, Segment
-from fusedfog.storage import EXACT, Storage
-
-if TYPE_CHECKING:
-    from fusedfog.options import Options
+from fusedfog.params.flat import FlatSegment, window
+from fusedfog.params.layout import Bucket, ParamSpec, Segment
+from fusedfog.params.precision import EXACT, Storage
 
 _CLOCK = "fusedfog"
 _HOW = 'fully_shard(model, mesh=mesh["shard"]) and mesh=mesh, whose dimensions are ("replicate", "shard")'
@@ -188,19 +184,6 @@ def _check_not_gathered(params: Sequence[Tensor]) -> None:
             "FSDP holds the parameters gathered, as it does after a forward without backward, and would drop what is "
             "written to them: call model.reshard() and take model.parameters() anew"
         )
-
-
-def settle(sharding: Sharding | None, options: Options, *, alone: bool) -> tuple[Options, GroupView | None]:
-    """The options with `group` being the ranks to mix with, and all ranks that have to agree.
-
-    Plain parameters' options stay as they are. Raises ValueError as `Sharding.across`.
-    """
-    if sharding is None:
-        return options, None
-    if alone:
-        return dataclasses.replace(options, mesh=None), None
-    group, everyone = sharding.across(options.group, options.mesh)
-    return dataclasses.replace(options, group=group, mesh=None), everyone
 
 
 def stand_in(param: Tensor) -> Tensor:

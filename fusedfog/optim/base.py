@@ -15,14 +15,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog import construction, data_parallel, parameters
-from fusedfog.capture import CapturableScheduler, recording
 from fusedfog.comm.averaging import average_in_place, consensus_distance
 from fusedfog.comm.registry import leave
-from fusedfog.options import Options
-from fusedfog.origin import has_messages, origin_of, take_origin
-from fusedfog.scheduler import Scheduler
-from fusedfog.shards import carried_clock, carry_clock, make_room_for_clock
+from fusedfog.engine.capture import CapturableScheduler, recording
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.optim import build as construction
+from fusedfog.optim import ddp as data_parallel
+from fusedfog.optim import parameters
+from fusedfog.optim.options import Options
+from fusedfog.optim.state_dict import has_messages, origin_of, take_origin
+from fusedfog.params.shards import carried_clock, carry_clock, make_room_for_clock
 from fusedfog.topology import Topology
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -40,7 +42,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         group: process group; None is the default one. Ranks in topologies are group ranks.
         mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
             `topology` (then of as many nodes as there are machines), dim 1 inside by averaging. For FSDP2 parameters, dim 1
-            is where their shards lie; see `fusedfog.shards`.
+            is where their shards lie; see `fusedfog.params.shards`.
         communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
             (Gossip-PGA, Chen et al. 2021).
@@ -83,7 +85,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
             cannot make, or with an endless topology; CUDA parameters in a process group without NCCL, two ranks on one GPU,
             bf16 on a GPU before sm_80; low_precision without 16-bit parameters; DTensors that are not sharded
-            inside machines and replicated across them (`fusedfog.shards`).
+            inside machines and replicated across them (`fusedfog.params.shards`).
         UnsupportedEnvironment (a ValueError): CUDA parameters without Triton, or with one before 3.5.
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.

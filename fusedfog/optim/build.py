@@ -10,27 +10,27 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Algorithm, algorithm_for
-from fusedfog.around import AroundScheduler
-from fusedfog.capture import CapturableScheduler
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
 from fusedfog.comm.registry import communicator_for
-from fusedfog.compatibility import check, choose_topology
-from fusedfog.compilation import compile_everywhere, kinds_of_passes, numbers_of_neighbours
+from fusedfog.engine.allreduce import AllReduceScheduler
+from fusedfog.engine.capture import CapturableScheduler
+from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
-from fusedfog.features import Setup
-from fusedfog.flat import FlatSegment
-from fusedfog.gradient_exchange import AllReduceScheduler
-from fusedfog.hierarchy import Hierarchy
+from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.kernels import device
-from fusedfog.layout import ParamSpec, Segment, plan
-from fusedfog.options import Options
-from fusedfog.parameters import Groups, describe, fields_of
-from fusedfog.rhythm import Rhythm
-from fusedfog.scheduler import Scheduler
-from fusedfog.shards import segment_of, settle, sharding_of
+from fusedfog.optim.compatibility import check, choose_topology
+from fusedfog.optim.features import Setup
+from fusedfog.optim.options import Options
+from fusedfog.optim.parameters import Groups, describe, fields_of
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.layout import ParamSpec, Segment, plan
+from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
 _WARM_ROUNDS = 64
@@ -66,7 +66,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     setup = setup_of(family, groups, options, specs, sharded=sharding is not None)
     check(setup)
     place, given, isolated = setup.place, options.mesh, setup.algorithm.exchanges == "nothing"
-    options, everyone = settle(sharding, options, alone=isolated)
+    options, everyone = ranks_to_mix_with(sharding, options, alone=isolated)
     world = GroupView(0, 1, None) if isolated else find_group(options.group)
     if options.mesh is not None:
         check_mesh(options.mesh, world)
@@ -103,6 +103,19 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         options.codes,
         sharding,
     )
+
+
+def ranks_to_mix_with(sharding: Sharding | None, options: Options, *, alone: bool) -> tuple[Options, GroupView | None]:
+    """The options with `group` being the ranks to mix with, and all ranks that have to agree.
+
+    Plain parameters' options stay as they are. Raises ValueError as `Sharding.across`.
+    """
+    if sharding is None:
+        return options, None
+    if alone:
+        return dataclasses.replace(options, mesh=None), None
+    group, everyone = sharding.across(options.group, options.mesh)
+    return dataclasses.replace(options, group=group, mesh=None), everyone
 
 
 def _fields_of_ranks(mesh: DeviceMesh | None, topology: Topology | None) -> dict[str, str]:
@@ -224,7 +237,7 @@ def measuring_link(engine: Scheduler, options: Options) -> Communicator | None:
         return engine.link
     if engine.sharding is not None and engine.sharding.keeps_equal(find_group(options.group)):
         return None
-    options, _ = settle(sharding_of(engine.groups, options.model), options, alone=False)
+    options, _ = ranks_to_mix_with(sharding_of(engine.groups, options.model), options, alone=False)
     world = find_group(options.group)
     return communicator_for(world, engine.segments[0].param.device) if world.size > 1 else None
 

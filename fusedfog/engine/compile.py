@@ -20,7 +20,7 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout
 from fusedfog.kernels import COMPILED_RULES, compile_now
-from fusedfog.layout import Segment
+from fusedfog.params.layout import Segment
 from fusedfog.topology import Topology
 
 _ROUNDS = 64

@@ -11,11 +11,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from fusedfog.around import AroundScheduler
-from fusedfog.base import DecentralizedOptimizer
-from fusedfog.options import Keywords, Options
-from fusedfog.scheduler import Scheduler
-from fusedfog.shards import carry_clock, make_room_for_clock
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.engine.wrapped import AroundScheduler
+from fusedfog.optim.base import DecentralizedOptimizer
+from fusedfog.optim.options import Keywords, Options
+from fusedfog.params.shards import carry_clock, make_room_for_clock
 
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedfog.flat import FlatSegment
-from fusedfog.shards import Sharding
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.shards import Sharding
 
 
 def multiplier(

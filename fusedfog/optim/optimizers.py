@@ -3,7 +3,7 @@
     opt = fusedfog.AdamW(model.parameters(), lr=1e-3, topology="one_peer_exponential")
 
 Each takes the arguments of its torch.optim namesake, with torch's defaults, and the keywords that
-`fusedfog.base.DecentralizedOptimizer` explains; what they can do is there too.
+`fusedfog.optim.base.DecentralizedOptimizer` explains; what they can do is there too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from fusedfog.base import DecentralizedOptimizer, Params
-from fusedfog.options import Keywords, Options
-from fusedfog.parameters import check_finite
+from fusedfog.optim.base import DecentralizedOptimizer, Params
+from fusedfog.optim.options import Keywords, Options
+from fusedfog.optim.parameters import check_finite
 
 
 class SGD(DecentralizedOptimizer):

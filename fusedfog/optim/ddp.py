@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from fusedfog.compatibility import first_refusal
-from fusedfog.features import Setup
+from fusedfog.optim.compatibility import first_refusal
+from fusedfog.optim.features import Setup
 
 Module = TypeVar("Module", bound=nn.Module)
 

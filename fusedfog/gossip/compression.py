@@ -25,9 +25,9 @@ from torch import Tensor
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
-from fusedfog.flat import FlatSegment
+from fusedfog.gossip.buckets import Lane
 from fusedfog.kernels import Wire, device, wire
-from fusedfog.lanes import Lane
+from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
 

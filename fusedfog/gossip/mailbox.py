@@ -19,14 +19,14 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.errors import TornMessageWarning
-from fusedfog.flat import FlatSegment
-from fusedfog.hierarchy import Hierarchy
+from fusedfog.gossip.buckets import Inbox, Lane
+from fusedfog.gossip.by_machine import Hierarchy
+from fusedfog.gossip.compression import Wires
 from fusedfog.kernels import Wire
 from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
-from fusedfog.lanes import Inbox, Lane
-from fusedfog.pages import zeros
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.pages import zeros
 from fusedfog.topology import Round, Topology
-from fusedfog.wires import Wires
 
 
 @dataclass

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusedfog.averaging import GradientAverage
 from fusedfog.comm.transfer import Transfer
-from fusedfog.flat import FlatSegment
 from fusedfog.kernels import Region, Wire
-from fusedfog.layout import Bucket, backward_order
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.layout import Bucket, backward_order
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Lane:
     versions: int = 0
     counted: bool = False
     ready: int = 0
-    average: GradientAverage | None = None
 
     @property
     def whole(self) -> slice:

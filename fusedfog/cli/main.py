@@ -1,0 +1,36 @@
+"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan``, ``calibrate`` and ``trace``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from fusedfog.cli.calibrate import add_calibrate
+from fusedfog.cli.plan import add_plan
+from fusedfog.cli.topology import add_topologies, add_topology
+from fusedfog.cli.trace import add_trace
+
+COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
+    add_topology,
+    add_topologies,
+    add_plan,
+    add_calibrate,
+    add_trace,
+]
+"""Each adds one subcommand and names, as ``run``, the function that takes the options and returns the exit status."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (2 for input that no command can use)."""
+    parser = argparse.ArgumentParser(prog="fusedfog", description="Decentralized training for PyTorch.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"fusedfog: {error}", file=sys.stderr)
+        return 2
+    return status

@@ -1,0 +1,1 @@
+"""One bucket's exchange with the other ranks: what is sent, where it arrives, and what it means there."""

@@ -1,0 +1,1 @@
+"""Where parameters, states and gradients live."""
