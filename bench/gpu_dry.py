@@ -17,7 +17,8 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from fusedfog.kernels import cpu_pass, device, fused_pass
+from fusedfog.kernels import cpu_pass, device
+from support.fake_cuda import kernel_by_the_cpu
 from support.stub_driver import stub_gpu
 
 Way = Literal["stub", "passes", "cpu"]
@@ -104,5 +105,5 @@ def dry_run(way: Way) -> Iterator[None]:
             stack.enter_context(stub_gpu(take_gpu_way=True))
         elif way == "passes":
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
-            stack.enter_context(mock.patch.object(fused_pass, "launch", cpu_pass.run_pass))
+            stack.enter_context(mock.patch.object(cpu_pass, "run_pass", kernel_by_the_cpu(cpu_pass.run_pass)))
         yield

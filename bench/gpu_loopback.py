@@ -31,7 +31,7 @@ from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.transfer import Transfer
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 
 TRANSFERS = r"nccl|Memcpy DtoD"
 """What a message to oneself is on the GPU's timeline."""
@@ -42,24 +42,24 @@ class LoopLink(Communicator):
 
     def __init__(self, place: torch.device, size: int) -> None:
         super().__init__(find_group(), place)
-        self.world = GroupView(0, size, self.world.group)
+        self.view = GroupView(0, size, self.view.group)
 
     def start(self, sends: Sequence[Any], recvs: Sequence[Any], *, tag: int, label: str) -> Transfer:
         ours = [[(0, tensor) for _, tensor in parcels] for parcels in (sends, recvs)]
         return super().start(*ours, tag=tag, label=label)
 
 
-def among_loops(optimizer: Any, algorithm: str, link: LoopLink, *, fused_backward: bool = False) -> Any:
+def among_loops(optimizer: Any, algorithm: str, communicator: LoopLink, *, fused_backward: bool = False) -> Any:
     """`optimizer`, built with algorithm="local", as one of the link's ranks on a ring."""
     engine = optimizer._scheduler
     optimizer._scheduler = type(engine)(
         optimizer.param_groups,
         engine.segments,
         algorithm_for(algorithm, optimizer._family),
-        topology.ring(link.world.size),
-        link,
-        link.open_channel(),
-        Rhythm(fused_backward=fused_backward),
+        topology.ring(communicator.view.size),
+        communicator,
+        communicator.open_channel(),
+        StepSchedule(fused_backward=fused_backward),
     )
     return optimizer
 
@@ -222,9 +222,9 @@ class _Said(logging.Handler):
 
 def watched(notes: Notes, run: Run, links: Links) -> None:
     """The watchdog names a message that is late, and does not end a capture that is going on beside it."""
-    link = LoopLink(run.device if run.dry else torch.device("cuda:0"), 2)
-    assert link._watchdog is not None
-    link._watchdog._patience = 0.2
+    communicator = LoopLink(run.device if run.dry else torch.device("cuda:0"), 2)
+    assert communicator._watchdog is not None
+    communicator._watchdog._patience = 0.2
     said = _Said()
     logging.getLogger("fusedfog").addHandler(said)
     source, target = torch.ones(1000, device=run.device), torch.zeros(1000, device=run.device)
@@ -233,7 +233,7 @@ def watched(notes: Notes, run: Run, links: Links) -> None:
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000_000)
     slow_down(run, 0.7)
-    message = link.start([(1, source)], [(1, target)], tag=0, label="step 12, bucket 3")
+    message = communicator.start([(1, source)], [(1, target)], tag=0, label="step 12, bucket 3")
     if run.dry:
         time.sleep(0.6)
     else:

@@ -364,7 +364,7 @@ def precision() -> list[Row]:
     # fmt: on
 
 
-def rhythm() -> list[Row]:
+def schedule() -> list[Row]:
     periods = (1, 2, 6, 12, 48)
     averaged = [run("atc", steps=8064, global_average_every=every).distances[-1] for every in periods]
     plain = run("atc", steps=8064).distances[-1]
@@ -397,7 +397,7 @@ CHECKS: tuple[Callable[[], list[Row]], ...] = (
     adaptive,
     push_sum,
     precision,
-    rhythm,
+    schedule,
 )
 
 

@@ -85,6 +85,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import wires  # by this name the ranks' processes find its functions
+    import channels  # by this name the ranks' processes find its functions
 
-    wires.main()
+    channels.main()

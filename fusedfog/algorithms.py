@@ -87,7 +87,7 @@ class Algorithm:
     after: Stage
     exchanges: Literal["parameters", "gradients", "nothing"] = "parameters"
     messages: tuple[str, ...] = ("param",)
-    settles: bool = False
+    passes_without_exchange: bool = False
     graph: Literal["doubly_stochastic", "symmetric", "any"] = "doubly_stochastic"
     lazy: bool = False
     normalized: str | None = None
@@ -103,9 +103,9 @@ class Algorithm:
         stages = (self.before, self.after) if self.before is not None else (self.after,)
         return tuple(dict.fromkeys(name for stage in stages for name in stage.states(group)))
 
-    def follows(self, exchanging: bool) -> bool:
+    def passes_after_exchange(self, exchanging: bool) -> bool:
         """Whether a step, with or without exchange, ends with a pass `after` that takes no gradients."""
-        return self.before is not None and (exchanging or self.settles)
+        return self.before is not None and (exchanging or self.passes_without_exchange)
 
     def counts_updates(self, group: Group) -> bool:
         """Whether a pass with gradients counts as an update, for bias correction."""
@@ -201,7 +201,7 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             "push_sum",
             inner,
             MIX,
-            settles=True,
+            passes_without_exchange=True,
             graph="any",
             weighs=True,
             refuses={
@@ -235,7 +235,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             _DESCEND,
             Stage("decentlam", _decentlam_numbers, lambda group: ("last_move",)),
             messages=("message",),
-            settles=True,
+            passes_without_exchange=True,
             graph="symmetric",
             refuses=_NO_NESTEROV | _STATIC,
         ),
@@ -262,14 +262,14 @@ def _sgd_family() -> dict[str, Algorithm]:
                 lambda group: ("momentum_buffer",),
             ),
             messages=("message",),
-            settles=True,
+            passes_without_exchange=True,
             refuses={"dampening": _OWN_MOMENTUM},
         ),
         Algorithm(
             "exact_diffusion",
             Stage("exact_diffusion_before", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero"),
             Stage("exact_diffusion", states=lambda group: ("dual",), differences=True),
-            settles=True,
+            passes_without_exchange=True,
             graph="symmetric",
             lazy=True,
             refuses=_STATIC,
@@ -312,7 +312,7 @@ def _adam_family() -> dict[str, Algorithm]:
             _DESCEND,
             Stage("dag", _plain(adam_hyper), _adam_states),
             messages=("message",),
-            settles=True,
+            passes_without_exchange=True,
             waits_at_zero_lr=True,
         ),
         Algorithm(
@@ -322,7 +322,7 @@ def _adam_family() -> dict[str, Algorithm]:
                 "quasi_global_adam", lambda group, previous_lr: (float(group["lr"] != 0),), lambda group: ("last_move",)
             ),
             messages=("message",),
-            settles=True,
+            passes_without_exchange=True,
             normalized="last_move",
             waits_at_zero_lr=True,
             refuses={"amsgrad": ("its second moment is not the gradient's", "leave it out")},

@@ -13,16 +13,16 @@ from .compiled import compile_now
 from .hyper import adam_hyper, sgd_hyper
 from .passes import Pass
 from .region import BLOCK, Gradients, Region
-from .wire import Wire
+from .wire import CompressedChannel
 
 __all__ = [
     "BLOCK",
     "COMPILED_RULES",
     "RULES",
+    "CompressedChannel",
     "Gradients",
     "Pass",
     "Region",
-    "Wire",
     "adam_hyper",
     "compile_now",
     "run_pass",

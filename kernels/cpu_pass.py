@@ -136,14 +136,14 @@ def run_pass(work: Pass) -> None:
     for position in plan.compiled:
         start, numel = region.spans[position]
         _run_compiled(job, *tensors, position, slice(start, start + numel))
-    _run_batches(job, *tensors, plan.cut, work.figures.zero_() if work.figures is not None else None)
+    _run_batches(job, *tensors, plan.cut, work.norm_sums.zero_() if work.norm_sums is not None else None)
     reference.advance_steps(work)
 
 
 def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:
     """Whether a pass is one that torch's fused optimizers, or compiled loops, can make."""
     plain = work.row_sum == 1 and not work.sent and not work.messages and work.extra is None and work.missing == "skip"
-    plain = plain and work.rest is None and work.seed is None and not work.taken and not work.given
+    plain = plain and work.remainder is None and work.seed is None and not work.taken and not work.given
     # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
     known = (work.rule == "mix" and len(received) <= 1) or (
         work.rule in _UPDATES and work.grads is not None and work.steps is not None
@@ -152,7 +152,7 @@ def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:
     single = all(tensor.dtype == torch.float32 for tensor in tensors)
     left = _left_by_decay(work.rule, work.hyper) if received and known else 1.0
     possible = all(_shares([w for _, w in received], part) is not None for part in (left, 1.0))
-    possible = possible and not (work.region.compiled and work.figures is not None)
+    possible = possible and not (work.region.compiled and work.norm_sums is not None)
     return plain and known and (single or work.region.compiled) and possible
 
 
@@ -188,7 +188,7 @@ def _run_compiled(
 
 
 def _run_batches(
-    job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], cut: Cut, figures: Tensor | None
+    job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], cut: Cut, norm_sums: Tensor | None
 ) -> None:
     x, kept, received = cut.views(param), [cut.views(state) for state in states], [cut.views(flat) for flat in inbox]
     gradients = [_part(job.gradients[p], offset, x[i].numel()) for i, (_, p, offset) in enumerate(cut.pieces)]
@@ -198,9 +198,9 @@ def _run_batches(
     decay, sign = _coupled(job.rule, job.hyper)
     scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and inbox) else None
     for batch in cut.batches:
-        if figures is not None:
+        if norm_sums is not None:
             for i in batch:
-                _measure(figures[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
+                _measure(norm_sums[cut.pieces[i][1]], x[i], [views[i] for views in received], gradients[i], job)
         live = [i for i in batch if gradients[i] is not None]
         if len(live) < len(batch):
             idle = [i for i in batch if gradients[i] is None]
@@ -216,7 +216,7 @@ def _run_batches(
 
 
 def _measure(sums: Tensor, x: Tensor, inbox: Views, gradient: Tensor | None, job: Job) -> None:
-    """Add a piece's part of `run_pass`'s figures, just before it is in the caches anyway."""
+    """Add a piece's part of `run_pass`'s norm sums, just before it is in the caches anyway."""
     apart, between = torch.zeros_like(x), torch.empty_like(x)
     for received, weight in zip(inbox, job.weights, strict=True):
         apart.add_(torch.sub(received, x, out=between), alpha=weight)

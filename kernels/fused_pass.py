@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 
 from . import reference, rules
-from .lossy import give, held, mix_wired, nearest, stochastic
+from .lossy import give, mix_wired, nearest, restored, stochastic
 from .passes import Pass
 from .region import ALIGNMENT, BLOCK
-from .wire import Wire
+from .wire import CompressedChannel
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,7 +40,7 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 # Pointers to single numbers and to rows of tables, which callers cut at any row. Whether they are aligned to 16 bytes says
 # nothing about the code, and must not make another kernel of it.
-_UNALIGNED = ["blocks", "steps", "addresses", "grad_scale", "found_inf", "extra", "figures", "numbers"]
+_UNALIGNED = ["blocks", "steps", "addresses", "grad_scale", "found_inf", "extra", "norm_sums", "numbers"]
 
 
 @triton.jit
@@ -86,13 +86,13 @@ def store(pointer, at, value, lanes, n, inside, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def fused_pass(
     param,
-    rest,
+    remainder,
     states,
     sent,
     inbox,
     messages,
     taken,
-    gaps,
+    neighbor_deltas,
     inbox_scales,
     given,
     replicas,
@@ -103,7 +103,7 @@ def fused_pass(
     grad_scale,
     found_inf,
     extra,
-    figures,
+    norm_sums,
     numbers,
     seed,
     advance,
@@ -140,7 +140,7 @@ def fused_pass(
         seed = tl.cast(seed, tl.int32)
 
     stored = tl.load(param + at, mask=inside)
-    x = held(stored, rest, at, inside)
+    x = restored(stored, remainder, at, inside)
     first = x
     # Device code has no `(*mixed, ...)`.
     mixed = ()
@@ -148,12 +148,12 @@ def fused_pass(
         base = x if OWN >> m & 1 else tl.load(sent[m] + at, mask=inside).to(tl.float32)
         if m == 0:
             first = base
-        if len(gaps) != 0:
+        if len(neighbor_deltas) != 0:
             one = mix_wired(
                 base,
                 taken[2 * m],
                 taken[2 * m + 1],
-                gaps[m],
+                neighbor_deltas[m],
                 inbox,
                 inbox_scales,
                 weights,
@@ -184,16 +184,19 @@ def fused_pass(
             g *= tl.where(present, tl.load(grad_scale), 0.0)
         if not ZERO_MISSING:
             update = present
-    if figures is not None:
+    if norm_sums is not None:
         # Sums over a block go through shared memory, a few hundred bytes: only passes that were asked for them do that.
         apart = tl.where(real, mixed[0] - row_sum * first, 0.0)
-        place = figures + tl.program_id(0).to(tl.int64) * 2
+        place = norm_sums + tl.program_id(0).to(tl.int64) * 2
         tl.store(place, tl.sum(apart * apart))
         tl.store(place + 1, tl.sum(g * g))
     step = 1.0
     if steps is not None:
-        count = tl.load(steps + tl.program_id(0))
-        step = count + 1.0
+        step = tl.load(steps + tl.program_id(0)) + 1.0
+        # Every warp reads the count and one thread writes it: not before all have read it. Here, not at the end, so that
+        # nothing of it takes registers meanwhile.
+        tl.debug_barrier()
+        tl.store(steps + tl.program_id(0), step + tl.where(update, advance - 1.0, -1.0))
     if extra is not None:
         hyper = hyper + (tl.load(extra).to(tl.float32),)  # noqa: RUF005
 
@@ -202,13 +205,13 @@ def fused_pass(
     x_new, new_states, made = RULE(x, mixed, g, old_states, step, hyper)
     if not LEFT & 1:
         x_new = tl.where(update, x_new, mixed[0])
-        if rest is not None:
+        if remainder is not None:
             kept = nearest(x_new, stored.dtype)
             store(param, at, kept, lanes, n, inside, BLOCK)
-            if rest.dtype.element_ty == tl.float32:
-                store(rest, at, x_new, lanes, n, inside, BLOCK)
+            if remainder.dtype.element_ty == tl.float32:
+                store(remainder, at, x_new, lanes, n, inside, BLOCK)
             else:
-                store(rest, at, nearest(x_new - kept, stored.dtype), lanes, n, inside, BLOCK)
+                store(remainder, at, nearest(x_new - kept, stored.dtype), lanes, n, inside, BLOCK)
         elif seed is not None and stored.dtype != tl.float32:
             store(param, at, stochastic(x_new, stored.dtype, seed, 0, at), lanes, n, inside, BLOCK)
         else:
@@ -219,10 +222,6 @@ def fused_pass(
             if seed is not None and states[s].dtype.element_ty != tl.float32:
                 state = stochastic(state, states[s].dtype.element_ty, seed, 1 + s, at)
             store(states[s], at, state, lanes, n, inside & update, BLOCK)
-    if steps is not None:
-        # Every warp reads the count and one thread writes it: not before all have read it.
-        tl.debug_barrier()
-        tl.store(steps + tl.program_id(0), count + tl.where(update, advance, 0.0))
     tl.static_assert(len(messages) == 0 or len(messages) == len(made), "one buffer per message of the rule, or none")
     tl.static_assert(len(replicas) == 0 or len(replicas) == len(made), "one wire per message of the rule, or none")
     for m in tl.static_range(len(messages)):
@@ -311,19 +310,19 @@ def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if region.blocks is None or (grads is not None and grads.addresses is None):
         raise ValueError("the GPU pass needs the region's block table and the gradients' address table")
     received = tuple(tensor for message in work.inbox for tensor in message)
-    rest = () if work.rest is None else (work.rest,)
+    remainder = () if work.remainder is None else (work.remainder,)
     sent = tuple(work.sent) or (param,)
-    wires = [tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica)]
-    others = tuple([one.dtype for one in (*work.states, *work.sent, *received, *work.messages, *rest, *wires)])
+    channels = [tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica)]
+    others = tuple([one.dtype for one in (*work.states, *work.sent, *received, *work.messages, *remainder, *channels)])
     arguments = (
         param,
-        work.rest,
+        work.remainder,
         tuple(work.states),
         sent,
         received,
         tuple(work.messages),
         _ends(work.taken),
-        tuple(wire.gap for wire in work.taken),
+        tuple(wire.neighbor_delta for wire in work.taken),
         _scales(work) if work.scales else (),
         _ends(work.given),
         tuple(wire.replica for wire in work.given),
@@ -334,7 +333,7 @@ def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
         work.grad_scale,
         work.found_inf,
         work.extra,
-        work.figures,
+        work.norm_sums,
         work.numbers,
         # float(): an int would be part of the compile key.
         None if work.seed is None else float(work.seed),
@@ -351,7 +350,7 @@ def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "ZERO_MISSING": work.missing == "zero",
         "GRAD_DTYPE": DTYPES[grad_dtype],
         "BLOCK": BLOCK,
-        "num_warps": num_warps(param.dtype, grad_dtype, others, len(work.states) + len(rest)),
+        "num_warps": num_warps(param.dtype, grad_dtype, others, len(work.states) + len(remainder)),
         "enable_fp_fusion": FP_FUSION,
     }
     return arguments, constants
@@ -366,10 +365,10 @@ def _scales(work: Pass) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _ends(wires: Sequence[Wire]) -> tuple[torch.Tensor, ...]:
+def _ends(channels: Sequence[CompressedChannel]) -> tuple[torch.Tensor, ...]:
     """Codes and scales of wires in turn; codes twice where there are no scales."""
     return tuple(
-        tensor for wire in wires for tensor in (wire.codes, wire.codes if wire.scales is None else wire.scales)
+        tensor for wire in channels for tensor in (wire.codes, wire.codes if wire.scales is None else wire.scales)
     )
 
 

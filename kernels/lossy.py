@@ -52,11 +52,11 @@ def nearest(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def held(stored, rest, at, inside):
-    """`rounding.held`: x from what the parameters hold, and its rest."""
+def restored(stored, remainder, at, inside):
+    """`rounding.restored`: x from what the parameters hold, and its rest."""
     x = stored.to(tl.float32)
-    if rest is not None:
-        kept = tl.load(rest + at, mask=inside)
+    if remainder is not None:
+        kept = tl.load(remainder + at, mask=inside)
         if kept.dtype == tl.float32:
             x = tl.where(nearest(kept, stored.dtype) == x, kept, x)
         else:
@@ -79,15 +79,17 @@ def decode(codes, scales, at, inside):
 
 
 @triton.jit
-def mix_wired(base, codes, scales, gap, inbox, inbox_scales, weights, row_sum, FIRST: tl.constexpr, at, real, inside):
-    """`row_sum*base + gap`, after `wire.take`."""
+def mix_wired(
+    base, codes, scales, neighbor_delta, inbox, inbox_scales, weights, row_sum, FIRST: tl.constexpr, at, real, inside
+):
+    """`row_sum*base + neighbor_delta`, after `wire.take`."""
     own = decode(codes, scales, at, inside)
-    pull = tl.load(gap + at, mask=inside)
+    pull = tl.load(neighbor_delta + at, mask=inside)
     for k in tl.static_range(len(weights)):
         received = decode(inbox[FIRST + k], inbox_scales[FIRST + k], at, inside)
         pull += tl.where(weights[k] != 0.0, weights[k] * (received - own), 0.0)
     pull = tl.where(real, pull, 0.0)
-    tl.store(gap + at, pull, mask=inside)
+    tl.store(neighbor_delta + at, pull, mask=inside)
     return row_sum * base + pull
 
 
@@ -116,7 +118,7 @@ def give(value, codes, scales, replica, flag, at, lanes, real, inside, BLOCK: tl
         tl.store(codes + at, code.to(tl.bfloat16), mask=inside)
         spoilt = ~(tl.abs(code) < float("inf"))
         note(spoilt & inside, flag, lanes, BLOCK)
-        said = tl.where(spoilt, 0.0, code)
+        decoded = tl.where(spoilt, 0.0, code)
     else:
         FP8: tl.constexpr = codes.dtype.element_ty == tl.float8e4nv
         size = tl.where(tl.abs(difference) < float("inf"), tl.abs(difference), float("inf"))
@@ -133,11 +135,11 @@ def give(value, codes, scales, replica, flag, at, lanes, real, inside, BLOCK: tl
         if FP8:
             code = tl.clamp(scaled, -LARGEST, LARGEST).to(tl.float8e4nv)
             tl.store(codes + at, code, mask=inside)
-            said = code.to(tl.float32)
+            decoded = code.to(tl.float32)
         else:
-            said = tl.clamp(scaled + _TO_INTEGER - _TO_INTEGER, -LARGEST, LARGEST)
-            tl.store(codes + at, said.to(tl.int8), mask=inside)
-        said = tl.where(spoilt, 0.0, said * (exponent << 23).to(tl.float32, bitcast=True))
+            decoded = tl.clamp(scaled + _TO_INTEGER - _TO_INTEGER, -LARGEST, LARGEST)
+            tl.store(codes + at, decoded.to(tl.int8), mask=inside)
+        decoded = tl.where(spoilt, 0.0, decoded * (exponent << 23).to(tl.float32, bitcast=True))
         # One thread in sixteen stores four scales, the same for all of them.
         tl.store(scales + at // _GROUP * 4 + at % 4, exponent.to(tl.uint8), mask=inside & (lanes % _GROUP < 4))
-    tl.store(replica + at, tl.where(real, known + said, 0.0), mask=inside)
+    tl.store(replica + at, tl.where(real, known + decoded, 0.0), mask=inside)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .region import Gradients, Region
-from .wire import Wire
+from .wire import CompressedChannel
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Pass:
         mixed_m = row_sum*base_m + sum_k weights[k]*(inbox[m][k] - sent_m)
         x, states, messages = RULE(x, mixed, gradient*grad_scale, states, steps[p] + 1, (*hyper, extra))
 
-    base_m is sent_m, but x where sent_m is `param`: the two differ if x is more precise than `param` can hold (`rest`).
+    base_m is sent_m, but x where sent_m is `param`: the two differ if x is more precise than `param` can hold (`remainder`).
     Arithmetic is fp32 (fp64 for fp64 parameters, CPU only) whatever the storage. A neighbour of weight 0 is skipped,
     NaNs and all. Padding is left as it is.
 
@@ -51,18 +51,18 @@ class Pass:
         missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
         extra: fp32 scalar tensor on the device (fp64 with fp64 parameters), a number that the host need not know, which
             is appended to `hyper`.
-        figures: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
+        norm sums: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
             of (mixed[0] - row_sum*base[0])^2, how much neighbours disagree with this rank, and of (gradient*grad_scale)^2,
             which is not finite if a gradient is not. One row per row of `region.blocks` on CUDA, per parameter of the
             region on the CPU.
-        rest: flat [N], what bf16 or fp16 parameters lack of x: fp32, a master copy (x = rest), or of param's dtype, a
+        remainder: flat [N], what bf16 or fp16 parameters lack of x: fp32, a master copy (x = rest), or of param's dtype, a
             Kahan compensation (x = param + rest). Where x does not round to `param`, somebody has written `param`, and
             x = param. None: x = param.
-        seed: in [0, 2^24), for bf16 states, and without `rest` for bf16 and fp16 parameters, which are then rounded
+        seed: in [0, 2^24), for bf16 states, and without `remainder` for bf16 and fp16 parameters, which are then rounded
             stochastically; see `rounding`. None rounds to nearest.
         taken: per message, if it travels compressed, this rank's end of the exchange that came in `inbox` (of codes) and
-            `scales`; sent_m is then what its codes mean, and differences add up in its gap:
-            gap += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + gap.
+            `scales`; sent_m is then what its codes mean, and differences add up in its neighbor_delta:
+            neighbor_delta += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + neighbor_delta.
         scales: M tuples of K, the scales of the codes in `inbox`; None for formats without.
         given: per message, if it is to travel compressed, where its codes are written; see `wire`.
         spoilt: fp32 [4], in which ones are written where codes leave out values that are not finite, and nothing else.
@@ -87,12 +87,12 @@ class Pass:
     found_inf: Tensor | None = None
     missing: Literal["skip", "zero"] = "skip"
     extra: Tensor | None = None
-    figures: Tensor | None = None
-    rest: Tensor | None = None
+    norm_sums: Tensor | None = None
+    remainder: Tensor | None = None
     seed: int | None = None
-    taken: Sequence[Wire] = ()
+    taken: Sequence[CompressedChannel] = ()
     scales: Sequence[Sequence[Tensor | None]] = ()
-    given: Sequence[Wire] = ()
+    given: Sequence[CompressedChannel] = ()
     spoilt: Tensor | None = None
     numbers: Tensor | None = None
 
@@ -110,8 +110,8 @@ class Pass:
                 raise ValueError(f"{len(self.weights)} weights for inboxes of {[*map(len, self.inbox)]} neighbours")
         if self.taken and (len(self.taken) != messages or [*map(len, self.scales)] != [*map(len, self.inbox)]):
             raise ValueError(f"{len(self.taken)} wires and {len(self.scales)} scales for {messages} messages")
-        if self.rest is not None and self.rest.dtype not in (torch.float32, self.param.dtype):
-            raise ValueError(f"{self.param.dtype} parameters with a rest of {self.rest.dtype}")
+        if self.remainder is not None and self.remainder.dtype not in (torch.float32, self.param.dtype):
+            raise ValueError(f"{self.param.dtype} parameters with a rest of {self.remainder.dtype}")
         if self.seed is not None and self.numbers is None and not 0 <= self.seed < 1 << 24:
             raise ValueError(f"a seed is in [0, 2^24), not {self.seed}")
 

@@ -37,7 +37,7 @@ from .hyper import (
 )
 from .passes import Pass
 from .region import Gradients, Region
-from .rounding import held, keep, noise
+from .rounding import keep, noise, restored
 from .wire import cut, give, scales_of, take
 
 Tensors = tuple[Tensor, ...]
@@ -390,13 +390,13 @@ def run_pass(work: Pass) -> None:
     skip = work.found_inf is not None and work.found_inf.item() != 0
     scale = 1.0 if work.grad_scale is None else work.grad_scale.item()
     width = CHUNK * torch.get_num_threads()
-    if work.figures is not None:
-        work.figures.zero_()
+    if work.norm_sums is not None:
+        work.norm_sums.zero_()
     gradients = in_memory_order(work.region, None if skip else work.grads)
     for position, ((start, numel), gradient) in enumerate(zip(work.region.spans, gradients, strict=True)):
         steps = work.steps
         step = 1.0 if steps is None else steps[work.region.first + position].item() + 1.0
-        sums = None if work.figures is None else work.figures[position]
+        sums = None if work.norm_sums is None else work.norm_sums[position]
         for low in range(0, numel, width):
             high = min(low + width, numel)
             piece = None if gradient is None else gradient[low:high]
@@ -414,10 +414,10 @@ def _run_chunk(
     hyper: Sequence[Any],
     sums: Tensor | None,
 ) -> None:
-    """A pass over elements [start, stop) of one parameter; `sums` is the parameter's row of figures."""
+    """A pass over elements [start, stop) of one parameter; `sums` is the parameter's row of norm sums."""
     here = slice(start, stop)
-    home, rest = work.param[here], None if work.rest is None else work.rest[here]
-    x = held(home, rest)
+    home, remainder = work.param[here], None if work.remainder is None else work.remainder[here]
+    x = restored(home, remainder)
     bases, mixed = _mixed(work, x, start, stop)
     kept, out = tuple(state[here] for state in work.states), tuple(message[here] for message in work.messages)
     given = tuple(cut(wire, start, stop) for wire in work.given)
@@ -452,7 +452,7 @@ def _run_chunk(
         give(wire, value, work.spoilt)
     # Last: x, mixed or a message may be a view of param.
     if x_new is not x:
-        keep(x_new, home, rest, bits(0, home) if rest is None else None)
+        keep(x_new, home, remainder, bits(0, home) if remainder is None else None)
 
 
 def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tensors]:
@@ -465,14 +465,16 @@ def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tenso
         base = x if tensor is work.param else tensor[here].to(x.dtype)
         if work.taken:
             exponents = [scales_of(found, start, stop) for found in scales[m]]
-            gap = take(cut(work.taken[m], start, stop), [codes[here] for codes in received], exponents, work.weights)
-            result = gap + (base if work.row_sum == 1 else base * work.row_sum)
+            neighbor_delta = take(
+                cut(work.taken[m], start, stop), [codes[here] for codes in received], exponents, work.weights
+            )
+            result = neighbor_delta + (base if work.row_sum == 1 else base * work.row_sum)
         else:
-            own = work.param[here].to(x.dtype) if tensor is work.param and work.rest is not None else base
+            own = work.param[here].to(x.dtype) if tensor is work.param and work.remainder is not None else base
             result = mix_messages(base, [codes[here] for codes in received], work.weights, work.row_sum, own)
         bases.append(base)
         # Not x itself, where nothing was mixed in: x as a result means that a rule leaves param and rest alone.
-        mixed.append(result.view_as(result) if result is x and work.rest is not None else result)
+        mixed.append(result.view_as(result) if result is x and work.remainder is not None else result)
     return tuple(bases), tuple(mixed)
 
 

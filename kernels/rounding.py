@@ -70,20 +70,20 @@ def stochastic(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     return torch.where(values.isfinite(), rounded.view(torch.float32) * (1.0 / scale), values)
 
 
-def held(stored: Tensor, rest: Tensor | None) -> Tensor:
+def restored(stored: Tensor, remainder: Tensor | None) -> Tensor:
     """x in the arithmetic dtype, of which 16-bit parameters hold what they can; see `Pass.rest`."""
-    if rest is None:
+    if remainder is None:
         return stored.double() if stored.dtype == torch.float64 else stored.float()
     wide = stored.float()
-    master = rest.dtype == torch.float32
-    near = rest if master else wide + rest.float() * SHORT
-    return torch.where(near.to(stored.dtype) == stored, rest if master else wide + rest, wide)
+    master = remainder.dtype == torch.float32
+    near = remainder if master else wide + remainder.float() * SHORT
+    return torch.where(near.to(stored.dtype) == stored, remainder if master else wide + remainder, wide)
 
 
-def keep(value: Tensor, stored: Tensor, rest: Tensor | None, bits: Tensor | None) -> None:
-    """Write x to `stored` and what it lacks to `rest`; without one, round stochastically if there are random bits."""
-    if rest is None:
+def keep(value: Tensor, stored: Tensor, remainder: Tensor | None, bits: Tensor | None) -> None:
+    """Write x to `stored` and what it lacks to `remainder`; without one, round stochastically if there are random bits."""
+    if remainder is None:
         stored.copy_(value if bits is None else stochastic(value, stored.dtype, bits))
         return
     stored.copy_(value)
-    rest.copy_(value if rest.dtype == torch.float32 else value - stored)
+    remainder.copy_(value if remainder.dtype == torch.float32 else value - stored)

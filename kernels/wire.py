@@ -3,11 +3,11 @@
 What travels is not the value but its difference from what the neighbours know already (CHOCO-SGD, Koloskova et al. 2019):
 
     difference = value - replica;  codes = encode(difference);  replica += decode(codes)        sender
-    gap += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + gap                  receiver
+    neighbor_delta += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + neighbor_delta                  receiver
 
-Every rank so carries its own replica, and in `gap` the weighted sum of its neighbours' replicas less its own. What the
+Every rank so carries its own replica, and in `neighbor_delta` the weighted sum of its neighbours' replicas less its own. What the
 format cannot say stays in the difference and is said later: that is the error feedback. As the ranks settle, differences
-and with them all errors vanish, and the limit is that of exact messages. In doubly stochastic rounds gaps sum to zero
+and with them all errors vanish, and the limit is that of exact messages. In doubly stochastic rounds neighbor_deltas sum to zero
 over the ranks, so that the mean of the values is as without compression. (CHOCO's consensus step size is 1 here, which
 formats as fine as these allow.)
 
@@ -43,27 +43,27 @@ FORMATS: dict[torch.dtype, tuple[int, float] | None] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Wire:
+class CompressedChannel:
     """A rank's end of one compressed message.
 
     Attributes:
         codes: [N], what was last sent, of a dtype in `FORMATS`.
         scales: uint8 [N/16], the codes' exponents, biased as fp32's; None for formats without.
         replica: [N], in the arithmetic dtype, the sum of all that was sent: what the neighbours know of this rank.
-        gap: [N], in the arithmetic dtype, the weighted sum of the differences of the neighbours' replicas from `replica`.
+        neighbor_delta: [N], in the arithmetic dtype, the weighted sum of what the neighbours' replicas have more than `replica`.
     """
 
     codes: Tensor
     scales: Tensor | None
     replica: Tensor
-    gap: Tensor
+    neighbor_delta: Tensor
 
     @staticmethod
-    def zeros(like: Tensor, dtype: torch.dtype) -> Wire:
+    def zeros(like: Tensor, dtype: torch.dtype) -> CompressedChannel:
         """A wire of codes `dtype` for a flat tensor; nobody knows anything yet."""
         arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
         scales = torch.zeros(like.numel() // ELEMENTS_PER_SCALE, dtype=torch.uint8, device=like.device)
-        return Wire(
+        return CompressedChannel(
             torch.zeros_like(like, dtype=dtype),
             None if FORMATS[dtype] is None else scales,
             torch.zeros_like(like, dtype=arithmetic),
@@ -115,21 +115,23 @@ def scales_of(scales: Tensor | None, start: int, stop: int) -> Tensor | None:
     return None if scales is None else scales[start // ELEMENTS_PER_SCALE : -(-stop // GROUP) * 4]
 
 
-def take(wire: Wire, inbox: Sequence[Tensor], scales: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
-    """Add to a wire's gap what an exchange has brought, and return it.
+def take(
+    wire: CompressedChannel, inbox: Sequence[Tensor], scales: Sequence[Tensor | None], weights: Sequence[float]
+) -> Tensor:
+    """Add to a wire's neighbor_delta what an exchange has brought, and return it.
 
     Args:
         wire: this rank's end, cut to a flat tensor that starts at a multiple of 64.
         inbox, scales: K neighbours' codes and scales, cut likewise; weights: K floats, those of 0 are skipped.
     """
-    own = decode(wire.codes, wire.scales, wire.gap.dtype)
+    own = decode(wire.codes, wire.scales, wire.neighbor_delta.dtype)
     for codes, exponents, weight in zip(inbox, scales, weights, strict=True):
         if weight:
-            wire.gap.add_((decode(codes, exponents, own.dtype) - own).mul_(weight))
-    return wire.gap
+            wire.neighbor_delta.add_((decode(codes, exponents, own.dtype) - own).mul_(weight))
+    return wire.neighbor_delta
 
 
-def give(wire: Wire, value: Tensor, flag: Tensor | None = None) -> None:
+def give(wire: CompressedChannel, value: Tensor, flag: Tensor | None = None) -> None:
     """Write the codes that tell the neighbours `value`, and what they will know then.
 
     Args:
@@ -146,10 +148,12 @@ def give(wire: Wire, value: Tensor, flag: Tensor | None = None) -> None:
         torch.maximum(flag, wire.spoilt().float(), out=flag)
 
 
-def cut(wire: Wire, start: int, stop: int) -> Wire:
+def cut(wire: CompressedChannel, start: int, stop: int) -> CompressedChannel:
     """The part of a wire that belongs to elements [start, stop); start is a multiple of 64."""
     here = slice(start, stop)
-    return Wire(wire.codes[here], scales_of(wire.scales, start, stop), wire.replica[here], wire.gap[here])
+    return CompressedChannel(
+        wire.codes[here], scales_of(wire.scales, start, stop), wire.replica[here], wire.neighbor_delta[here]
+    )
 
 
 def _power(biased: Tensor) -> Tensor:

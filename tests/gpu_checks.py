@@ -22,7 +22,7 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.group import GroupView
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -52,11 +52,11 @@ class EchoMessage:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-class EchoLink:
+class EchoCommunicator:
     """Stands for a `fusedfog.comm` communicator: every neighbour sends what it is sent, or nothing at all with `silent`."""
 
     def __init__(self, device: torch.device, size: int, *, silent: bool = False) -> None:
-        self.world, self.on_gpu, self.timeout = GroupView(0, size, None), device.type == "cuda", timedelta(minutes=1)
+        self.view, self.on_gpu, self.timeout = GroupView(0, size, None), device.type == "cuda", timedelta(minutes=1)
         self.silent, self.ended = silent, None
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
 
@@ -71,7 +71,7 @@ class EchoLink:
         message.wait()
 
 
-class BentLink(EchoLink):
+class BentCommunicator(EchoCommunicator):
     """Neighbour j sends 1 + j/16 times what it is sent; in rounds where as many are sent to as are received from."""
 
     def start(self, sends: Sequence[Any], recvs: Sequence[Any], *, tag: int, label: str) -> EchoMessage:
@@ -95,7 +95,7 @@ def among_echoes(
     silent: bool = False,
     bent: topology.Topology | None = None,
     fused_backward: bool = False,
-    rhythm: Rhythm | None = None,
+    schedule: StepSchedule | None = None,
 ) -> Any:
     """`optimizer`, built with algorithm="local", as one of `size` ranks on a ring whose others echo it.
 
@@ -107,9 +107,9 @@ def among_echoes(
         engine.segments,
         algorithm_for(algorithm, optimizer._family),
         bent or topology.ring(size),
-        EchoLink(device, size, silent=silent) if bent is None else BentLink(device, size),
+        EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
         0,
-        rhythm or Rhythm(fused_backward=fused_backward),
+        schedule or StepSchedule(fused_backward=fused_backward),
     )
     return optimizer
 
@@ -268,7 +268,9 @@ def check_a_wrapped_optimizer(device: torch.device) -> None:
                 torch.optim.RMSprop(among.parameters(), lr=1e-2), algorithm="local", bucket_mb=1e-3
             )
             among_echoes(wrapped, algorithm, 4, silent=silent)
-            for step in range(1 if silent else 3):  # A silent link never clears an inbox, which the mixing writes to.
+            for step in range(
+                1 if silent else 3
+            ):  # A silent communicator never clears an inbox, which the mixing writes to.
                 before = [param.detach().clone() for param in alone.parameters()]
                 for model, optimizer in ((among, wrapped), (alone, bare)):
                     give_gradients(model, step, absent=2)
@@ -344,9 +346,9 @@ def check_captured_steps(device: torch.device) -> None:
             for model, capturable in zip(models, (False, True), strict=True)
         )
         if algorithm != "local":
-            rhythm = Rhythm(communicate_every=2 if algorithm == "momentum_tracking" else 1)
+            schedule = StepSchedule(communicate_every=2 if algorithm == "momentum_tracking" else 1)
             for optimizer in (eager, captured):
-                among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, rhythm=rhythm)
+                among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, schedule=schedule)
         for param in models[1].parameters():
             param.grad = torch.zeros_like(param)
         replay = None
@@ -382,7 +384,7 @@ def check_captured_training(device: torch.device) -> None:
         optimizer = fusedfog.AdamW(
             model.parameters(), lr=0.1, algorithm="local", max_grad_norm=0.01, capturable=capturable, bucket_mb=1e-3
         )
-        among_echoes(optimizer, "awc", 4, bent=IRREGULAR, rhythm=Rhythm(max_grad_norm=0.01))
+        among_echoes(optimizer, "awc", 4, bent=IRREGULAR, schedule=StepSchedule(max_grad_norm=0.01))
         static, losses = torch.zeros_like(batches[0]), []
 
         def whole(model: nn.Module = model, optimizer: Any = optimizer, static: Tensor = static) -> Tensor:

@@ -103,18 +103,18 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
                         ends[b].append(clock)
                 now[i] = clock
             else:
-                clock, at, led = now[i] + f * forward, 0.0, 0
+                clock, at, passed = now[i] + f * forward, 0.0, 0
                 tensors = workload.optimizer_tensors + (inbox(t, i) if exchanging(t) else 0)
                 points = [*buckets] if method.fused_backward else []
                 for number, bucket in enumerate(points):
                     clock += f * (bucket.ready_s - at)
                     at = bucket.ready_s
-                    while led <= number and (not exchanging(t) or done(t, led, i) <= clock):
-                        clock += moved(buckets[led].size, tensors)
-                        ends[led].append(clock)
-                        led += 1
+                    while passed <= number and (not exchanging(t) or done(t, passed, i) <= clock):
+                        clock += moved(buckets[passed].size, tensors)
+                        ends[passed].append(clock)
+                        passed += 1
                 clock += f * (backward - at)
-                for b in range(led, count):
+                for b in range(passed, count):
                     clock = max(clock, done(t, b, i)) if exchanging(t) else clock
                     clock += moved(buckets[b].size, tensors)
                     ends[b].append(clock)

@@ -148,9 +148,9 @@ def one_step(algorithm: str) -> dict[str, Any]:
     sent: list[tuple[int, int]] = []
     start = Communicator.start
 
-    def watched_start(link: Communicator, sends: Any, recvs: Any, **named: Any) -> Any:
+    def watched_start(communicator: Communicator, sends: Any, recvs: Any, **named: Any) -> Any:
         sent.extend((tensor.untyped_storage().data_ptr(), tensor.numel()) for _, tensor in sends)
-        return start(link, sends, recvs, **named)
+        return start(communicator, sends, recvs, **named)
 
     def step() -> None:
         net(torch.ones(2, 16)).sum().backward()

@@ -21,7 +21,7 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.engine import scheduler
 from fusedfog.engine.capture import most_neighbours
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 from fusedfog.topology import Topology
 
 triton = pytest.importorskip("triton")
@@ -363,7 +363,7 @@ def test_one_kernel_serves_all_rounds_rates_and_recordings(
     opt = getattr(fusedfog, kind)(model.parameters(), lr=1.0, algorithm="local", capturable=True)
     for segment in opt._engine.segments:
         segment._make_tables()
-    among_echoes(opt, algorithm, 4, bent=IRREGULAR, rhythm=Rhythm(communicate_every=3))
+    among_echoes(opt, algorithm, 4, bent=IRREGULAR, schedule=StepSchedule(communicate_every=3))
     graphs: list[StandInGraph] = []
     for step, rate in enumerate((1.0, 0.0, 0.5, 1, 0, 1e-30, 16.0, 0.1, 0.2)):
         opt.param_groups[0]["lr"] = rate

@@ -2,8 +2,8 @@
 
 AdamW on bf16 parameters moves 30 bytes an element with a master copy, 26 with a compensation, 22 without either, 8 less
 with bf16 states, and 2 more for each neighbour. On fp32 parameters whose messages are compressed to 8 bits it moves
-46 1/8 and 1 1/16 for each neighbour, to bf16 48 and 2, where uncompressed ones cost 28 and 4: replica and gap are read and
-written, 16 bytes. What is saved is saved on the network.
+46 1/8 and 1 1/16 for each neighbour, to bf16 48 and 2, where uncompressed ones cost 28 and 4: replica and neighbor_delta
+are read and written, 16 bytes. What is saved is saved on the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import test_kernel_codegen as codegen  # noqa: E402
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, Wire, fused_pass  # noqa: E402
+from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass  # noqa: E402
 from kernel_rules import ROWS  # noqa: E402
 from test_bytes import full_block  # noqa: E402
 
@@ -64,7 +64,7 @@ class Variant:
         param, states = _flat(self.dtype), tuple(_flat(self.state_dtype) for _ in range(row.states))
         named = {"x": param, "message": _flat(self.dtype)}
         sent = tuple(named[part] if part in named else states[int(part)] for part in row.sent)
-        rest = {"master": FP32, "kahan": self.dtype}.get(self.way or "")
+        remainder = {"master": FP32, "kahan": self.dtype}.get(self.way or "")
         found = {
             "grads": Gradients((None,), torch.zeros(1, dtype=torch.int64), self.dtype) if row.grads else None,
             "steps": torch.zeros(1),
@@ -73,14 +73,16 @@ class Variant:
             "weights": (0.1,) * neighbours,
             "grad_scale": torch.ones(()),
             "found_inf": torch.zeros(()),
-            "rest": None if rest is None else _flat(rest),
+            "remainder": None if remainder is None else _flat(remainder),
             "seed": 5 if seeded else None,
             "numbers": torch.zeros(1 + neighbours + len(row.hyper) + seeded) if self.numbers else None,
         }
         if self.wire is not None:
-            ends = tuple(Wire.zeros(base, self.wire) for base in sent or (param,))
+            ends = tuple(CompressedChannel.zeros(base, self.wire) for base in sent or (param,))
             found["spoilt"] = torch.zeros(4)
-            found["given"] = ends[: row.messages] or tuple(Wire.zeros(param, self.wire) for _ in range(row.messages))
+            found["given"] = ends[: row.messages] or tuple(
+                CompressedChannel.zeros(param, self.wire) for _ in range(row.messages)
+            )
             if "x" in row.writes:
                 found["taken"] = ends
                 found["inbox"] = tuple(tuple(_flat(self.wire) for _ in range(neighbours)) for _ in ends)
@@ -99,22 +101,22 @@ class Variant:
             **{str(s): state for s, state in enumerate(work.states)},
             "message": _flat(self.dtype),
         }
-        rest = [] if work.rest is None else [work.rest]
-        stored = [whole[part] for part in row.writes] + (rest if "x" in row.writes else [])
+        remainder = [] if work.remainder is None else [work.remainder]
+        stored = [whole[part] for part in row.writes] + (remainder if "x" in row.writes else [])
         sent = (row.sent or ("x",)) if "x" in row.writes else ()
-        read = [whole[part] for part in dict.fromkeys([*row.reads.replace("g", ""), *sent])] + rest
-        wires: list[torch.Tensor | None] = []
+        read = [whole[part] for part in dict.fromkeys([*row.reads.replace("g", ""), *sent])] + remainder
+        channels: list[torch.Tensor | None] = []
         for end in work.taken:
             # Its own codes matter only beside the neighbours'.
-            wires += [end.gap, *((end.codes, end.scales) if self.neighbours else ())]
+            channels += [end.neighbor_delta, *((end.codes, end.scales) if self.neighbours else ())]
         for end in work.given:
-            wires += [end.replica]
+            channels += [end.replica]
         for message, scales in zip(work.inbox, work.scales or work.inbox, strict=True):
-            wires += [*message, *(scales if work.taken else ())]
-        read += [flat for flat in wires if flat is not None]
-        said = [part for end in work.given for part in (end.codes, end.scales, end.replica) if part is not None]
-        said += [end.gap for end in work.taken]
-        return tuple(Counter(flat.dtype for flat in flats) for flats in (read, [*stored, *said], stored))
+            channels += [*message, *(scales if work.taken else ())]
+        read += [flat for flat in channels if flat is not None]
+        encoded = [part for end in work.given for part in (end.codes, end.scales, end.replica) if part is not None]
+        encoded += [end.neighbor_delta for end in work.taken]
+        return tuple(Counter(flat.dtype for flat in flats) for flats in (read, [*stored, *encoded], stored))
 
 
 def _flat(dtype: torch.dtype) -> torch.Tensor:
@@ -253,7 +255,7 @@ def test_adamw_on_bf16_moves_what_it_needs(way, state_dtype, own, compiler):
 @pytest.mark.parametrize(
     ("wire", "own", "each"),
     [
-        # 28 for AdamW, gap and replica in and out 16, codes in and out 2 or 4, their scales 1/8.
+        # 28 for AdamW, neighbor_delta and replica in and out 16, codes in and out 2 or 4, their scales 1/8.
         (BF16, 28 + 16 + 4, 2),
         (INT8, 28 + 16 + 2 + 1 / 8, 1 + 1 / 16),
         (FP8, 28 + 16 + 2 + 1 / 8, 1 + 1 / 16),

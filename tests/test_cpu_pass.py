@@ -267,17 +267,17 @@ def test_algorithms_whose_passes_cannot_be_compiled_say_so():
 @pytest.mark.parametrize("name", ["sgd-momentum-all", "adamw", "mix"])
 def test_figures_are_sums_over_what_is_mixed_and_the_gradients(monkeypatch, name, neighbours, options):
     monkeypatch.setattr(cpu_pass, "WIDTH", 256)
-    case, figures = Case(name, neighbours, **OPTIONS[options]), torch.full((5, 2), math.nan, dtype=torch.float64)
-    case.arguments["figures"] = figures
+    case, norm_sums = Case(name, neighbours, **OPTIONS[options]), torch.full((5, 2), math.nan, dtype=torch.float64)
+    case.arguments["norm_sums"] = norm_sums
     case.run(case.region())
     scale = case.arguments.get("grad_scale", torch.ones(())).item()
     for p, (start, size) in enumerate(case.spans):
         here = slice(start, start + size)
         received = case.arguments["inbox"][0] if neighbours else ()
         apart = sum((0.6 / neighbours * (r[here] - case.param[here]).double() for r in received), torch.zeros(size))
-        assert figures[p, 0].item() == pytest.approx(apart.square().sum().item(), rel=1e-5)
+        assert norm_sums[p, 0].item() == pytest.approx(apart.square().sum().item(), rel=1e-5)
         gradient = case.arguments["grads"].tensors[p]
         if name != "mix":  # which looks at no gradients
             counts = gradient is not None and options != "overflow"
             expected = (gradient.double() * scale).square().sum().item() if counts else 0.0
-            assert figures[p, 1].item() == pytest.approx(expected, rel=1e-5)
+            assert norm_sums[p, 1].item() == pytest.approx(expected, rel=1e-5)

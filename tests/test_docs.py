@@ -199,8 +199,8 @@ def option_table() -> list[dict[str, str]]:
 
 def test_the_option_table_is_the_one_in_the_code() -> None:
     page = ROOT / "fusedfog" / "README.md"
-    before, rest = page.read_text().split("<!-- option table -->")
-    _, after = rest.split("<!-- /option table -->")
+    before, remainder = page.read_text().split("<!-- option table -->")
+    _, after = remainder.split("<!-- /option table -->")
     meant = f"{before}<!-- option table -->\n\n{markdown()}\n\n<!-- /option table -->{after}"
     how = f"put what `fusedfog.{markdown.__module__.partition('.')[2]}.markdown()` returns between its option table's marks"
     assert page.read_text() == meant, f"{page.relative_to(ROOT)} is out of date: {how}"

@@ -281,11 +281,11 @@ def test_no_step_has_the_host_wait_for_the_gpu(ranks: Pool) -> None:
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
     """What is logged inside."""
-    said: list[str] = []
+    encoded: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: encoded.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fusedfog").addHandler(handler)
-    yield said
+    yield encoded
     logging.getLogger("fusedfog").removeHandler(handler)
 
 
@@ -295,7 +295,7 @@ def step_once(model: Model, opt: Any) -> None:
 
 
 def step_with_a_late_peer() -> tuple[list[str], str]:
-    with heard() as said, gpu_world(timeout=2.4):
+    with heard() as encoded, gpu_world(timeout=2.4):
         model = Model()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, bucket_mb=TINY, topology="ring")
         for _ in range(2):
@@ -308,17 +308,19 @@ def step_with_a_late_peer() -> tuple[list[str], str]:
             failure = str(error.value)
         else:
             time.sleep(3.5)
-    return said, failure
+    return encoded, failure
 
 
 def test_the_watchdog_names_step_bucket_and_peers_before_the_timeout(ranks: Pool) -> None:
-    (said, failure), _ = ranks.run(2, step_with_a_late_peer, init=False)
-    assert "rank 0: step 3, bucket 0: receiving from ranks [1], sending to ranks [1]: still waiting after 1 s" in said
+    (encoded, failure), _ = ranks.run(2, step_with_a_late_peer, init=False)
+    assert (
+        "rank 0: step 3, bucket 0: receiving from ranks [1], sending to ranks [1]: still waiting after 1 s" in encoded
+    )
     assert "step 3, bucket 0: receiving from ranks [1]" in failure
 
 
 def step_after_a_rank_has_left() -> tuple[list[str], str]:
-    with heard() as said, gpu_world(timeout=2.4), mock.patch.object(watchdog, "_LATE", 0.1):
+    with heard() as encoded, gpu_world(timeout=2.4), mock.patch.object(watchdog, "_LATE", 0.1):
         model = Model()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, bucket_mb=TINY, topology="ring")
         failure = "none"
@@ -334,11 +336,11 @@ def step_after_a_rank_has_left() -> tuple[list[str], str]:
         else:
             opt.leave()
             time.sleep(3.5)
-    return said, failure
+    return encoded, failure
 
 
 def test_who_waits_for_a_rank_that_left_is_told(ranks: Pool) -> None:
     """By the watchdog: whoever has queued a wait on a GPU asks nobody."""
-    (said, failure), _ = ranks.run(2, step_after_a_rank_has_left, init=False)
+    (encoded, failure), _ = ranks.run(2, step_after_a_rank_has_left, init=False)
     assert "left with opt.leave(): rank 1 after 2 steps" in failure
-    assert any("step 3, bucket 0" in text and "left with opt.leave()" in text for text in said), said
+    assert any("step 3, bucket 0" in text and "left with opt.leave()" in text for text in encoded), encoded

@@ -305,10 +305,10 @@ def test_edits_are_seen_on_the_dtensor(ranks: Pool) -> None:
 def grow() -> tuple[int, float, str]:
     mesh = mesh_of(2, 2)
     model = shard(Network(), mesh["shard"])
-    first, *rest = model.parameters()
+    first, *remainder = model.parameters()
     opt = fusedfog.AdamW([first], lr=0.05, mesh=mesh, model=model)
     iterate(model, opt, 0, 2)
-    opt.add_param_group({"params": rest, "lr": 0.02})
+    opt.add_param_group({"params": remainder, "lr": 0.02})
     iterate(model, opt, 2, 4)
     try:
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.float64))]})

@@ -300,7 +300,7 @@ def test_tables_and_numbers_that_begin_anywhere_never_recompile(name, compiler):
     row, hyper = ROWS[name], len(ROWS[name].hyper)
     for first in range(5):
         offset = {  # In elements; figures have two a row, blocks four.
-            "figures": torch.zeros(16, 2)[first : first + 2],
+            "norm_sums": torch.zeros(16, 2)[first : first + 2],
             "steps": torch.zeros(16)[first : first + 2],
             "grads": Gradients((None,), torch.zeros(16, dtype=torch.int64)[first : first + 1], torch.float32),
             "region": Region(0, ((0, 2 * BLOCK),), torch.zeros(16, 4, dtype=torch.int64)[first : first + 2]),
@@ -323,7 +323,7 @@ def test_bits_do_not_depend_on_contraction(compiler):
 @pytest.mark.parametrize("name", ["sgd-momentum", "adamw"])
 def test_figures_cost_a_little_shared_memory_and_two_stores(name, compiler, tmp_path):
     plain, measured = [], []
-    for found, options in ((plain, {}), (measured, {"figures": torch.zeros(2, 2)})):
+    for found, options in ((plain, {}), (measured, {"norm_sums": torch.zeros(2, 2)})):
         launch(name, 1, torch.float32, **options)
         found.append(compiler.compiled()[-1])
     usage = resources(measured[0], tmp_path)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, Wire, fused_pass
+from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass
 from gpu_checks import IRREGULAR, among_echoes
 from kernel_rules import ROWS
 from support import triton_versions
@@ -26,7 +26,7 @@ from torch import nn
 
 import fusedfog
 from fusedfog.engine import scheduler
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"launches were NOT tested: {unavailable()}")
 
@@ -98,7 +98,7 @@ def expected(work: Pass) -> dict[str, list[Any]]:
     """By the names of the kernel's arguments, what a launch must say of the pass."""
     tensors = {
         "param": [work.param],
-        "rest": [work.rest],
+        "remainder": [work.remainder],
         "states": work.states,
         "sent": work.sent or [work.param],
         "inbox": [tensor for message in work.inbox for tensor in message],
@@ -108,7 +108,7 @@ def expected(work: Pass) -> dict[str, list[Any]]:
         "grad_scale": [work.grad_scale],
         "found_inf": [work.found_inf],
         "extra": [work.extra],
-        "figures": [work.figures],
+        "norm_sums": [work.norm_sums],
         "numbers": [work.numbers],
     }
     numbers = {
@@ -124,11 +124,13 @@ def mismatches(launch: Launch, work: Pass) -> list[str]:
     """What a launch says otherwise than the pass."""
     wanted = expected(work)
     wrong = [name for name, values in wanted.items() if launch.flat(name) != values]
-    wires = [
-        tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.scales, wire.gap, wire.replica)
+    channels = [
+        tensor
+        for wire in (*work.taken, *work.given)
+        for tensor in (wire.codes, wire.scales, wire.neighbor_delta, wire.replica)
     ]
     received = [tensor for message in work.scales for tensor in message]
-    known = {value for values in wanted.values() for value in values} | set(homes([*wires, *received, work.steps]))
+    known = {value for values in wanted.values() for value in values} | set(homes([*channels, *received, work.steps]))
     packed = {
         value for name in launch.arguments for value in launch.flat(name) if isinstance(value, int) and value > 2**16
     }
@@ -157,7 +159,7 @@ def options() -> dict[str, dict[str, Any]]:
         "grad_scale": {"grad_scale": torch.tensor(0.5)},
         "found_inf": {"found_inf": torch.tensor(0.0)},
         "zero": {"missing": "zero"},
-        "figures": {"figures": torch.zeros(len(region().blocks), 2)},
+        "norm_sums": {"norm_sums": torch.zeros(len(region().blocks), 2)},
         "numbers": {"numbers": torch.zeros(20)},
         "no neighbours": {"inbox": (), "weights": ()},
         "no gradients": {"grads": None},
@@ -177,9 +179,9 @@ def test_options_reach_the_kernel_and_make_one_variant_each(option: str, stub: S
 
 @pytest.mark.parametrize("kept", ["master", "compensation", "stochastic"])
 def test_precise_parameters_reach_the_kernel(kept: str, stub: StubGpu) -> None:
-    rest = {"master": torch.float32, "compensation": torch.bfloat16}.get(kept)
+    remainder = {"master": torch.float32, "compensation": torch.bfloat16}.get(kept)
     for seed in (1, 16, 12345):
-        more = {"seed": seed} if rest is None else {"rest": torch.zeros(N, dtype=rest)}
+        more = {"seed": seed} if remainder is None else {"remainder": torch.zeros(N, dtype=remainder)}
         work = pass_of("adamw", torch.bfloat16, **more)
         assert mismatches(launched(stub, work), work) == []
     assert stub.variants == 1
@@ -187,13 +189,13 @@ def test_precise_parameters_reach_the_kernel(kept: str, stub: StubGpu) -> None:
 
 @pytest.mark.parametrize("code", [torch.bfloat16, torch.int8], ids=str)
 def test_wires_reach_the_kernel(code: torch.dtype, stub: StubGpu) -> None:
-    one, other = Wire.zeros(torch.zeros(N), code), Wire.zeros(torch.zeros(N), code)
+    one, other = CompressedChannel.zeros(torch.zeros(N), code), CompressedChannel.zeros(torch.zeros(N), code)
     inbox, scales = ((other.codes,),), ((other.scales,),)
     work = pass_of("sgd", neighbours=1, messages=(), inbox=inbox, scales=scales, taken=(one,), given=(one,))
     launch = launched(stub, work)
     assert mismatches(launch, work) == []
     packed = {value for name in launch.arguments for value in launch.flat(name) if isinstance(value, int)}
-    assert packed >= set(homes([one.codes, one.scales, one.gap, one.replica, *scales[0]]))
+    assert packed >= set(homes([one.codes, one.scales, one.neighbor_delta, one.replica, *scales[0]]))
 
 
 def test_a_difference_is_seen(stub: StubGpu) -> None:
@@ -250,11 +252,11 @@ def test_single_numbers_at_any_address_make_one_variant(stub: StubGpu) -> None:
 def test_figures_of_any_bucket_make_one_variant(stub: StubGpu) -> None:
     whole = region()
     assert whole.blocks is not None
-    figures = torch.zeros(len(whole.blocks), 2)
+    norm_sums = torch.zeros(len(whole.blocks), 2)
     for first in (0, 1, 2, 3):
         bucket = dataclasses.replace(whole, blocks=whole.blocks[first:])
-        launch = launched(stub, pass_of("sgd", region=bucket, figures=figures[first:]))
-        assert launch.flat("figures") == [figures.data_ptr() + 8 * first]
+        launch = launched(stub, pass_of("sgd", region=bucket, norm_sums=norm_sums[first:]))
+        assert launch.flat("norm_sums") == [norm_sums.data_ptr() + 8 * first]
     assert stub.variants == 1
 
 
@@ -357,7 +359,7 @@ def test_no_kernel_is_compiled_after_construction(
 ) -> None:
     """Not for a round with more neighbours, a step that is silent, or one that averages over all ranks."""
     monkeypatch.setattr(scheduler, "warm_pass", fused_pass.warm)
-    rhythm = Rhythm(communicate_every=2)
+    schedule = StepSchedule(communicate_every=2)
 
     def compiled() -> int:
         return sum(len(cache[0]) for cache in fused_pass.fused_pass.device_caches.values())
@@ -365,7 +367,7 @@ def test_no_kernel_is_compiled_after_construction(
     with stub_gpu(take_gpu_way=True) as stub:
         net = Net()
         optimizer = getattr(fusedfog, kind)(net.parameters(), lr=0.1, algorithm="local", **options)
-        among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, rhythm=rhythm)
+        among_echoes(optimizer, algorithm, 4, bent=IRREGULAR, schedule=schedule)
         warm = compiled()
         assert warm > 1 and not stub.launches()
         for _ in range(8):

@@ -125,8 +125,8 @@ def go_on_without() -> tuple[float, int]:
         while True:
             iterate(model, opt)
     except fusedfog.RankLeft as left:
-        rest = [rank for rank in range(dist.get_world_size()) if rank not in left.ranks]
-    group = fusedfog.new_group(rest)
+        remainder = [rank for rank in range(dist.get_world_size()) if rank not in left.ranks]
+    group = fusedfog.new_group(remainder)
     saved = opt.state_dict()
     del saved["fusedfog"]
     opt = fusedfog.SGD(model.parameters(), lr=0.01, momentum=0.9, group=group, sync_init=False)
@@ -139,6 +139,6 @@ def go_on_without() -> tuple[float, int]:
 
 def test_the_remaining_ranks_go_on_in_a_new_group(ranks: Pool) -> None:
     results = ranks.run(4, go_on_without)
-    rest = [results[rank] for rank in range(4) if rank != FIRST]
-    assert len(set(rest)) == 1
-    assert rest[0][1] == 4
+    remainder = [results[rank] for rank in range(4) if rank != FIRST]
+    assert len(set(remainder)) == 1
+    assert remainder[0][1] == 4

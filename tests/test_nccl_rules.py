@@ -22,7 +22,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
-from fusedfog.comm import communicator, group, subgroup, watchdog
+from fusedfog.comm import communicator as communicator_module
+from fusedfog.comm import group, subgroup, watchdog
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.registry import communicator_for
@@ -86,9 +87,9 @@ def link_of_two(own_group: bool) -> Any:
                     with group.unbound():
                         dist.new_group([1], use_local_synchronization=True)
                 theirs = fusedfog.new_group([0, 1])
-            link = communicator_for(find_group(theirs), CPU)
+            communicator = communicator_for(find_group(theirs), CPU)
             total = torch.ones(1)
-            dist.all_reduce(total, group=link.group)
+            dist.all_reduce(total, group=communicator.group)
             found = total.item(), str(default.bound_device_id)
         wait_for_all("done")
         return found
@@ -191,11 +192,11 @@ def links_by_limit() -> bool:
 
     with (
         gpu_world(),
-        mock.patch.object(communicator, "nccl_options", lambda world, place, timeout, comm_sms: comm_sms),
+        mock.patch.object(communicator_module, "nccl_options", lambda world, place, timeout, comm_sms: comm_sms),
         mock.patch.object(dist, "new_group", without_options),
     ):
         first, second = (fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, comm_sms=n) for n in (4, None))
-        return given == [4, None] and first._engine.link is not second._engine.link
+        return given == [4, None] and first._engine.communicator is not second._engine.communicator
 
 
 def test_comm_sms_reaches_the_group_and_gives_a_link_of_its_own(ranks: Pool) -> None:
@@ -212,11 +213,11 @@ def test_comm_sms_must_be_a_number_of_sms(value: Any) -> None:
 
 
 def link_stub(rank: int, size: int, place: torch.device = CPU) -> Any:
-    link = Communicator.__new__(Communicator)
-    link.world, link.device, link.on_gpu = GroupView(rank, size, None), place, True
-    link._group, link.ended, link._started, link._abandoned = object(), None, set(), []  # type: ignore[assignment]
-    link._watchdog = mock.Mock()
-    return link
+    communicator = Communicator.__new__(Communicator)
+    communicator.view, communicator.device, communicator.on_gpu = GroupView(rank, size, None), place, True
+    communicator._group, communicator.ended, communicator._started, communicator._abandoned = object(), None, set(), []  # type: ignore[assignment]
+    communicator._watchdog = mock.Mock()
+    return communicator
 
 
 def meets(rounds: list[list[tuple[set[int], set[int]]]]) -> bool:
@@ -279,14 +280,14 @@ def test_many_operations_go_in_batches_that_cannot_wait_in_a_circle(kind: str, p
 
 
 def talk_in_small_batches() -> tuple[list[float], int]:
-    with gpu_world(), mock.patch.object(communicator, "_LARGEST_BATCH", 4):
-        link = communicator_for(find_group(), CPU)
-        me, size = link.world.rank, link.world.size
+    with gpu_world(), mock.patch.object(communicator_module, "_LARGEST_BATCH", 4):
+        communicator = communicator_for(find_group(), CPU)
+        me, size = communicator.view.rank, communicator.view.size
         seen = Seen()
         ordered_backend.observe(seen)
         others = [rank for rank in range(size) if rank != me]
         room = [(peer, torch.empty(1)) for peer in others]
-        message = link.start([(peer, torch.tensor([float(me)])) for peer in others], room, tag=0, label="all")
+        message = communicator.start([(peer, torch.tensor([float(me)])) for peer in others], room, tag=0, label="all")
         message.wait()
         ordered_backend.observe(None)
         return [tensor.item() for _, tensor in room], len(seen.batches)
@@ -303,9 +304,11 @@ def test_batches_of_many_operations_arrive(ranks: Pool) -> None:
 
 def wait_twice() -> tuple[int, float]:
     with gpu_world():
-        link = communicator_for(find_group(), CPU)
-        peer, room = 1 - link.world.rank, torch.empty(1)
-        message = link.start([(peer, torch.tensor([float(link.world.rank)]))], [(peer, room)], tag=0, label="bucket 0")
+        communicator = communicator_for(find_group(), CPU)
+        peer, room = 1 - communicator.view.rank, torch.empty(1)
+        message = communicator.start(
+            [(peer, torch.tensor([float(communicator.view.rank)]))], [(peer, room)], tag=0, label="bucket 0"
+        )
         seen = Seen()
         ordered_backend.observe(seen)
         message.wait()
@@ -341,19 +344,19 @@ def test_batches_are_started_on_the_device_of_their_tensors() -> None:
         mock.patch.object(dist, "P2POp", lambda *args, **keywords: args),
         mock.patch.object(dist, "batch_isend_irecv", batch),
     ):
-        link = link_stub(0, 2, SECOND_GPU)
-        message = link.start([(1, torch.zeros(1))], [], tag=0, label="")
+        communicator = link_stub(0, 2, SECOND_GPU)
+        message = communicator.start([(1, torch.zeros(1))], [], tag=0, label="")
     assert len(message.pending) == 1
     assert current == [0]
 
 
 def test_a_failed_message_is_kept_once() -> None:
-    link = link_stub(0, 2)
-    message = Transfer(link, "bucket 0")
+    communicator = link_stub(0, 2)
+    message = Transfer(communicator, "bucket 0")
     message.pending.append((object(), "rank 1"))  # type: ignore[arg-type]
-    link.keep(message)
-    link.keep(message)
-    assert link._abandoned == [message]
+    communicator.keep(message)
+    communicator.keep(message)
+    assert communicator._abandoned == [message]
 
 
 class Stream:
@@ -392,11 +395,11 @@ def test_the_watchdog_sits_on_its_links_device_and_leaves_captures_alone() -> No
         return 0
 
     driver = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange_mode)
-    link: Any = SimpleNamespace(
+    communicator: Any = SimpleNamespace(
         timeout=timedelta(seconds=8), world=GroupView(0, 2, None), device=SECOND_GPU, ended=None
     )
     dog = watchdog.Watchdog.__new__(watchdog.Watchdog)
-    dog._device = link.device
+    dog._device = communicator.device
     with (
         mock.patch.object(torch.cuda, "set_device", devices.append),
         mock.patch.object(watchdog.ctypes, "CDLL", lambda name: driver),
@@ -440,10 +443,10 @@ def mesh_links() -> Any:
         opt = fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, mesh=mesh, topology="ring")
         found = opt._engine._mailbox.hierarchy
         inside, across, back = found._inside[0], found._across[0], found._back[0]
-        before = {id(link.group) for link in (inside, across, back)}
+        before = {id(communicator.group) for communicator in (inside, across, back)}
         opt.set_topology(fusedfog.topology.ring(3, "left"))
         return (
-            [[sorted(side) for side in link._warm] for link in (inside, across, back)],
+            [[sorted(side) for side in communicator._warm] for communicator in (inside, across, back)],
             len(before),
             len({id(next(found._streams)) for _ in range(4)}),
         )
@@ -462,14 +465,14 @@ def test_links_of_a_mesh_are_warm_and_its_phases_overlap(ranks: Pool) -> None:
 def warm_edges() -> tuple[int, int]:
     with gpu_world():
         seen = Seen()
-        link = communicator_for(find_group(), CPU)
+        communicator = communicator_for(find_group(), CPU)
         ordered_backend.observe(seen)
-        me = link.world.rank
+        me = communicator.view.rank
         graph: Topology = fusedfog.topology.one_peer_exponential(4)
         turns = [graph.round(me, step) for step in range(2)]
-        link.warm_up((turn.send, turn.recv) for turn in turns)
+        communicator.warm_up((turn.send, turn.recv) for turn in turns)
         first = len(seen.batches)
-        link.warm_up((turn.send, turn.recv) for turn in turns * 3)
+        communicator.warm_up((turn.send, turn.recv) for turn in turns * 3)
         ordered_backend.observe(None)
         return first, len(seen.batches) - first
 

@@ -119,10 +119,10 @@ def counted(machines: int, local: int, numel: int, check: bool) -> tuple[int, in
     sent = [0, 0]
     start = Communicator.start
 
-    def counting(link: Communicator, sends: list[PeerTensor], recvs: list[PeerTensor], **more: Any) -> Any:
+    def counting(communicator: Communicator, sends: list[PeerTensor], recvs: list[PeerTensor], **more: Any) -> Any:
         for peer, tensor in sends:
-            sent[link.world.ranks[peer] not in home] += tensor.numel() * tensor.element_size()
-        return start(link, sends, recvs, **more)
+            sent[communicator.view.ranks[peer] not in home] += tensor.numel() * tensor.element_size()
+        return start(communicator, sends, recvs, **more)
 
     Communicator.start = counting  # type: ignore[method-assign,assignment]
     try:

@@ -166,5 +166,5 @@ def test_a_cpu_backend_beside_nccl_carries_what_hosts_say() -> None:
     alone = SimpleNamespace(_get_backend=only)
     place = torch.device("cuda", 0)
     for group, expected in ((both, True), (alone, False)):
-        link: Any = SimpleNamespace(on_gpu=True, group=group, device=place)
-        assert control._has_cpu_backend(link) is expected
+        communicator: Any = SimpleNamespace(on_gpu=True, group=group, device=place)
+        assert control._has_cpu_backend(communicator) is expected

@@ -48,36 +48,37 @@ def exchange_states(opt: Any) -> list[dict[str, Any]]:
 def load_all(algorithm: str) -> dict[str, str]:
     model, opt = build(algorithm=algorithm, topology="ring")
     train(model, opt, 0, 3)
-    states, rank, said = exchange_states(opt), dist.get_rank(), {}
-    said["own"] = load(opt, states[rank])
-    said["rank 0's"] = load(opt, states[0])
+    states, rank, encoded = exchange_states(opt), dist.get_rank(), {}
+    encoded["own"] = load(opt, states[rank])
+    encoded["rank 0's"] = load(opt, states[0])
     _, elsewhere = build(algorithm=algorithm, topology="exponential")
-    said["other topology"] = load(elsewhere, states[rank])
+    encoded["other topology"] = load(elsewhere, states[rank])
     pair = dist.new_group([rank // 2 * 2, rank // 2 * 2 + 1], use_local_synchronization=True)
     _, fewer = build(pair, algorithm=algorithm, topology="ring")
-    said["fewer ranks"] = load(fewer, states[rank])
-    said["torch's"] = load(opt, torch.optim.SGD(build(algorithm="local")[0].parameters(), lr=0.05).state_dict())
-    return said
+    encoded["fewer ranks"] = load(fewer, states[rank])
+    encoded["torch's"] = load(opt, torch.optim.SGD(build(algorithm="local")[0].parameters(), lr=0.05).state_dict())
+    return encoded
 
 
 @pytest.mark.parametrize("algorithm", ["awc", "push_sum"])
 def test_what_was_saved_elsewhere_is_named_with_the_way_out(ranks: Pool, algorithm: str) -> None:
-    for rank, said in enumerate(ranks.run(4, load_all, algorithm)):
-        assert said["own"] == said["torch's"] == ""
-        assert (said["rank 0's"] == "") == (rank == 0)
+    for rank, encoded in enumerate(ranks.run(4, load_all, algorithm)):
+        assert encoded["own"] == encoded["torch's"] == ""
+        assert (encoded["rank 0's"] == "") == (rank == 0)
         if rank:
             assert (
                 f"rank {rank}: SGD: this checkpoint was saved by rank 0 of 4, and this is rank {rank}"
-                in said["rank 0's"]
+                in encoded["rank 0's"]
             )
-            assert "load_checkpoint" in said["rank 0's"]
+            assert "load_checkpoint" in encoded["rank 0's"]
         assert (
-            "on topology ring" in said["other topology"] and "the optimizer has exponential" in said["other topology"]
+            "on topology ring" in encoded["other topology"]
+            and "the optimizer has exponential" in encoded["other topology"]
         )
         if algorithm == "push_sum":
-            assert said["fewer ranks"].startswith("ValueError") and "load_checkpoint" in said["fewer ranks"]
+            assert encoded["fewer ranks"].startswith("ValueError") and "load_checkpoint" in encoded["fewer ranks"]
         else:
-            assert f"this is rank {rank % 2} of 2" in said["fewer ranks"]
+            assert f"this is rank {rank % 2} of 2" in encoded["fewer ranks"]
 
 
 def vector(model: nn.Module) -> torch.Tensor:
@@ -91,24 +92,24 @@ def go_on_compressed(change: str) -> tuple[str, float, float]:
     saved = states[0 if change == "rank 0's" else rank]
     if change == "a message is missing" and rank == 2:
         for state in saved["state"].values():
-            del state["param_said"]
+            del state["param_encoded"]
     model, opt = build(topology="exponential" if change == "other topology" else "ring", wire_dtype="int8")
-    said = load(opt, saved)
+    encoded = load(opt, saved)
     train(model, opt, 6, 8)
     apart = opt.consensus_distance()
     with opt.averaged():
         mean = vector(model)
     opt.param_groups[0]["lr"] = 0.0  # steps only mix now: if all replicas agree, ranks meet where their mean was
     train(model, opt, 8, 200)
-    return said, apart, float((vector(model) - mean).norm())
+    return encoded, apart, float((vector(model) - mean).norm())
 
 
 @pytest.mark.parametrize("change", ["nothing", "rank 0's", "other topology", "a message is missing"])
 def test_replicas_that_do_not_fit_begin_anew(ranks: Pool, change: str) -> None:
     results = ranks.run(4, go_on_compressed, change)
     named = {"rank 0's": (1, 2, 3), "other topology": (0, 1, 2, 3), "a message is missing": (2,)}.get(change, ())
-    assert [rank for rank, (said, _, _) in enumerate(results) if said] == list(named)
+    assert [rank for rank, (encoded, _, _) in enumerate(results) if encoded] == list(named)
     if change == "a message is missing":
-        assert "rank 2: SGD: this checkpoint lacks param_said of 4 parameters" in results[2][0]
+        assert "rank 2: SGD: this checkpoint lacks param_encoded of 4 parameters" in results[2][0]
     for _, apart, off in results:
         assert apart > 1e-3 and off < 1e-3 * apart

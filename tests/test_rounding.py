@@ -133,8 +133,10 @@ def quadratic(x: torch.Tensor) -> torch.Tensor:
 class Run:
     """Steps of one rule on parameters kept in some way, by gradients at the parameters as they are kept."""
 
-    def __init__(self, name: str, param: torch.Tensor, rest: torch.Tensor | None = None, **options: object) -> None:
-        self.row, self.param, self.rest, self.options = ROWS[name], param, rest, options
+    def __init__(
+        self, name: str, param: torch.Tensor, remainder: torch.Tensor | None = None, **options: object
+    ) -> None:
+        self.row, self.param, self.remainder, self.options = ROWS[name], param, remainder, options
         self.states = tuple(torch.zeros(NUMEL) for _ in range(self.row.states))
         self.steps = torch.zeros(1)
 
@@ -147,7 +149,7 @@ class Run:
             REGION,
             grads=Gradients((gradient,), None, gradient.dtype),
             steps=self.steps,
-            rest=self.rest,
+            remainder=self.remainder,
             seed=seed,
             **self.options,
         )
@@ -156,7 +158,7 @@ class Run:
 
     @property
     def x(self) -> torch.Tensor:
-        return rounding.held(self.param, self.rest)
+        return rounding.restored(self.param, self.remainder)
 
 
 def started(name: str, dtype: torch.dtype, way: str) -> Run:
@@ -170,14 +172,14 @@ def started(name: str, dtype: torch.dtype, way: str) -> Run:
 def test_a_master_copy_takes_the_steps_of_fp32_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     ours = started(name, dtype, "master")
     # "missing" makes it take the reference, as ours does, and not torch's fused optimizers.
-    exact = Run(name, ours.rest.clone(), missing="zero")
+    exact = Run(name, ours.remainder.clone(), missing="zero")
     for _ in range(50):
         gradient = quadratic(exact.param.to(dtype)).to(dtype)
         assert torch.equal(gradient, quadratic(ours.param).to(dtype))
         ours.step(gradient)
         exact.step(gradient)
-        assert torch.equal(ours.rest, exact.param)
-        assert torch.equal(ours.param, ours.rest.to(dtype))
+        assert torch.equal(ours.remainder, exact.param)
+        assert torch.equal(ours.param, ours.remainder.to(dtype))
     for state, expected in zip(ours.states, exact.states, strict=True):
         assert torch.equal(state, expected)
 
@@ -188,7 +190,7 @@ def test_compensated_parameters_follow_fp32(name: str, dtype: torch.dtype) -> No
     # Steps of a hundredth of bf16's spacing, which plain rounding loses.
     small = (3e-5, *ROWS[name].hyper[1:])
     kahan, plain, seeded = (started(name, dtype, way) for way in ("kahan", "plain", "stochastic"))
-    exact = Run(name, started(name, dtype, "master").rest, missing="zero")
+    exact = Run(name, started(name, dtype, "master").remainder, missing="zero")
     first = exact.param.clone()
     for t in range(200):
         gradient = torch.cos(torch.arange(NUMEL) + t / 100)
@@ -209,12 +211,12 @@ def test_compensated_parameters_follow_fp32(name: str, dtype: torch.dtype) -> No
 def test_a_compensation_rounded_up_to_a_tie_is_not_lost(dtype: torch.dtype) -> None:
     half = torch.finfo(dtype).eps / 2
     odd = 1 + 2 * half  # The next value but one above x is even, so that a tie would go there.
-    param, rest = (torch.full((4,), value, dtype=dtype) for value in (odd, 0.0))
+    param, remainder = (torch.full((4,), value, dtype=dtype) for value in (odd, 0.0))
     x = torch.tensor([odd + half * (1 - 2**-12), odd - half * (1 - 2**-12), odd + half / 3, odd])
-    rounding.keep(x, param, rest, None)
-    assert (param == odd).all() and rest[0] == half and rest[1] == -half
-    held = rounding.held(param, rest)
-    assert torch.equal(held, param.float() + rest.float())
+    rounding.keep(x, param, remainder, None)
+    assert (param == odd).all() and remainder[0] == half and remainder[1] == -half
+    held = rounding.restored(param, remainder)
+    assert torch.equal(held, param.float() + remainder.float())
     assert (held - x).abs().max() <= half * 2**-9, "half a unit of the compensation"
 
 
@@ -230,21 +232,21 @@ def test_a_parameter_written_between_passes_is_what_counts(way: str, dtype: torc
     written = torch.linspace(2, 3, NUMEL // 2).to(dtype)
     run.param[1::2] = written
     if way == "kahan":
-        run.rest[1::2] = 0.25  # Any compensation that is not one.
+        run.remainder[1::2] = 0.25  # Any compensation that is not one.
     assert torch.equal(run.x[1::2], written.float()), "the rest is dropped"
     assert torch.equal(run.x[::2], kept), "and kept where nothing was written"
     fresh.param[1::2] = written
-    fresh.rest[1::2] = written.float() if way == "master" else 0
+    fresh.remainder[1::2] = written.float() if way == "master" else 0
     for _ in range(3):
         run.step(gradient)
         fresh.step(gradient)
-        assert torch.equal(run.param, fresh.param) and torch.equal(run.rest, fresh.rest)
+        assert torch.equal(run.param, fresh.param) and torch.equal(run.remainder, fresh.remainder)
 
 
 def test_a_master_of_overflowed_fp16_is_kept_while_param_is_infinite() -> None:
     param, master = torch.tensor([math.inf, math.inf, math.nan]).half(), torch.tensor([7e4, 1.0, 2.0])
-    assert torch.equal(rounding.held(param, master)[:2], torch.tensor([7e4, math.inf]))
-    assert rounding.held(param, master)[2].isnan()
+    assert torch.equal(rounding.restored(param, master)[:2], torch.tensor([7e4, math.inf]))
+    assert rounding.restored(param, master)[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -253,7 +255,7 @@ def test_neighbours_get_what_parameters_hold_and_x_keeps_the_rest(dtype: torch.d
     param, received = x.to(dtype), torch.randn(NUMEL, generator=torch.Generator().manual_seed(6)).to(dtype)
     expected = x + 0.25 * (received.float() - param.float())
     master = x.clone()
-    work = Pass("mix", param, (), (), REGION, rest=master, inbox=((received,),), weights=(0.25,))
+    work = Pass("mix", param, (), (), REGION, remainder=master, inbox=((received,),), weights=(0.25,))
     run_pass(work)
     assert torch.equal(master, expected) and torch.equal(param, expected.to(dtype))
     # Equal messages leave x as it is, to the last bit.
@@ -300,4 +302,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"a seed is in \[0, 2\^24\), not 16777216"):
         run.step(torch.ones(NUMEL), seed=2**24)
     with pytest.raises(ValueError, match=r"torch\.bfloat16 parameters with a rest of torch\.float16"):
-        run.step(torch.ones(NUMEL), rest=run.rest.half())
+        run.step(torch.ones(NUMEL), remainder=run.remainder.half())

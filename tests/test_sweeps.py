@@ -37,13 +37,13 @@ class Net(nn.Module):
         return loss + self.spare(x).pow(2).mean() if (step + dist.get_rank()) % 3 else loss
 
 
-def sweeping(opt: Any, sweeps: bool) -> Any:
+def sweeping(opt: Any, pass_groups: bool) -> Any:
     """Make an optimizer pass whole segments in step mode, or bucket by bucket as it does elsewhere."""
-    opt._engine._by_segment = sweeps
+    opt._engine._by_segment = pass_groups
     return opt
 
 
-def train(kind: str, sweeps: bool, keywords: dict[str, Any], micro: int = 1) -> tuple[list[torch.Tensor], int]:
+def train(kind: str, pass_groups: bool, keywords: dict[str, Any], micro: int = 1) -> tuple[list[torch.Tensor], int]:
     """Seven steps with a checkpoint loaded in between: parameters after each, and the number of passes."""
     passes = 0
 
@@ -60,7 +60,7 @@ def train(kind: str, sweeps: bool, keywords: dict[str, Any], micro: int = 1) -> 
         mixed = [p for name, p in net.named_parameters() if name != "own"]
         groups = [{"params": mixed}, {"params": [net.own], "mix": False}]
         opt = getattr(fusedfog, kind)(groups, lr=0.03, bucket_mb=TINY, **keywords)
-        opt = sweeping(opt, sweeps)
+        opt = sweeping(opt, pass_groups)
         path = []
         for step in range(7):
             opt.zero_grad()
@@ -126,10 +126,10 @@ def test_on_a_mesh(ranks: Pool, algorithm: str) -> None:
     check(ranks, 4, "SGD", {"algorithm": algorithm, "mesh": (2, 2), "topology": "ring", "momentum": 0.9})
 
 
-def edit_between_steps(sweeps: bool) -> int:
+def edit_between_steps(pass_groups: bool) -> int:
     net = Net()
     opt = fusedfog.SGD(net.parameters(), lr=0.1, topology="ring", bucket_mb=TINY)
-    opt = sweeping(opt, sweeps)
+    opt = sweeping(opt, pass_groups)
     for step in range(4):
         opt.step()
         if step == 1:
@@ -139,9 +139,9 @@ def edit_between_steps(sweeps: bool) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::fusedfog.errors.TornMessageWarning")
-@pytest.mark.parametrize("sweeps", [False, True])
-def test_an_edit_in_flight_is_counted_for_its_bucket_alone(ranks: Pool, sweeps: bool) -> None:
-    assert ranks.run(2, edit_between_steps, sweeps) == [1, 1]
+@pytest.mark.parametrize("pass_groups", [False, True])
+def test_an_edit_in_flight_is_counted_for_its_bucket_alone(ranks: Pool, pass_groups: bool) -> None:
+    assert ranks.run(2, edit_between_steps, pass_groups) == [1, 1]
 
 
 def test_what_hooks_have_passed_is_not_passed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +150,6 @@ def test_what_hooks_have_passed_is_not_passed_again(monkeypatch: pytest.MonkeyPa
     passes: list[Any] = []
     monkeypatch.setattr(scheduler, "run_pass", lambda work: passes.append(work.region))
     net(torch.ones(2, 20)).sum().backward()
-    assert passes == [sweep.region for sweep in opt._engine._singles]
+    assert passes == [pass_group.region for pass_group in opt._engine._singles]
     opt.step()
     assert len(passes) == len(opt._engine._singles) > 1

@@ -136,14 +136,14 @@ TWO_STEPS = [
 
 
 def test_exposed_time_on_the_cpu_is_the_time_in_waits() -> None:
-    figures = report({"traceEvents": TWO_STEPS, "distributedInfo": {"rank": 3}}, "0")
-    assert (figures.rank, figures.steps, figures.total) == ("3", 2, 10.0)
-    assert figures.exposed == pytest.approx(0.2 + 0.4 + 0.1)
+    norm_sums = report({"traceEvents": TWO_STEPS, "distributedInfo": {"rank": 3}}, "0")
+    assert (norm_sums.rank, norm_sums.steps, norm_sums.total) == ("3", 2, 10.0)
+    assert norm_sums.exposed == pytest.approx(0.2 + 0.4 + 0.1)
     # In flight: bucket 0 from 0 to 1200 and 1400 to 5400, bucket 1 from 0 to 1500 and 1900 to 6000; one or both all along.
-    assert figures.communication == pytest.approx(6.0)
-    assert figures.overlap == pytest.approx(1 - 0.7 / 6.0)
-    assert figures.passes == pytest.approx(0.2 + 0.4)
-    zero, one = figures.buckets[0], figures.buckets[1]
+    assert norm_sums.communication == pytest.approx(6.0)
+    assert norm_sums.overlap == pytest.approx(1 - 0.7 / 6.0)
+    assert norm_sums.passes == pytest.approx(0.2 + 0.4)
+    zero, one = norm_sums.buckets[0], norm_sums.buckets[1]
     assert (zero.exchanges, zero.sources) == (2, {"1", "3"})
     assert (zero.in_flight, zero.waited) == pytest.approx((1.2 + 4.0, 0.6))
     assert (one.exchanges, one.sources) == (2, {"1", "2"})
@@ -159,11 +159,11 @@ def test_exposed_time_on_the_gpu_is_nccl_alone() -> None:
         event("fused_pass", 7900, 8100, "kernel"),
         event("fusedfog::wait bucket 0 from 1", 0, 9000, "gpu_user_annotation"),  # a copy, on the GPU's timeline
     ]
-    figures = report({"traceEvents": TWO_STEPS + kernels}, "0")
-    assert figures.measured_by == "NCCL kernels"
-    assert figures.communication == pytest.approx(2.0)
-    assert figures.exposed == pytest.approx(0.4 + 0.9)
-    assert figures.overlap == pytest.approx(0.35)
+    norm_sums = report({"traceEvents": TWO_STEPS + kernels}, "0")
+    assert norm_sums.measured_by == "NCCL kernels"
+    assert norm_sums.communication == pytest.approx(2.0)
+    assert norm_sums.exposed == pytest.approx(0.4 + 0.9)
+    assert norm_sums.overlap == pytest.approx(0.35)
 
 
 def test_a_second_wait_for_a_drained_message_is_no_exchange() -> None:

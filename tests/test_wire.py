@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Pass, Region, Wire, run_pass, wire
+from fusedfog.kernels import CompressedChannel, Gradients, Pass, Region, run_pass, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,7 +137,7 @@ def test_a_group_that_is_not_finite_says_nothing_and_others_do(dtype: torch.dtyp
     if scales is not None:
         assert torch.equal(scales[groups] == wire.SPOILT, spoilt) and (codes.float()[spoilt] == 0).all()
         assert (scales[[15, 12, 13, 14]] == torch.tensor([wire.SPOILT, *scales[12:15]])).all()
-    end = Wire.zeros(torch.zeros(256), dtype)
+    end = CompressedChannel.zeros(torch.zeros(256), dtype)
     wire.give(wire.cut(end, 0, 200), values)
     assert end.spoilt() and end.replica.isfinite().all()
     # What was not said is said once there are values again.
@@ -151,30 +151,30 @@ def test_a_group_that_is_not_finite_says_nothing_and_others_do(dtype: torch.dtyp
 @formats
 def test_a_receiver_that_heard_everything_knows_the_replica(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
-    end, own = (Wire.zeros(torch.zeros(192), dtype) for _ in range(2))
+    end, own = (CompressedChannel.zeros(torch.zeros(192), dtype) for _ in range(2))
     for _ in range(20):
         wire.give(wire.cut(end, 64, 150), torch.randn(86, generator=random))
         wire.give(wire.cut(own, 64, 150), torch.randn(86, generator=random))
         here = (wire.cut(end, 64, 150), wire.cut(own, 64, 150))
-        gap = wire.take(here[1], [here[0].codes], [here[0].scales], [0.25])
-        assert gap.data_ptr() == own.gap[64:].data_ptr()
-    torch.testing.assert_close(own.gap, 0.25 * (end.replica - own.replica), rtol=0, atol=1e-6)
-    before = own.gap.clone()
+        neighbor_delta = wire.take(here[1], [here[0].codes], [here[0].scales], [0.25])
+        assert neighbor_delta.data_ptr() == own.neighbor_delta[64:].data_ptr()
+    torch.testing.assert_close(own.neighbor_delta, 0.25 * (end.replica - own.replica), rtol=0, atol=1e-6)
+    before = own.neighbor_delta.clone()
     wire.take(here[1], [torch.full_like(here[0].codes, 1)], [here[0].scales], [0.0])
-    assert torch.equal(own.gap, before), "a weight of zero is skipped"
+    assert torch.equal(own.neighbor_delta, before), "a weight of zero is skipped"
 
 
 def test_a_wire_has_room_for_its_tensor() -> None:
     for dtype in FORMATS:
         for like, arithmetic in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
-            end = Wire.zeros(torch.zeros(192, dtype=like), dtype)
-            assert end.codes.dtype == dtype and end.replica.dtype == end.gap.dtype == arithmetic
+            end = CompressedChannel.zeros(torch.zeros(192, dtype=like), dtype)
+            assert end.codes.dtype == dtype and end.replica.dtype == end.neighbor_delta.dtype == arithmetic
             assert (end.scales is None) if dtype == torch.bfloat16 else end.scales.shape == (12,)
             assert not end.spoilt()
 
 
 # -- an oracle of CHOCO-SGD in numpy ----------------------------------------------------------------------------------------
-# Every rank keeps a copy of every neighbour's replica; there are no gaps and no codes, only rounded differences.
+# Every rank keeps a copy of every neighbour's replica; there are no neighbor_deltas and no codes, only rounded differences.
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
@@ -246,13 +246,13 @@ def limit(rounds: list[np.ndarray], rate: float) -> np.ndarray:
 
 def ours(
     rounds: list[np.ndarray], dtype: torch.dtype, steps: int, rate: float, storage: torch.dtype = torch.float64
-) -> Iterator[tuple[torch.Tensor, list[list[Wire]]]]:
+) -> Iterator[tuple[torch.Tensor, list[list[CompressedChannel]]]]:
     """The ranks' parameters, [n, size], and wires by round and rank, at first and after each step, made by passes."""
     curvature, minimum, start = (torch.from_numpy(found) for found in problem())
     padded, region = -(-SIZE // 64) * 64, Region(0, ((0, SIZE),), None)
     params = torch.zeros(N, padded, dtype=storage)
     params[:, :SIZE] = start
-    ends = [[Wire.zeros(params[i], dtype) for i in range(N)] for _ in rounds]
+    ends = [[CompressedChannel.zeros(params[i], dtype) for i in range(N)] for _ in rounds]
     for i in range(N):
         wire.give(wire.cut(ends[0][i], 0, SIZE), params[i, :SIZE])
     yield params[:, :SIZE], ends
@@ -316,7 +316,7 @@ def test_the_mean_is_kept_and_reached(rounds: list[np.ndarray], dtype: torch.dty
     for params, ends in ours(rounds, dtype, 60, 0.0):
         np.testing.assert_allclose(params.numpy().mean(0), mean, rtol=0, atol=1e-13)
         for end in ends:
-            assert sum(wires.gap for wires in end).abs().max() < 1e-13
+            assert sum(channels.neighbor_delta for channels in end).abs().max() < 1e-13
     np.testing.assert_allclose(params.numpy(), np.tile(mean, (N, 1)), rtol=0, atol=1e-10)
 
 
@@ -326,12 +326,12 @@ def test_fp32_reaches_the_limit_to_its_last_bits(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(params.numpy(), limit(RING, RATE), rtol=0, atol=5e-6)
     for i, end in enumerate(ends[0]):
         apart = sum(RING[0][i, j] * (ends[0][j].replica.double() - end.replica.double()) for j in range(N))
-        assert (apart - end.gap).abs().max() < 5e-6
+        assert (apart - end.neighbor_delta).abs().max() < 5e-6
 
 
 def test_bad_input_is_named() -> None:
     x, region = torch.zeros(64), Region(0, ((0, 64),), None)
-    end = Wire.zeros(x, torch.int8)
+    end = CompressedChannel.zeros(x, torch.int8)
     two, scales = {"inbox": ((end.codes,) * 2,), "weights": (0.25, 0.25)}, (end.scales,)
     with pytest.raises(ValueError, match="2 wires and 1 scales for 1 messages"):
         run_pass(Pass("mix", x, (), (), region, taken=(end, end), scales=(scales * 2,), **two))

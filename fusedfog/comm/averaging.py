@@ -32,7 +32,7 @@ def average_in_place(flats: Sequence[Tensor], communicator: Communicator | None)
         for chunk in _chunks(flat):
             total = _accumulator(chunk)
             dist.all_reduce(total, group=communicator.group)
-            chunk.copy_(total.div_(communicator.world.size))
+            chunk.copy_(total.div_(communicator.view.size))
 
 
 def broadcast(flats: Sequence[Tensor], communicator: Communicator | None, src: int = 0) -> None:
@@ -53,6 +53,6 @@ def consensus_distance(flats: Sequence[Tensor], communicator: Communicator | Non
         for chunk in _chunks(flat):
             mean = _accumulator(chunk)
             dist.all_reduce(mean, group=communicator.group)
-            square += mean.div_(communicator.world.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
+            square += mean.div_(communicator.view.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
     dist.all_reduce(square, group=communicator.group)
-    return math.sqrt(square.item() / communicator.world.size)
+    return math.sqrt(square.item() / communicator.view.size)

@@ -68,19 +68,19 @@ class Communicator:
         membership: who of these ranks is still there.
     """
 
-    def __init__(self, world: GroupView, place: torch.device, comm_sms: int | None = None) -> None:
-        assert world.group is not None
-        self.world, self.device = world, place
+    def __init__(self, view: GroupView, place: torch.device, comm_sms: int | None = None) -> None:
+        assert view.group is not None
+        self.view, self.device = view, place
         self.on_gpu = device.on_gpu(place)
-        check_backend(world, place)
-        self.timeout = group_timeout(world, place)
+        check_backend(view, place)
+        self.timeout = group_timeout(view, place)
         if self.on_gpu:
-            check_one_rank_per_gpu(world, place, self.timeout)
-        options = nccl_options(world, place, self.timeout, comm_sms) if self.on_gpu else None
-        self._group: dist.ProcessGroup | None = dedicated_group(world.ranks, self.timeout, options)
+            check_one_rank_per_gpu(view, place, self.timeout)
+        options = nccl_options(view, place, self.timeout, comm_sms) if self.on_gpu else None
+        self._group: dist.ProcessGroup | None = dedicated_group(view.ranks, self.timeout, options)
         self.ended: Exception | None = None
-        self.name = next_agreement(world)
-        self.membership = Membership(world, self.name, self.timeout)
+        self.name = next_agreement(view)
+        self.membership = Membership(view, self.name, self.timeout)
         self._channels = 0
         self._abandoned: list[Transfer] = []
         self._started: weakref.WeakSet[Transfer] = weakref.WeakSet()
@@ -195,7 +195,7 @@ class Communicator:
             if sends or recvs:
                 yield sends, recvs
             return
-        size, me = self.world.size, self.world.rank
+        size, me = self.view.size, self.view.rank
         # As many to one peer on all ranks: codes and scales, or the messages of an algorithm.
         most = max(count for part in (sends, recvs) for count in Counter(peer for peer, _ in part).values() or (1,))
         span = max(1, _LARGEST_BATCH // (2 * most))

@@ -143,7 +143,7 @@ def init(backend: str | None = None, timeout: timedelta | float | None = None) -
     return device
 
 
-def _leave(world: dist.ProcessGroup) -> None:
+def _leave(view: dist.ProcessGroup) -> None:
     # A process that exits with a gloo group alive aborts now and then, in plain torch too: what init joined, it leaves.
-    if dist.is_initialized() and dist.distributed_c10d._get_default_group() is world:
+    if dist.is_initialized() and dist.distributed_c10d._get_default_group() is view:
         dist.destroy_process_group()

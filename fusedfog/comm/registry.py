@@ -56,9 +56,9 @@ def leave(communicator: Communicator, steps: int) -> None:
 
     Communicators among some of these ranks, those of a mesh, end with it.
     """
-    view = communicator.world
+    view = communicator.view
     reason = RuntimeError(f"rank {view.rank} has left (opt.leave()); to train on, build a new optimizer")
     for other in _current().communicators.values():
-        if set(other.world.ranks) <= set(view.ranks):
+        if set(other.view.ranks) <= set(view.ranks):
             other.membership.note_leaving(steps)
             other.end(reason, LAST_MOMENT)

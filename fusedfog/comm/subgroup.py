@@ -33,10 +33,10 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.Pr
     """
     default = dist.distributed_c10d._get_default_group()
     members, me = tuple(sorted(ranks)), dist.get_rank()
-    world = range(dist.get_world_size())
-    if not members or len(set(members)) < len(members) or not set(members) <= set(world):
+    view = range(dist.get_world_size())
+    if not members or len(set(members)) < len(members) or not set(members) <= set(view):
         raise ValueError(
-            f"rank {me}: ranks must be different global ranks of 0..{len(world) - 1}, at least one, got {list(ranks)}"
+            f"rank {me}: ranks must be different global ranks of 0..{len(view) - 1}, at least one, got {list(ranks)}"
         )
     if me not in members:
         raise ValueError(f"rank {me} is none of {list(members)}: only members make the group, so it must not call")
@@ -69,7 +69,7 @@ def nccl_options(view: GroupView, place: torch.device, timeout: timedelta, comm_
     A high-priority stream: a transfer that is ready starts as soon as a block of the running kernels ends, instead of after
     all that are queued. `comm_sms` bounds the blocks of one NCCL kernel, and with them the SMs that it holds: a block that
     waits for its peer spins, and keeps its SM from the computation, for as long as the peer is late. Too few blocks cannot
-    fill the link; NVLink takes 8 to 16, a network card 1 to 4.
+    fill the communicator; NVLink takes 8 to 16, a network card 1 to 4.
     """
     assert view.group is not None
     if view.group._get_backend(place).name() != "nccl" or not dist.is_nccl_available():

@@ -14,7 +14,7 @@ from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import Transfer, unrecorded
 from fusedfog.engine.gradient_scale import multiplier
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.gossip.buckets import EMPTY, Lane, Sweep
+from fusedfog.gossip.buckets import EMPTY, BucketState, PassGroup
 from fusedfog.kernels import Gradients, device
 from fusedfog.params.flat import FlatSegment, addresses_of
 from fusedfog.params.layout import Bucket
@@ -28,12 +28,12 @@ class GradientAverage:
     gradient contributes zero, as under DistributedDataParallel.
     """
 
-    def __init__(self, segment: FlatSegment, bucket: Bucket, link: Communicator) -> None:
-        self.segment, self.bucket, self.link = segment, bucket, link
+    def __init__(self, segment: FlatSegment, bucket: Bucket, communicator: Communicator) -> None:
+        self.segment, self.layout, self.communicator = segment, bucket, communicator
         self.slots = segment.layout.slots[bucket.first : bucket.last]
         self.length = bucket.stop - bucket.start
         self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1)
-        self._message: Transfer | None = None
+        self._transfer: Transfer | None = None
         self._places = [self.buffer[slot.start - bucket.start : slot.stop - bucket.start] for slot in self.slots]
         self._homes = torch.tensor(addresses_of(self._places), device=self.buffer.device)
         self._flags = self.buffer[self.length : -1]
@@ -41,27 +41,27 @@ class GradientAverage:
 
     def start(self, grads: Gradients, found_inf: Tensor | None) -> None:
         """Pack this rank's gradients and start the all-reduce; the gradients may be freed afterwards."""
-        found = grads.tensors[self.bucket.first : self.bucket.last]
+        found = grads.tensors[self.layout.first : self.layout.last]
         present = [grad is not None for grad in found]
         if present != self._present:
             self._present = present
             self._shares = torch.zeros_like(self._flags)
-            device.upload([1.0 / self.link.world.size if here else 0.0 for here in present], self._shares)
+            device.upload([1.0 / self.communicator.view.size if here else 0.0 for here in present], self._shares)
         self._pack([(place, grad) for place, grad in zip(self._places, found, strict=True) if grad is not None])
         if not all(present):
             torch._foreach_zero_([place for place, here in zip(self._places, present, strict=True) if not here])
         self._flags.copy_(self._shares)
         if found_inf is not None:
-            torch.mul(found_inf.reshape(()), 1.0 / self.link.world.size, out=self.buffer[-1])
+            torch.mul(found_inf.reshape(()), 1.0 / self.communicator.view.size, out=self.buffer[-1])
         else:
             self.buffer[-1].zero_()
-        self._message = Transfer(self.link, "gradients")
-        work = dist.all_reduce(self.buffer, group=self.link.group, async_op=True)
-        self._message.pending.append((work, "averaging with all ranks"))
+        self._transfer = Transfer(self.communicator, "gradients")
+        work = dist.all_reduce(self.buffer, group=self.communicator.group, async_op=True)
+        self._transfer.pending.append((work, "averaging with all ranks"))
 
     def _pack(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         # Divided before they are summed, as DistributedDataParallel does: the sum of fp16 gradients may overflow.
-        share = 1.0 / self.link.world.size
+        share = 1.0 / self.communicator.view.size
         if not device.on_gpu(self.buffer):
             for place, grad in pairs:
                 torch.mul(grad, share, out=place)
@@ -72,10 +72,10 @@ class GradientAverage:
 
     def finish(self) -> tuple[Gradients, Tensor]:
         """Wait for the mean; returns it with the flag (0-d, fp32) that is positive if any rank found a non-finite one."""
-        assert self._message is not None
-        self._message.wait()
-        self._message = None
-        first, last = self.bucket.first, self.bucket.last
+        assert self._transfer is not None
+        self._transfer.wait()
+        self._transfer = None
+        first, last = self.layout.first, self.layout.last
         tensors: list[Tensor | None] = [None] * len(self.segment.params)
         table = None
         if device.on_gpu(self.buffer):
@@ -97,44 +97,44 @@ class GradientAverage:
 class AllReduceScheduler(Scheduler):
     """A scheduler whose buckets lead with an all-reduce of their gradients, and follow with their pass."""
 
-    def lay_lanes(self) -> None:
+    def rebuild_buckets(self) -> None:
         """See `Scheduler.lay_lanes`."""
-        super().lay_lanes()
-        assert self.link is not None
-        self._averages = [GradientAverage(lane.segment, lane.bucket, self.link) for lane in self._lanes]
+        super().rebuild_buckets()
+        assert self.communicator is not None
+        self._averages = [GradientAverage(bucket.segment, bucket.layout, self.communicator) for bucket in self._buckets]
 
-    def _lead_and_follow(self, grad_scale: Tensor | None) -> None:
-        self._lead_all()
-        self._follow_averages(grad_scale)
+    def _passes_around_exchange(self, grad_scale: Tensor | None) -> None:
+        self._before_exchange_all()
+        self._after_averages(grad_scale)
 
-    def _sweeps(self, first: int) -> list[Sweep]:
+    def _pass_groups(self, first: int) -> list[PassGroup]:
         return self._singles[first:]
 
-    def _lead(self, sweep: Sweep) -> None:
-        self._start_average(sweep.lanes[0], sweep.segment.gradients(sweep.first, sweep.last))
-        self._release(sweep)
+    def _before_exchange(self, pass_group: PassGroup) -> None:
+        self._start_average(pass_group.buckets[0], pass_group.segment.gradients(pass_group.first, pass_group.last))
+        self._release(pass_group)
 
-    def _start_average(self, lane: Lane, grads: Gradients) -> None:
-        average = self._averages[lane.number]
+    def _start_average(self, bucket: BucketState, grads: Gradients) -> None:
+        average = self._averages[bucket.number]
         tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
-        with span("exchange", (lane.number,), to=("all",), sources=("all",)), unrecorded():
+        with span("exchange", (bucket.number,), to=("all",), sources=("all",)), unrecorded():
             average.start(Gradients(tensors, grads.addresses, grads.dtype), self.inputs.found_inf)
-        world = average.link.world.size
-        size = 2 * average.buffer.nbytes * (world - 1) // world
-        self.figures.bytes_sent += size
-        self.figures.bytes_received += size
+        view = average.communicator.view.size
+        size = 2 * average.buffer.nbytes * (view - 1) // view
+        self.stats.bytes_sent += size
+        self.stats.bytes_received += size
 
-    def _follow_averages(self, grad_scale: Tensor | None) -> None:
+    def _after_averages(self, grad_scale: Tensor | None) -> None:
         begin = time.perf_counter()
         reduced = []
         for number, average in enumerate(self._averages):
             with span("wait", (number,), sources=("all",)):
                 reduced.append(average.finish())
-        self.figures.blocked_s += time.perf_counter() - begin
+        self.stats.blocked_s += time.perf_counter() - begin
         self.inputs.grad_scale = multiplier(
-            [average.tensors() for average in self._averages], grad_scale, self.rhythm.max_grad_norm, self.sharding
+            [average.tensors() for average in self._averages], grad_scale, self.schedule.max_grad_norm, self.sharding
         )
         scaled = self.inputs.found_inf is not None
-        for sweep, (grads, found_inf) in zip(self._singles, reduced, strict=True):
+        for pass_group, (grads, found_inf) in zip(self._singles, reduced, strict=True):
             self.inputs.found_inf = found_inf if scaled else None
-            self._pass(sweep, self.algorithm.after, grads, EMPTY)
+            self._pass(pass_group, self.algorithm.after, grads, EMPTY)

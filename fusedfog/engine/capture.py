@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.gossip.buckets import EMPTY, Inbox, Sweep
-from fusedfog.kernels import Gradients, Wire, device
+from fusedfog.gossip.buckets import EMPTY, Inbox, PassGroup
+from fusedfog.kernels import CompressedChannel, Gradients, device
 from fusedfog.kernels.region import TABLE_ALIGNMENT
 from fusedfog.kernels.region import align as align_table
 from fusedfog.params.flat import FlatSegment, addresses_of, align
@@ -81,7 +81,7 @@ class AddressTables:
         self._unfilled.append((table, homes))
         return Gradients(found, table, segment.layout.dtype)
 
-    def settle(self) -> None:
+    def fill_tables(self) -> None:
         """Outside of captures: fill the tables of recorded passes, and have some for further ones."""
         blocks, count = self._segment.whole.blocks, len(self._segment.params)
         if blocks is None:
@@ -111,14 +111,14 @@ class CapturableScheduler(Scheduler):
     def warm_up(self) -> None:
         """Nothing: every step makes the same passes, whose kernels are compiled in the first one."""
 
-    def follow_topology(self, topology: Topology | None) -> None:
+    def use_topology(self, topology: Topology | None) -> None:
         """See `Scheduler.follow_topology`."""
-        super().follow_topology(topology)
-        if topology is None or self.link is None or self._mailbox is None:
+        super().use_topology(topology)
+        if topology is None or self.communicator is None or self._mailbox is None:
             return
         by_machine = self._mailbox.hierarchy is not None
-        most = 1 if by_machine else most_neighbours(topology, self.link.world.rank)
-        self.slots = max(self.slots, most, int(self.rhythm.global_average_every is not None))
+        most = 1 if by_machine else most_neighbours(topology, self.communicator.view.rank)
+        self.slots = max(self.slots, most, int(self.schedule.global_average_every is not None))
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See `Scheduler.step`; inside a capture, the passes alone.
@@ -173,14 +173,17 @@ class CapturableScheduler(Scheduler):
             )
         with self._around_passes():
             yield
-            for sweep in self._wholes:
-                sweep.bump_versions()
+            for pass_group in self._wholes:
+                pass_group.bump_versions()
 
     def _layout(self) -> Layout:
         """What passes are made of, beside the addresses that never change."""
-        era = self.wires.era if self.wires is not None else 0
+        era = self.channels.era if self.channels is not None else 0
         stage = self.algorithm.after
-        states = ((id(sweep.segment), stage.states(self.groups[sweep.segment.layout.group])) for sweep in self._wholes)
+        states = (
+            (id(pass_group.segment), stage.states(self.groups[pass_group.segment.layout.group]))
+            for pass_group in self._wholes
+        )
         return (self.slots, era, *states)
 
     @contextmanager
@@ -191,18 +194,18 @@ class CapturableScheduler(Scheduler):
             exchanging = self._exchanging(self.clock.steps)
             if exchanging:
                 self._send_missing()
-            inboxes = [self._receive(sweep) if exchanging else EMPTY for sweep in self._wholes]
+            inboxes = [self._receive(pass_group) if exchanging else EMPTY for pass_group in self._wholes]
             self._write([self._numbers_of(*pair) for pair in zip(self._wholes, inboxes, strict=True)])
             for tables in self._tables_of().values():
-                tables.settle()
+                tables.fill_tables()
         yield
         with torch.no_grad():
             step = self.clock.steps
-            done = self.clock.exchanges + (exchanging and self.rhythm.turns(step))
-            for sweep in self._wholes if self._exchanging(step + 1) else ():
-                if self.wires is not None and sweep.segment.layout.mix:
-                    self.wires.said(sweep.lanes, done)
-                self._send_all(sweep, step + 1, done)
+            done = self.clock.exchanges + (exchanging and self.schedule.is_gossip_step(step))
+            for pass_group in self._wholes if self._exchanging(step + 1) else ():
+                if self.channels is not None and pass_group.segment.layout.mix:
+                    self.channels.encoded(pass_group.buckets, done)
+                self._send_all(pass_group, step + 1, done)
             self._tick()
 
     def _make_passes(self, grad_scale: Tensor | None, found_inf: Tensor | None, *, record: bool = False) -> None:
@@ -210,26 +213,32 @@ class CapturableScheduler(Scheduler):
         assert self._numbers is not None
         self.inputs.found_inf = found_inf
         self.inputs.grad_scale = self._multiplier(grad_scale)
-        for sweep, place in zip(self._wholes, self._places, strict=True):
-            segment = sweep.segment
-            grads = self._tables_of()[segment].record() if record else segment.gradients(sweep.first, sweep.last)
-            self._pass(sweep, self.algorithm.after, grads, self._slots(sweep, self._numbers[place]))
+        for pass_group, place in zip(self._wholes, self._places, strict=True):
+            segment = pass_group.segment
+            grads = (
+                self._tables_of()[segment].record() if record else segment.gradients(pass_group.first, pass_group.last)
+            )
+            self._pass(pass_group, self.algorithm.after, grads, self._slots(pass_group, self._numbers[place]))
 
-    def _slots(self, sweep: Sweep, numbers: Tensor) -> Inbox:
+    def _slots(self, pass_group: PassGroup, numbers: Tensor) -> Inbox:
         """All inbox tensors that any round fills, whoever has filled them, with numbers that are elsewhere."""
         inbox = EMPTY
-        if self._mailbox is not None and sweep.segment.layout.mix:
-            inbox = self._mailbox.slots(sweep.segment, self.slots, self.codes_for(sweep, None))
+        if self._mailbox is not None and pass_group.segment.layout.mix:
+            inbox = self._mailbox.slots(pass_group.segment, self.slots, self.codes_for(pass_group, None))
         neighbours = len(inbox.tensors[0]) if inbox.tensors else 0
         return replace(inbox, weights=(math.nan,) * neighbours, row_sum=math.nan, numbers=numbers)
 
-    def codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+    def codes_for(self, pass_group: PassGroup, following: tuple[int, int] | None) -> tuple[CompressedChannel, ...]:
         """Of a static graph's exchanges, one in every step, each pass takes and gives codes in the same place."""
-        return self.wires.of(sweep.segment, 0) if self.wires is not None and sweep.segment.layout.mix else ()
+        return (
+            self.channels.of(pass_group.segment, 0)
+            if self.channels is not None and pass_group.segment.layout.mix
+            else ()
+        )
 
-    def _numbers_of(self, sweep: Sweep, inbox: Inbox) -> list[float]:
-        """(row_sum, *weights, *hyper, seed) of this step's pass over a sweep, as `kernels.Pass.numbers` wants them."""
-        segment, stage = sweep.segment, self.algorithm.after
+    def _numbers_of(self, pass_group: PassGroup, inbox: Inbox) -> list[float]:
+        """(row_sum, *weights, *hyper, seed) of this step's pass over a pass group, as `kernels.Pass.numbers` wants them."""
+        segment, stage = pass_group.segment, self.algorithm.after
         slots = self.slots if self._mailbox is not None and segment.layout.mix else 0
         weights = [*inbox.weights, *[0.0] * (slots - len(inbox.weights))]
         seed = [float(seed_of_pass(self, segment, False))] if segment.rounds_stochastically else []

@@ -21,11 +21,11 @@ class Clock:
     exchanges: int = 0
     previous_lr: dict[int, float] = field(default_factory=dict)
     push_sum: list[float] | None = None
-    said: bool = False
+    encoded: bool = False
 
-    def tick(self, rhythm: Rhythm, exchanging: bool, rates: Sequence[float]) -> None:
+    def tick(self, schedule: StepSchedule, exchanging: bool, rates: Sequence[float]) -> None:
         """Count a step that has been made, with or without exchange, at these learning rates of the groups."""
-        self.exchanges += exchanging and rhythm.turns(self.steps)
+        self.exchanges += exchanging and schedule.is_gossip_step(self.steps)
         self.steps += 1
         for number, rate in enumerate(rates):
             if rate:
@@ -33,7 +33,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class StepSchedule:
     """Which steps exchange, when passes run, and whether they measure."""
 
     communicate_every: int = 1
@@ -42,14 +42,14 @@ class Rhythm:
     max_grad_norm: float | None = None
     measure: bool = False
 
-    def averages(self, step: int) -> bool:
+    def is_global_average_step(self, step: int) -> bool:
         """Whether this step averages over all ranks."""
         return self.global_average_every is not None and (step + 1) % self.global_average_every == 0
 
-    def turns(self, step: int) -> bool:
+    def is_gossip_step(self, step: int) -> bool:
         """Whether this step counts as an exchange with neighbours."""
         return (step + 1) % self.communicate_every == 0
 
     def exchanges(self, step: int) -> bool:
         """Whether anything is exchanged for this step, with neighbours or with all ranks."""
-        return self.turns(step) or self.averages(step)
+        return self.is_gossip_step(step) or self.is_global_average_step(step)

@@ -55,11 +55,11 @@ def numbers_of_neighbours(topology: Topology | None, rank: int, averaging: bool,
     if topology is None:
         return {0}
     rounds = [topology.round(rank, step) for step in range(min(topology.period or _ROUNDS, _ROUNDS))]
-    found = {sum(weight != 0 for weight in turn.recv.values()) for turn in rounds}
+    found = {sum(weight != 0 for weight in round_.recv.values()) for round_ in rounds}
     return found | ({1} if averaging else set()) | ({0} if pausing else set())
 
 
-def compile_everywhere(world: GroupView, kinds: Sequence[Kind], timeout: timedelta | None, what: str) -> bool:
+def compile_everywhere(view: GroupView, kinds: Sequence[Kind], timeout: timedelta | None, what: str) -> bool:
     """Compile `kinds` of passes on every rank; False, with a warning, if no rank can.
 
     Args:
@@ -70,26 +70,24 @@ def compile_everywhere(world: GroupView, kinds: Sequence[Kind], timeout: timedel
         MismatchError: some ranks could compile and others could not; names one and the reason.
         PeerTimeout: rank 0 did not finish compiling.
     """
-    if world.size == 1:
+    if view.size == 1:
         outcome = _compile(kinds)
     else:
-        store, key = dist.distributed_c10d._get_default_store(), f"{next_agreement(world)}/compiled"
-        if world.rank:
+        store, key = dist.distributed_c10d._get_default_store(), f"{next_agreement(view)}/compiled"
+        if view.rank:
             try:
                 store.wait([key], _PATIENCE)
             except RuntimeError as error:
-                raise PeerTimeout(f"rank {world.rank}: {what}: rank 0 did not compile within {_PATIENCE}") from error
+                raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 did not compile within {_PATIENCE}") from error
         outcome = _compile(kinds)
-        if not world.rank:
+        if not view.rank:
             store.set(key, outcome or "yes")
         # Ranks that found the code in the cache are early, those on other machines may still be compiling.
         patience = max(_PATIENCE, timeout or _PATIENCE)
-        agree(
-            world, next_agreement(world), {"compiled passes": outcome or "yes"}, patience, f"{what}(cpu_compile=True)"
-        )
+        agree(view, next_agreement(view), {"compiled passes": outcome or "yes"}, patience, f"{what}(cpu_compile=True)")
     if outcome:
         warnings.warn(
-            f"rank {world.rank}: cpu_compile=True found no way to compile ({outcome}), so passes run as without it. "
+            f"rank {view.rank}: cpu_compile=True found no way to compile ({outcome}), so passes run as without it. "
             f"It needs a C++ compiler such as g++ (or set CXX)",
             RuntimeWarning,
             stacklevel=2,

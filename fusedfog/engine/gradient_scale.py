@@ -50,11 +50,11 @@ def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict
     Args:
         in_two_halves: whether gradients are used in the pass before the exchange.
     """
-    mixing = [segment.figures(False) for segment in segments]
-    updating = [segment.figures(in_two_halves) for segment in segments]
+    mixing = [segment.norm_sums(False) for segment in segments]
+    updating = [segment.norm_sums(in_two_halves) for segment in segments]
     sums = [
-        torch.cat([figures[:, 1] for figures in updating]).sum(dtype=torch.float64),
-        torch.cat([figures[:, 0] for figures in mixing]).sum(dtype=torch.float64),
+        torch.cat([norm_sums[:, 1] for norm_sums in updating]).sum(dtype=torch.float64),
+        torch.cat([norm_sums[:, 0] for norm_sums in mixing]).sum(dtype=torch.float64),
     ]
     gradient_norm, disagreement = torch.stack(sums).sqrt().tolist()
     return {"gradient_norm": gradient_norm, "disagreement": disagreement}

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from fusedfog.engine.gradient_scale import grad_scaler_exists
-from fusedfog.gossip.buckets import Lane
+from fusedfog.gossip.buckets import BucketState
 
 
-class Leader(Protocol):
+class PassMaker(Protocol):
     """What hooks need of a scheduler."""
 
-    held: str | None
+    blocked_by: str | None
 
-    def may_lead(self, lane: Lane) -> bool:
+    def may_pass(self, bucket: BucketState) -> bool:
         """Whether a bucket's pass can be made now without the host waiting."""
         ...
 
-    def lead(self, number: int) -> None:
+    def before_exchange(self, number: int) -> None:
         """Make bucket number `number`'s pass before the exchange, or the only one, and start what follows it."""
         ...
 
@@ -43,67 +43,67 @@ class BackwardHooks:
         accumulating: inside `no_sync()`.
     """
 
-    def __init__(self, leader: Leader, *, clips: bool) -> None:
-        self._leader = weakref.ref(leader)
+    def __init__(self, maker: PassMaker, *, clips: bool) -> None:
+        self._maker = weakref.ref(maker)
         self._holds: bool | None = True if clips else None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._lanes: Sequence[Lane] = ()
-        self.led = 0
+        self._buckets: Sequence[BucketState] = ()
+        self.passed = 0
         self.accumulating = False
 
-    def attach(self, lanes: Sequence[Lane]) -> None:
+    def attach(self, buckets: Sequence[BucketState]) -> None:
         """Hook all parameters of these buckets, and let go of those hooked before."""
         for handle in self._handles:
             handle.remove()
-        self._lanes = lanes
+        self._buckets = buckets
         self._handles = [
-            param.register_post_accumulate_grad_hook(_Hook(self, lane))
-            for lane in lanes
-            for param in lane.segment.params[lane.bucket.first : lane.bucket.last]
+            param.register_post_accumulate_grad_hook(_Hook(self, bucket))
+            for bucket in buckets
+            for param in bucket.segment.params[bucket.layout.first : bucket.layout.last]
             if param.requires_grad
         ]
 
     def begin_step(self) -> None:
         """No bucket has had its pass."""
-        self.led = 0
-        for lane in self._lanes:
-            lane.ready = 0
+        self.passed = 0
+        for bucket in self._buckets:
+            bucket.ready = 0
 
-    def ready(self, lane: Lane, name: str) -> None:
-        """A parameter of `lane` has its gradient: lead every bucket that can go, in order, without waiting."""
-        leader = self._leader()
-        if leader is None or self.accumulating or self._wait_for_step(leader):
+    def ready(self, bucket: BucketState, name: str) -> None:
+        """A parameter of `bucket` has its gradient: lead every bucket that can go, in order, without waiting."""
+        maker = self._maker()
+        if maker is None or self.accumulating or self._wait_for_step(maker):
             return
-        if lane.number < self.led:
+        if bucket.number < self.passed:
             raise RuntimeError(
                 f"a second gradient arrived for {name} after fused_backward had already applied its bucket. Wrap all but the "
                 f"last backward of a step in `with opt.no_sync():`, and use non-reentrant checkpointing; or "
                 f"fused_backward=False"
             )
-        lane.ready += 1
-        while self.led < len(self._lanes):
-            lane = self._lanes[self.led]
-            if lane.ready < lane.bucket.last - lane.bucket.first or not leader.may_lead(lane):
+        bucket.ready += 1
+        while self.passed < len(self._buckets):
+            bucket = self._buckets[self.passed]
+            if bucket.ready < bucket.layout.last - bucket.layout.first or not maker.may_pass(bucket):
                 return
             with torch.no_grad():
-                leader.lead(self.led)
-            self.led += 1
+                maker.before_exchange(self.passed)
+            self.passed += 1
 
-    def _wait_for_step(self, leader: Leader) -> bool:
+    def _wait_for_step(self, maker: PassMaker) -> bool:
         """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
         if self._holds is None:
             self._holds = grad_scaler_exists()
-        return self._holds or leader.held is not None
+        return self._holds or maker.blocked_by is not None
 
 
 class _Hook:
     """Reports, if the hooks still live, that a parameter's gradient is complete."""
 
-    def __init__(self, hooks: BackwardHooks, lane: Lane) -> None:
+    def __init__(self, hooks: BackwardHooks, bucket: BucketState) -> None:
         self._hooks = weakref.ref(hooks)
-        self._lane = weakref.ref(lane)
+        self._lane = weakref.ref(bucket)
 
     def __call__(self, param: Tensor) -> None:
-        hooks, lane = self._hooks(), self._lane()
-        if hooks is not None and lane is not None:
-            hooks.ready(lane, f"a parameter of shape {tuple(param.shape)}")
+        hooks, bucket = self._hooks(), self._lane()
+        if hooks is not None and bucket is not None:
+            hooks.ready(bucket, f"a parameter of shape {tuple(param.shape)}")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
-from fusedfog.engine.clock import Clock, Rhythm
-from fusedfog.gossip.buckets import Inbox, Sweep
-from fusedfog.gossip.compression import Wires
+from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.gossip.buckets import Inbox, PassGroup
+from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.push_sum import Shares
-from fusedfog.kernels import Gradients, Pass, Wire
+from fusedfog.kernels import CompressedChannel, Gradients, Pass
 from fusedfog.kernels.region import ALIGNMENT
 from fusedfog.kernels.rounding import seed_of
 from fusedfog.params.flat import FlatSegment
@@ -41,10 +41,10 @@ class Engine(Protocol):
     groups: list[dict[str, Any]]
     segments: list[FlatSegment]
     algorithm: Algorithm
-    rhythm: Rhythm
+    schedule: StepSchedule
     clock: Clock
     inputs: StepInputs
-    wires: Wires | None
+    channels: CompressedChannels | None
     sharding: Sharding | None
 
     @property
@@ -52,21 +52,21 @@ class Engine(Protocol):
         """This rank, 0 where it is alone."""
         ...
 
-    def codes_for(self, sweep: Sweep, following: tuple[int, int] | None) -> tuple[Wire, ...]:
+    def codes_for(self, pass_group: PassGroup, following: tuple[int, int] | None) -> tuple[CompressedChannel, ...]:
         """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""
         ...
 
 
 def pass_of(
     engine: Engine,
-    sweep: Sweep,
+    pass_group: PassGroup,
     stage: Stage,
     grads: Gradients | None,
     inbox: Inbox,
     following: tuple[int, int] | None = None,
 ) -> Pass:
-    """A stage's pass over a sweep; `following` is the step and exchange that its messages are for, if it makes them."""
-    segment, algorithm, inputs = sweep.segment, engine.algorithm, engine.inputs
+    """A stage's pass over a pass group; `following` is the step and exchange that its messages are for, if it makes them."""
+    segment, algorithm, inputs = pass_group.segment, engine.algorithm, engine.inputs
     group = engine.groups[segment.layout.group]
     first_half = stage is algorithm.before
     makes_message = first_half and "message" in algorithm.messages
@@ -76,9 +76,9 @@ def pass_of(
         segment.param,
         tuple(segment.state(name) for name in stage.states(group)),
         hyper_of(engine, segment.layout.group, stage),
-        sweep.region,
+        pass_group.region,
         grads=grads,
-        steps=segment.steps_of(sweep.region),
+        steps=segment.steps_of(pass_group.region),
         advance=grads is not None and algorithm.counts_updates(group),
         sent=tuple(segment.tensor(name) for name in algorithm.messages) if takes_message else (),
         inbox=inbox.tensors,
@@ -89,13 +89,13 @@ def pass_of(
         found_inf=inputs.found_inf if grads is not None else None,
         missing=stage.missing,
         extra=_inverse_norm(engine, segment, algorithm.normalized) if first_half and algorithm.normalized else None,
-        figures=segment.figures(first_half, sweep.region) if engine.rhythm.measure else None,
-        rest=segment.rest,
+        norm_sums=segment.norm_sums(first_half, pass_group.region) if engine.schedule.measure else None,
+        remainder=segment.remainder,
         seed=seed_of_pass(engine, segment, first_half) if segment.rounds_stochastically else None,
-        taken=inbox.wires,
+        taken=inbox.channels,
         scales=inbox.scales,
-        given=engine.codes_for(sweep, following),
-        spoilt=engine.wires.flag if engine.wires is not None else None,
+        given=engine.codes_for(pass_group, following),
+        spoilt=engine.channels.flag if engine.channels is not None else None,
         numbers=inbox.numbers,
     )
 
@@ -125,34 +125,34 @@ def _inverse_norm(engine: Engine, segment: FlatSegment, name: str) -> Tensor:
     return engine.inputs.inverse_norm.to(segment.state(name).dtype)
 
 
-def passes_to_warm(engine: Engine, sweep: Sweep, neighbours: set[int]) -> Iterator[Pass]:
-    """Passes like those that steps will make over a sweep, one for each kernel: none is to be compiled in mid-training.
+def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) -> Iterator[Pass]:
+    """Passes like those that steps will make over a pass group, one for each kernel: none is to be compiled in mid-training.
 
     Only dtypes, alignment and numbers of tensors make a kernel, so what neighbours send is stood in for by small tensors.
 
     Args:
         neighbours: the numbers of neighbours, of weight 0 too, that rounds have.
     """
-    algorithm, segment = engine.algorithm, sweep.segment
+    algorithm, segment = engine.algorithm, pass_group.segment
     grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
     clips = replace(engine.inputs, grad_scale=segment.param.new_zeros((), dtype=torch.float32))
-    real, engine.inputs = engine.inputs, clips if engine.rhythm.max_grad_norm is not None else engine.inputs
+    real, engine.inputs = engine.inputs, clips if engine.schedule.max_grad_norm is not None else engine.inputs
     try:
         if algorithm.before is not None:
-            yield pass_of(engine, sweep, algorithm.before, grads, Inbox())
+            yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())
         for count in sorted(neighbours) if segment.layout.mix else [0]:
             inbox = _stand_ins(engine, segment, count)
-            yield pass_of(engine, sweep, algorithm.after, None if algorithm.before is not None else grads, inbox)
+            yield pass_of(engine, pass_group, algorithm.after, None if algorithm.before is not None else grads, inbox)
     finally:
         engine.inputs = real
 
 
 def _stand_ins(engine: Engine, segment: FlatSegment, count: int) -> Inbox:
     names, weights = engine.algorithm.messages, (0.0,) * count
-    if engine.wires is None or not count:
+    if engine.channels is None or not count:
         sent = [segment.tensor(name) for name in names]
         return Inbox(tuple(tuple(flat.new_zeros(ALIGNMENT) for _ in range(count)) for flat in sent), weights)
-    ends = tuple(Wire.zeros(segment.param.new_zeros(ALIGNMENT), engine.wires.dtype) for _ in names)
+    ends = tuple(CompressedChannel.zeros(segment.param.new_zeros(ALIGNMENT), engine.channels.dtype) for _ in names)
     codes = tuple((end.codes,) * count for end in ends)
     scales = tuple((end.scales,) * count for end in ends)
-    return Inbox(codes, weights, scales=scales, wires=ends)
+    return Inbox(codes, weights, scales=scales, channels=ends)

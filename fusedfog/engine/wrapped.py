@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedfog.comm.profiling import span
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.gossip.buckets import Sweep
+from fusedfog.gossip.buckets import PassGroup
 from fusedfog.kernels import Pass, run_pass
 
 
@@ -22,37 +22,39 @@ class AroundScheduler(Scheduler):
         """
         self._begin()
         step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
-        ahead, sweeps = self.algorithm.before is None, self._sweeps(0)
+        ahead, pass_groups = self.algorithm.before is None, self._pass_groups(0)
         if ahead and exchanging:
             self._send_missing()
-        corrections = [self._correction(sweep) if ahead and exchanging else None for sweep in sweeps]
+        corrections = [self._correction(pass_group) if ahead and exchanging else None for pass_group in pass_groups]
         self._update_outside(inner, grad_scale, found_inf)
-        for sweep, correction in zip(sweeps, corrections, strict=True):
+        for pass_group, correction in zip(pass_groups, corrections, strict=True):
             if correction is not None:
-                sweep.segment.param[sweep.whole] += correction[sweep.whole]
-                sweep.bump_versions()
+                pass_group.segment.param[pass_group.whole] += correction[pass_group.whole]
+                pass_group.bump_versions()
             if ahead and self._exchanging(step + 1):
-                self._send_all(sweep, step + 1, self.clock.exchanges + (exchanging and self.rhythm.turns(step)))
+                self._send_all(
+                    pass_group, step + 1, self.clock.exchanges + (exchanging and self.schedule.is_gossip_step(step))
+                )
             elif exchanging and not ahead:
-                self._send_all(sweep, step, self.clock.exchanges)
+                self._send_all(pass_group, step, self.clock.exchanges)
         if not ahead:
-            self._follow_all()
+            self._after_exchange()
         self._tick()
 
-    def _correction(self, sweep: Sweep) -> Tensor | None:
-        """W x - x of a sweep's buckets, in one of the tensors that came; None if there is nothing to mix."""
-        inbox = self._receive(sweep)
+    def _correction(self, pass_group: PassGroup) -> Tensor | None:
+        """W x - x of a pass group's buckets, in one of the tensors that came; None if there is nothing to mix."""
+        inbox = self._receive(pass_group)
         if not inbox.weights:
             return None
-        (received,), param = inbox.tensors, sweep.segment.param
-        with span("pass", sweep.numbers, "mix"):
+        (received,), param = inbox.tensors, pass_group.segment.param
+        with span("pass", pass_group.numbers, "mix"):
             run_pass(
                 Pass(
                     "mix",
                     received[0],
                     (),
                     (),
-                    sweep.region,
+                    pass_group.region,
                     sent=(param,),
                     inbox=(received,),
                     weights=inbox.weights,
@@ -75,8 +77,8 @@ class AroundScheduler(Scheduler):
             # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
             self._unscale(grad_scale)
             inner.step()
-        for lane in self._lanes:
-            lane.counted = False  # The update's own writes are no edits.
+        for bucket in self._buckets:
+            bucket.counted = False  # The update's own writes are no edits.
 
     def _unscale(self, grad_scale: Tensor | None) -> None:
         factor = self._multiplier(grad_scale)

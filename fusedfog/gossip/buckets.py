@@ -1,4 +1,4 @@
-"""Buckets on their way through steps: a `Lane` is one bucket, a `Sweep` the buckets of a segment that one pass covers."""
+"""Buckets on their way through steps: a `BucketState` is one bucket, a `PassGroup` those of a segment that one pass covers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusedfog.comm.transfer import Transfer
-from fusedfog.kernels import Region, Wire
+from fusedfog.kernels import CompressedChannel, Region
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.layout import Bucket, backward_order
 
@@ -25,7 +25,7 @@ class Inbox:
     weights: tuple[float, ...] = ()
     row_sum: float = 1.0
     scales: tuple[tuple[Tensor | None, ...], ...] = ()
-    wires: tuple[Wire, ...] = ()
+    channels: tuple[CompressedChannel, ...] = ()
     numbers: Tensor | None = None
 
 
@@ -33,7 +33,7 @@ EMPTY = Inbox()
 
 
 @dataclass(eq=False)
-class Lane:
+class BucketState:
     """One bucket: its place in the order of buckets, and its message in flight.
 
     Attributes:
@@ -45,8 +45,8 @@ class Lane:
 
     number: int
     segment: FlatSegment
-    bucket: Bucket
-    message: Transfer | None = None
+    layout: Bucket
+    transfer: Transfer | None = None
     inbox: Inbox = EMPTY
     sources: Iterable[object] = ()
     versions: int = 0
@@ -56,11 +56,11 @@ class Lane:
     @property
     def whole(self) -> slice:
         """The bucket's elements in its segment's flat tensors."""
-        return slice(self.bucket.start, self.bucket.stop)
+        return slice(self.layout.start, self.layout.stop)
 
     def edits(self) -> int:
         """In-place edits of the bucket's parameters since it was sent."""
-        return self.segment.versions(self.bucket) - self.versions
+        return self.segment.versions(self.layout) - self.versions
 
     def count_edits(self) -> int:
         """The same, forgetting them."""
@@ -70,42 +70,44 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class PassGroup:
     """Buckets of one segment that one pass covers, with the range of their parameters."""
 
     segment: FlatSegment
-    lanes: tuple[Lane, ...]
+    buckets: tuple[BucketState, ...]
     region: Region
     first: int
     last: int
 
     @property
     def whole(self) -> slice:
-        """The sweep's elements in its segment's flat tensors."""
-        return slice(min(lane.bucket.start for lane in self.lanes), max(lane.bucket.stop for lane in self.lanes))
+        """The pass group's elements in its segment's flat tensors."""
+        return slice(
+            min(bucket.layout.start for bucket in self.buckets), max(bucket.layout.stop for bucket in self.buckets)
+        )
 
     def bump_versions(self) -> None:
         """Tell autograd that the parameters were written, which is no edit."""
         self.segment.bump_versions(self.first, self.last)
-        for lane in self.lanes:
-            lane.versions += lane.bucket.last - lane.bucket.first
+        for bucket in self.buckets:
+            bucket.versions += bucket.layout.last - bucket.layout.first
 
     @property
     def numbers(self) -> Iterator[int]:
         """The buckets' places in the order of buckets."""
-        return (lane.number for lane in self.lanes)
+        return (bucket.number for bucket in self.buckets)
 
 
-def lanes_of(segments: Sequence[FlatSegment]) -> tuple[list[Lane], list[Sweep], list[Sweep]]:
-    """All buckets in backward order, the sweeps over each of them, and the sweeps over whole segments."""
-    lanes, singles = [], []
-    members: dict[int, list[Lane]] = {}
+def buckets_of(segments: Sequence[FlatSegment]) -> tuple[list[BucketState], list[PassGroup], list[PassGroup]]:
+    """All buckets in backward order, the pass groups over each of them, and the pass groups over whole segments."""
+    buckets, singles = [], []
+    members: dict[int, list[BucketState]] = {}
     for number, (s, b) in enumerate(backward_order([segment.layout for segment in segments])):
         segment, bucket = segments[s], segments[s].layout.buckets[b]
-        lanes.append(Lane(number, segment, bucket))
-        singles.append(Sweep(segment, (lanes[-1],), segment.regions[b], bucket.first, bucket.last))
-        members.setdefault(s, []).append(lanes[-1])
+        buckets.append(BucketState(number, segment, bucket))
+        singles.append(PassGroup(segment, (buckets[-1],), segment.regions[b], bucket.first, bucket.last))
+        members.setdefault(s, []).append(buckets[-1])
     wholes = [
-        Sweep(segments[s], tuple(own), segments[s].whole, 0, len(segments[s].params)) for s, own in members.items()
+        PassGroup(segments[s], tuple(own), segments[s].whole, 0, len(segments[s].params)) for s, own in members.items()
     ]
-    return lanes, singles, wholes
+    return buckets, singles, wholes

@@ -32,16 +32,20 @@ class Chain(Transfer):
     """An exchange of several phases, carried out by a thread (gloo) or queued on a side stream (NCCL)."""
 
     def __init__(
-        self, link: Communicator, label: str, phases: Iterator[Transfer], on: ThreadPoolExecutor | torch.cuda.Stream
+        self,
+        communicator: Communicator,
+        label: str,
+        phases: Iterator[Transfer],
+        on: ThreadPoolExecutor | torch.cuda.Stream,
     ) -> None:
-        super().__init__(link, label)
-        self._device = link.device
+        super().__init__(communicator, label)
+        self._device = communicator.device
         self._task: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
         if isinstance(on, ThreadPoolExecutor):
             self._task = on.submit(_finish, phases)
         else:
-            on.wait_stream(torch.cuda.current_stream(link.device))
+            on.wait_stream(torch.cuda.current_stream(communicator.device))
             with torch.cuda.stream(on):
                 try:
                     _finish(phases)
@@ -68,12 +72,12 @@ class Chain(Transfer):
 
 @torch.no_grad()
 def _finish(phases: Iterator[Transfer]) -> None:
-    for message in phases:
-        message.wait()
+    for transfer in phases:
+        transfer.wait()
 
 
 class Hierarchy:
-    """One rank's place on the mesh: its link inside the machine, and its link to its counterparts across machines.
+    """One rank's place on the mesh: its communicators inside the machine, and to its counterparts across machines.
 
     Attributes:
         machine, machines, local, locals: this rank's coordinates on the mesh and the mesh's shape.
@@ -107,7 +111,7 @@ class Hierarchy:
             )
 
     def start(
-        self, link: Communicator, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
+        self, communicator: Communicator, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
     ) -> Chain:
         """Start mixing each (sent, inbox) pair of flat tensors: inbox will hold sum_b W[a, b] mean_b. See `Transfer`.
 
@@ -120,7 +124,7 @@ class Hierarchy:
             self.bytes_inside += 2 * (sent.nbytes - own) if self._inside is not None else 0
             self.bytes_across += len(round_.send) * own
         on = self._pump if self._pump is not None else next(self._streams)
-        return Chain(link, label, self._all_phases(pairs, round_, number, label), on)
+        return Chain(communicator, label, self._all_phases(pairs, round_, number, label), on)
 
     def _all_phases(
         self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
@@ -129,22 +133,22 @@ class Hierarchy:
             yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label)
 
     def _paths(self, number: int) -> Paths:
-        """The ways of exchange `number`: on gloo both phases inside go over one link, with tags of their own."""
+        """The ways of exchange `number`: on gloo both phases inside go over one communicator, with tags of their own."""
         return Paths(_path(self._inside, 2 * number), _path(self._across, number), _path(self._back, 2 * number + 1))
 
 
 def _open(
     line: MeshLine, place: torch.device, comm_sms: int | None, number: int = 0
 ) -> tuple[Communicator, int] | None:
-    """A link along a line with a channel of this optimizer's own; None where this rank is alone."""
+    """A communicator along a line with a channel of this optimizer's own; None where this rank is alone."""
     if line.size == 1:
         return None
-    link = communicator_for(line.view, place, comm_sms, number)
-    return link, link.open_channel()
+    communicator = communicator_for(line.view, place, comm_sms, number)
+    return communicator, communicator.open_channel()
 
 
 def _path(end: tuple[Communicator, int] | None, number: int) -> Path | None:
     if end is None:
         return None
-    link, channel = end
-    return Path(link, link.tag(channel, number))
+    communicator, channel = end
+    return Path(communicator, communicator.tag(channel, number))

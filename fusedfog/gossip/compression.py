@@ -1,11 +1,11 @@
-"""Compressed messages of one optimizer: what neighbours know of each bucket, and what was said to them last.
+"""Compressed messages of one optimizer: what neighbours know of each bucket, and what was sent to them last.
 
 Between `scheduler`, which makes codes in its passes, and `mailbox`, which sends them; `kernels.wire` explains the scheme.
 Each round of the topology's period has replicas of its own, for in each round a rank speaks to other neighbours: a
 time-varying graph is then as exact as a static one, for 8 bytes an element and round.
 
 Replicas must agree between sender and receivers, so they begin, at the first exchange and after every change of topology
-or parameters, as rank 0's values, which are broadcast. A message said is never lost: codes that were sent, or would have
+or parameters, as rank 0's values, which are broadcast. A message made is never lost: codes that were sent, or would have
 been, are part of `replica` already, so after a pause or on resume the very same codes are sent (again).
 """
 
@@ -25,15 +25,15 @@ from torch import Tensor
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
-from fusedfog.gossip.buckets import Lane
-from fusedfog.kernels import Wire, device, wire
+from fusedfog.gossip.buckets import BucketState
+from fusedfog.kernels import CompressedChannel, device, wire
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
 
 def is_wire_state(name: str) -> bool:
-    """Whether a state of this name is one of `Wires.names`."""
-    return re.fullmatch(r".*_(replica\d+|gap\d+|said)", name) is not None
+    """Whether a state of this name is one of `CompressedChannels.names`."""
+    return re.fullmatch(r".*_(replica\d+|neighbor_delta\d+|encoded)", name) is not None
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Answer:
         return Answer(home, home.numpy(), torch.cuda.Event())
 
 
-class Wires:
+class CompressedChannels:
     """All wires of one optimizer.
 
     Args:
@@ -69,81 +69,87 @@ class Wires:
         segments: list[FlatSegment],
         dtype: torch.dtype,
         messages: tuple[str, ...],
-        link: Communicator,
+        communicator: Communicator,
         *,
         ahead: bool,
     ) -> None:
-        self.segments, self.dtype, self.messages, self.link, self.ahead = segments, dtype, messages, link, ahead
+        self.segments, self.dtype, self.messages, self.communicator, self.ahead = (
+            segments,
+            dtype,
+            messages,
+            communicator,
+            ahead,
+        )
         self.period = 1
         self.era = 0
-        self._settled = False
-        self._wires: dict[tuple[FlatSegment, str, int], Wire] = {}
-        self._said: dict[int, int] = {}
+        self._replicas_agree = False
+        self._wires: dict[tuple[FlatSegment, str, int], CompressedChannel] = {}
+        self._encoded: dict[int, int] = {}
         self._reports: list[Answer] = []
         self._spare: list[Answer] = []
 
-    def follow_topology(self, topology: Topology | None) -> None:
+    def use_topology(self, topology: Topology | None) -> None:
         """Forget all replicas, and keep one for each round of this topology from now on."""
         self.period = topology.finite_period("wire_dtype") if topology is not None else 1
         self.forget()
 
     def forget(self) -> None:
         """Start anew from rank 0's values at the next exchange."""
-        self._settled = False
+        self._replicas_agree = False
         self.era += 1
-        self._said.clear()
+        self._encoded.clear()
         for segment, name, number in self._wires:
-            for kind in ("replica", "gap"):
+            for kind in ("replica", "neighbor_delta"):
                 segment.states.pop(f"{name}_{kind}{number}", None)
         self._wires.clear()
 
     def names(self) -> tuple[str, ...]:
         """The states that a checkpoint has to hold."""
-        kinds = [f"{kind}{number}" for number in range(self.period) for kind in ("replica", "gap")]
-        return tuple(f"{name}_{kind}" for name in self.messages for kind in [*kinds, *["said"] * self.ahead])
+        kinds = [f"{kind}{number}" for number in range(self.period) for kind in ("replica", "neighbor_delta")]
+        return tuple(f"{name}_{kind}" for name in self.messages for kind in [*kinds, *["encoded"] * self.ahead])
 
-    def _settle(self) -> None:
+    def _start_replicas(self) -> None:
         """Agree with the other ranks on replicas."""
         for segment in self.segments:
             for name in self.messages if segment.layout.mix else ():
                 first, *others = (self._wire(segment, name, number) for number in range(self.period))
                 first.replica.copy_(segment.tensor(name))
-                broadcast([first.replica], self.link)
+                broadcast([first.replica], self.communicator)
                 for other in others:
                     other.replica.copy_(first.replica)
                 for end in (first, *others):
-                    end.gap.zero_()
-        self._settled = True
+                    end.neighbor_delta.zero_()
+        self._replicas_agree = True
 
-    def of(self, segment: FlatSegment, exchange: int) -> tuple[Wire, ...]:
+    def of(self, segment: FlatSegment, exchange: int) -> tuple[CompressedChannel, ...]:
         """A segment's wires in exchange number `exchange`, one per message. The first call is collective."""
-        if not self._settled:
-            self._settle()
+        if not self._replicas_agree:
+            self._start_replicas()
         return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
 
-    def say(self, lane: Lane, exchange: int) -> None:
+    def encode(self, bucket: BucketState, exchange: int) -> None:
         """Have codes for a bucket's part in an exchange, if no pass has made them.
 
         Raises:
             NonFiniteError: as `check`.
         """
-        if self._said.get(lane.number) == exchange:
+        if self._encoded.get(bucket.number) == exchange:
             return
-        here = lane.whole
-        for name, end in zip(self.messages, self.of(lane.segment, exchange), strict=True):
+        here = bucket.whole
+        for name, end in zip(self.messages, self.of(bucket.segment, exchange), strict=True):
             part = wire.cut(end, here.start, here.stop)
-            wire.give(part, lane.segment.value(name)[here].to(part.replica.dtype), self.flag)
-        self.said([lane], exchange)
+            wire.give(part, bucket.segment.value(name)[here].to(part.replica.dtype), self.flag)
+        self.encoded([bucket], exchange)
 
-    def said(self, lanes: Sequence[Lane], exchange: int) -> None:
+    def encoded(self, buckets: Sequence[BucketState], exchange: int) -> None:
         """The codes of these buckets for this exchange have been made.
 
         Raises:
             NonFiniteError: on CPUs, if they leave out values that are not finite; nobody was sent them. On GPUs `report`
                 raises it.
         """
-        for lane in lanes:
-            self._said[lane.number] = exchange
+        for bucket in buckets:
+            self._encoded[bucket.number] = exchange
         if not device.on_gpu(self.flag) and bool(self.flag.any()):
             self._refuse()
 
@@ -179,19 +185,20 @@ class Wires:
         bad = [(slot.spec.name, int((~one.param[slot.start : slot.stop].isfinite()).sum())) for one, slot in slots]
         names = ", ".join(f"{name} ({count})" for name, count in bad if count) or "a message"
         raise NonFiniteError(
-            f"rank {self.link.world.rank}: values that are not finite in {names}; {self.dtype} messages cannot carry them, and "
+            f"rank {self.communicator.view.rank}: values that are not finite in {names}; "
+            f"{self.dtype} messages cannot carry them, and "
             f"neighbours were not sent them. Lower the learning rate, clip gradients or use a GradScaler, and go back to a "
             f"checkpoint"
         )
 
     def pending(self, exchange: int) -> bool:
-        """Whether exchange number `exchange`, the next one, has codes already; they are then decoded to the "said" states."""
-        found = self.ahead and exchange in self._said.values()
+        """Whether exchange number `exchange`, the next one, has codes already; they are then decoded to the "encoded" states."""
+        found = self.ahead and exchange in self._encoded.values()
         for segment, name, end in self._ends(exchange) if found else ():
-            segment.state(f"{name}_said").copy_(wire.decode(end.codes, end.scales, end.gap.dtype))
+            segment.state(f"{name}_encoded").copy_(wire.decode(end.codes, end.scales, end.neighbor_delta.dtype))
         return found
 
-    def _ends(self, exchange: int) -> list[tuple[FlatSegment, str, Wire]]:
+    def _ends(self, exchange: int) -> list[tuple[FlatSegment, str, CompressedChannel]]:
         return [
             (segment, name, end)
             for segment in self.segments
@@ -202,28 +209,28 @@ class Wires:
     def all_ranks(self, agree: bool) -> bool:
         """Whether all ranks say so: replicas of some alone would be others' than their neighbours think. Collective."""
         vote = torch.tensor(int(agree), device=self.segments[0].param.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.link.group)
+        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.communicator.group)
         return bool(vote)
 
-    def resume(self, lanes: Sequence[Lane], exchange: int, pending: bool) -> None:
-        """Go on with the replicas that were loaded into the states; what was said and not taken is said again."""
-        self._settled = True
-        self._said = {lane.number: exchange for lane in lanes if pending}
+    def resume(self, buckets: Sequence[BucketState], exchange: int, pending: bool) -> None:
+        """Go on with the replicas that were loaded into the states; `pending` codes are sent by the next exchange."""
+        self._replicas_agree = True
+        self._encoded = {bucket.number: exchange for bucket in buckets if pending}
         for segment, name, end in self._ends(exchange) if pending else ():
             # Exact: what was decoded has the same codes.
-            codes, scales = wire.encode(segment.state(f"{name}_said"), self.dtype)
+            codes, scales = wire.encode(segment.state(f"{name}_encoded"), self.dtype)
             end.codes.copy_(codes)
             if end.scales is not None and scales is not None:
                 end.scales.copy_(scales)
 
-    def _wire(self, segment: FlatSegment, name: str, number: int) -> Wire:
+    def _wire(self, segment: FlatSegment, name: str, number: int) -> CompressedChannel:
         key = (segment, name, number)
         if key not in self._wires:
             scales = segment.param.new_zeros(segment.layout.numel // wire.ELEMENTS_PER_SCALE, dtype=torch.uint8)
-            self._wires[key] = Wire(
+            self._wires[key] = CompressedChannel(
                 torch.zeros_like(segment.param, dtype=self.dtype),
                 None if wire.FORMATS[self.dtype] is None else scales,
                 segment.state(f"{name}_replica{number}"),
-                segment.state(f"{name}_gap{number}"),
+                segment.state(f"{name}_neighbor_delta{number}"),
             )
         return self._wires[key]

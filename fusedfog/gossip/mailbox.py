@@ -19,10 +19,10 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.errors import TornMessageWarning
-from fusedfog.gossip.buckets import Inbox, Lane
+from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.by_machine import Hierarchy
-from fusedfog.gossip.compression import Wires
-from fusedfog.kernels import Wire
+from fusedfog.gossip.compression import CompressedChannels
+from fusedfog.kernels import CompressedChannel
 from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.pages import zeros
@@ -30,7 +30,7 @@ from fusedfog.topology import Round, Topology
 
 
 @dataclass
-class Figures:
+class ExchangeStats:
     """Running totals of one rank, for `stats()`."""
 
     bytes_sent: int = 0
@@ -44,7 +44,7 @@ class Figures:
 class Posting:
     """What one exchange of a bucket sends and receives in a round of the topology."""
 
-    turn: Round
+    round_: Round
     sends: list[PeerTensor]
     recvs: list[PeerTensor]
     inbox: Inbox
@@ -71,46 +71,46 @@ class Mailbox:
         in_flight: every message not yet waited for, for whoever must finish them.
     """
 
-    link: Communicator
+    communicator: Communicator
     channel: int
     messages: tuple[str, ...]
-    figures: Figures
+    stats: ExchangeStats
     hierarchy: Hierarchy | None = None
-    wires: Wires | None = None
+    channels: CompressedChannels | None = None
     in_flight: list[Transfer] = field(default_factory=list)
     _inboxes: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     _turn: tuple[Topology, int, Round] | None = None
-    _postings: dict[tuple[Lane, int] | None, Posting] = field(default_factory=dict)
+    _postings: dict[tuple[BucketState, int] | None, Posting] = field(default_factory=dict)
     _postings_for: tuple[Topology, int] | None = None
     _warned_torn: bool = False
 
-    def send(self, lane: Lane, topology: Topology, exchange: int, label: str) -> None:
+    def send(self, bucket: BucketState, topology: Topology, exchange: int, label: str) -> None:
         """Start exchange number `exchange` of a bucket with this rank's neighbours in that round."""
         if self.hierarchy is not None:
-            self._send_by_machine(lane, self.hierarchy, topology, exchange, label)
+            self._send_by_machine(bucket, self.hierarchy, topology, exchange, label)
             return
-        posting = self._posting(lane, topology, exchange)
-        lane.inbox, lane.sources = posting.inbox, posting.turn.recv
+        posting = self._posting(bucket, topology, exchange)
+        bucket.inbox, bucket.sources = posting.inbox, posting.round_.recv
         # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
         # message is one parcel to a peer, or codes and their scales.
-        number = (2 * lane.number + exchange % 2) * 2 * len(self.messages)
-        with span("exchange", (lane.number,), to=posting.turn.send, sources=posting.turn.recv):
-            message = self.link.start(
-                posting.sends, posting.recvs, tag=self.link.tag(self.channel, number), label=label
+        number = (2 * bucket.number + exchange % 2) * 2 * len(self.messages)
+        with span("exchange", (bucket.number,), to=posting.round_.send, sources=posting.round_.recv):
+            transfer = self.communicator.start(
+                posting.sends, posting.recvs, tag=self.communicator.tag(self.channel, number), label=label
             )
-        self._launch(lane, message)
-        self.figures.bytes_sent += posting.bytes_sent
-        self.figures.bytes_received += posting.bytes_received
+        self._launch(bucket, transfer)
+        self.stats.bytes_sent += posting.bytes_sent
+        self.stats.bytes_received += posting.bytes_received
 
-    def _posting(self, lane: Lane, topology: Topology, exchange: int) -> Posting:
+    def _posting(self, bucket: BucketState, topology: Topology, exchange: int) -> Posting:
         """What an exchange of a bucket posts; worked out once for each round of a periodic topology."""
-        era = self.wires.era if self.wires is not None else 0
+        era = self.channels.era if self.channels is not None else 0
         if self._postings_for != (topology, era):
             self._postings_for = (topology, era)
             self._postings.clear()
-        key = (lane, exchange % topology.period) if topology.period is not None else None
+        key = (bucket, exchange % topology.period) if topology.period is not None else None
         if key not in self._postings:
-            posting = self._make_posting(lane, topology, exchange)
+            posting = self._make_posting(bucket, topology, exchange)
             if key is None:
                 return posting
             self._postings[key] = posting
@@ -120,66 +120,68 @@ class Mailbox:
         """For when buckets are laid anew."""
         self._postings.clear()
 
-    def _make_posting(self, lane: Lane, topology: Topology, exchange: int) -> Posting:
-        turn = self._round(topology, self.link.world.rank, exchange)
-        ends = self.wires.of(lane.segment, exchange) if self.wires is not None else ()
+    def _make_posting(self, bucket: BucketState, topology: Topology, exchange: int) -> Posting:
+        round_ = self._round(topology, self.communicator.view.rank, exchange)
+        ends = self.channels.of(bucket.segment, exchange) if self.channels is not None else ()
         sends: list[PeerTensor] = []
         recvs: list[PeerTensor] = []
         inboxes: list[tuple[Tensor, ...]] = []
         scales: list[tuple[Tensor | None, ...]] = []
         for m, name in enumerate(self.messages):
             if not ends:
-                flat = lane.segment.tensor(name)
-                inboxes.append(self._inbox(lane.segment, name, flat, len(turn.recv)))
-                _post(sends, recvs, turn, flat, inboxes[-1], lane.whole)
+                flat = bucket.segment.tensor(name)
+                inboxes.append(self._inbox(bucket.segment, name, flat, len(round_.recv)))
+                _post(sends, recvs, round_, flat, inboxes[-1], bucket.whole)
                 continue
             codes, own = ends[m].codes, ends[m].scales
-            inboxes.append(self._inbox(lane.segment, f"{name} codes", codes, len(turn.recv)))
-            _post(sends, recvs, turn, codes, inboxes[-1], lane.whole)
-            scales.append((None,) * len(turn.recv))
+            inboxes.append(self._inbox(bucket.segment, f"{name} codes", codes, len(round_.recv)))
+            _post(sends, recvs, round_, codes, inboxes[-1], bucket.whole)
+            scales.append((None,) * len(round_.recv))
             if own is not None:
-                scales[-1] = self._inbox(lane.segment, f"{name} scales", own, len(turn.recv))
-                here = slice(lane.whole.start // ELEMENTS_PER_SCALE, lane.whole.stop // ELEMENTS_PER_SCALE)
-                _post(sends, recvs, turn, own, scales[-1], here)
-        inbox = Inbox(tuple(inboxes), tuple(turn.recv.values()), scales=tuple(scales), wires=ends)
-        return Posting(turn, sends, recvs, inbox)
+                scales[-1] = self._inbox(bucket.segment, f"{name} scales", own, len(round_.recv))
+                here = slice(bucket.whole.start // ELEMENTS_PER_SCALE, bucket.whole.stop // ELEMENTS_PER_SCALE)
+                _post(sends, recvs, round_, own, scales[-1], here)
+        inbox = Inbox(tuple(inboxes), tuple(round_.recv.values()), scales=tuple(scales), channels=ends)
+        return Posting(round_, sends, recvs, inbox)
 
-    def _send_by_machine(self, lane: Lane, hierarchy: Hierarchy, topology: Topology, exchange: int, label: str) -> None:
-        turn = self._round(topology, hierarchy.machine, exchange)
-        inboxes = tuple(self._inbox(lane.segment, name, lane.segment.tensor(name), 1) for name in self.messages)
-        sent = [lane.segment.tensor(name)[lane.whole] for name in self.messages]
-        pairs = list(zip(sent, (inbox[0][lane.whole] for inbox in inboxes), strict=True))
-        number = (2 * lane.number + exchange % 2) * len(self.messages)
+    def _send_by_machine(
+        self, bucket: BucketState, hierarchy: Hierarchy, topology: Topology, exchange: int, label: str
+    ) -> None:
+        round_ = self._round(topology, hierarchy.machine, exchange)
+        inboxes = tuple(self._inbox(bucket.segment, name, bucket.segment.tensor(name), 1) for name in self.messages)
+        sent = [bucket.segment.tensor(name)[bucket.whole] for name in self.messages]
+        pairs = list(zip(sent, (inbox[0][bucket.whole] for inbox in inboxes), strict=True))
+        number = (2 * bucket.number + exchange % 2) * len(self.messages)
         before = hierarchy.bytes_inside + hierarchy.bytes_across
-        lane.sources = [f"machine {machine}" for machine in turn.recv]
-        with span("exchange", (lane.number,), to=(f"machine {m}" for m in turn.send), sources=lane.sources):
-            self._launch(lane, hierarchy.start(self.link, pairs, turn, number, label))
+        bucket.sources = [f"machine {machine}" for machine in round_.recv]
+        with span("exchange", (bucket.number,), to=(f"machine {m}" for m in round_.send), sources=bucket.sources):
+            self._launch(bucket, hierarchy.start(self.communicator, pairs, round_, number, label))
         moved = hierarchy.bytes_inside + hierarchy.bytes_across - before
-        self.figures.bytes_sent += moved
-        self.figures.bytes_received += moved
-        self.figures.bytes_across = hierarchy.bytes_across
+        self.stats.bytes_sent += moved
+        self.stats.bytes_received += moved
+        self.stats.bytes_across = hierarchy.bytes_across
         # What comes is mixed already: mixed = x + 1 (inbox - x).
-        lane.inbox = Inbox(inboxes, (1.0,))
+        bucket.inbox = Inbox(inboxes, (1.0,))
 
-    def send_to_all(self, lane: Lane, label: str) -> None:
+    def send_to_all(self, bucket: BucketState, label: str) -> None:
         """Start a full average of a bucket: the inbox will hold the mean over all ranks, with weight one."""
-        message = Transfer(self.link, label)
-        size = self.link.world.size
+        transfer = Transfer(self.communicator, label)
+        size = self.communicator.view.size
         inboxes = []
-        with span("exchange", (lane.number,), to=("all",), sources=("all",)):
+        with span("exchange", (bucket.number,), to=("all",), sources=("all",)):
             for name in self.messages:
-                inbox = self._inbox(lane.segment, name, lane.segment.tensor(name), 1)
-                buffer = inbox[0][lane.whole]
-                torch.mul(lane.segment.tensor(name)[lane.whole], 1.0 / size, out=buffer)
+                inbox = self._inbox(bucket.segment, name, bucket.segment.tensor(name), 1)
+                buffer = inbox[0][bucket.whole]
+                torch.mul(bucket.segment.tensor(name)[bucket.whole], 1.0 / size, out=buffer)
                 with unrecorded():
-                    work = dist.all_reduce(buffer, group=self.link.group, async_op=True)
-                message.pending.append((work, "averaging with all ranks"))
-                message.keep_alive.append(buffer)
+                    work = dist.all_reduce(buffer, group=self.communicator.group, async_op=True)
+                transfer.pending.append((work, "averaging with all ranks"))
+                transfer.keep_alive.append(buffer)
                 inboxes.append(inbox)
-                self.figures.bytes_sent += 2 * buffer.nbytes * (size - 1) // size
-                self.figures.bytes_received += 2 * buffer.nbytes * (size - 1) // size
-        lane.inbox, lane.sources = Inbox(tuple(inboxes), (1.0,)), ("all",)
-        self._launch(lane, message)
+                self.stats.bytes_sent += 2 * buffer.nbytes * (size - 1) // size
+                self.stats.bytes_received += 2 * buffer.nbytes * (size - 1) // size
+        bucket.inbox, bucket.sources = Inbox(tuple(inboxes), (1.0,)), ("all",)
+        self._launch(bucket, transfer)
 
     def _round(self, topology: Topology, place: int, exchange: int) -> Round:
         """The round that all buckets of an exchange share, worked out for the first of them."""
@@ -187,11 +189,11 @@ class Mailbox:
             self._turn = (topology, exchange, topology.round(place, exchange))
         return self._turn[2]
 
-    def _launch(self, lane: Lane, message: Transfer) -> None:
-        lane.message = message
-        if not lane.counted:
-            lane.count_edits()
-        self.in_flight.append(message)
+    def _launch(self, bucket: BucketState, transfer: Transfer) -> None:
+        bucket.transfer = transfer
+        if not bucket.counted:
+            bucket.count_edits()
+        self.in_flight.append(transfer)
 
     def _inbox(self, segment: FlatSegment, name: str, like: Tensor, neighbours: int) -> tuple[Tensor, ...]:
         inbox = self._inboxes.setdefault((id(segment), name), [])
@@ -199,7 +201,7 @@ class Mailbox:
             inbox.append(zeros(like.numel(), like.dtype, like.device))
         return tuple(inbox[:neighbours])
 
-    def slots(self, segment: FlatSegment, neighbours: int, ends: tuple[Wire, ...] = ()) -> Inbox:
+    def slots(self, segment: FlatSegment, neighbours: int, ends: tuple[CompressedChannel, ...] = ()) -> Inbox:
         """Where messages of up to that many neighbours are received, the same tensors in every step; without weights."""
         if not ends:
             messages = [self._inbox(segment, name, segment.tensor(name), neighbours) for name in self.messages]
@@ -212,50 +214,51 @@ class Mailbox:
             else self._inbox(segment, f"{name} scales", end.scales, neighbours)
             for name, end in pairs
         ]
-        return Inbox(tuple(codes), scales=tuple(scales), wires=ends)
+        return Inbox(tuple(codes), scales=tuple(scales), channels=ends)
 
-    def receive(self, lane: Lane) -> Inbox:
+    def receive(self, bucket: BucketState) -> Inbox:
         """What came in the bucket's exchange, waited for.
 
         Raises:
             PeerTimeout, ExchangeError: it did not come.
         """
-        self.wait(lane)
-        lane.message = None
+        self.wait(bucket)
+        bucket.transfer = None
         # Codes are no part of the parameters, so edits of these cannot tear them.
-        if lane.count_edits() and not lane.inbox.wires:
-            self._report_torn(lane)
-        return lane.inbox
+        if bucket.count_edits() and not bucket.inbox.channels:
+            self._report_torn(bucket)
+        return bucket.inbox
 
-    def wait(self, lane: Lane) -> None:
+    def wait(self, bucket: BucketState) -> None:
         """Wait for a bucket's message, counting the time that the host is blocked."""
-        message = lane.message
-        assert message is not None
+        transfer = bucket.transfer
+        assert transfer is not None
         begin = time.perf_counter()
         try:
-            with span("wait", (lane.number,), sources=lane.sources):
-                message.wait()
+            with span("wait", (bucket.number,), sources=bucket.sources):
+                transfer.wait()
         finally:
-            self.figures.blocked_s += time.perf_counter() - begin
-            if message in self.in_flight:
-                self.in_flight.remove(message)
+            self.stats.blocked_s += time.perf_counter() - begin
+            if transfer in self.in_flight:
+                self.in_flight.remove(transfer)
 
-    def drain(self, lanes: Sequence[Lane], *, keep_failures: bool = False) -> None:
+    def drain(self, buckets: Sequence[BucketState], *, keep_failures: bool = False) -> None:
         """Wait for all messages; what came is kept. With `keep_failures`, only the step that needs one raises."""
-        for lane in lanes:
-            if lane.message is not None:
+        for bucket in buckets:
+            if bucket.transfer is not None:
                 try:
-                    self.wait(lane)
+                    self.wait(bucket)
                 except RuntimeError:
                     if not keep_failures:
                         raise
 
-    def _report_torn(self, lane: Lane) -> None:
-        self.figures.torn_messages += 1
+    def _report_torn(self, bucket: BucketState) -> None:
+        self.stats.torn_messages += 1
         if not self._warned_torn:
             self._warned_torn = True
             warnings.warn(
-                f"rank {self.link.world.rank}: parameters of bucket {lane.number} were edited in place while they were being "
+                f"rank {self.communicator.view.rank}: parameters of bucket {bucket.number} were edited in place "
+                f"while they were being "
                 f"sent, so neighbours may have mixed a torn or outdated value; wrap such edits in `with opt.paused():`",
                 TornMessageWarning,
                 stacklevel=2,
@@ -265,14 +268,14 @@ class Mailbox:
 def _post(
     sends: list[PeerTensor],
     recvs: list[PeerTensor],
-    turn: Round,
+    round_: Round,
     flat: Tensor,
     inbox: Sequence[Tensor | None],
     here: slice,
 ) -> None:
     """Add what a round sends of a flat tensor, and where it receives the same of others."""
-    sends += [(peer, _portable(flat[here])) for peer in turn.send]
-    recvs += [(peer, _portable(got[here])) for peer, got in zip(turn.recv, inbox, strict=True) if got is not None]
+    sends += [(peer, _portable(flat[here])) for peer in round_.send]
+    recvs += [(peer, _portable(got[here])) for peer, got in zip(round_.recv, inbox, strict=True) if got is not None]
 
 
 def _portable(tensor: Tensor) -> Tensor:
@@ -280,7 +283,7 @@ def _portable(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
-def abandon(link: Communicator, in_flight: list[Transfer]) -> None:
-    """What becomes of the messages of an optimizer that is gone: the link keeps them until they have completed."""
-    for message in in_flight:
-        link.keep(message)
+def abandon(communicator: Communicator, in_flight: list[Transfer]) -> None:
+    """What becomes of the messages of an optimizer that is gone: the communicator keeps them until they have completed."""
+    for transfer in in_flight:
+        communicator.keep(transfer)

@@ -72,18 +72,18 @@ def weighted_edges(
     recv = None if recv_weights is None else _weights(recv_weights, "recv_weights", rank, size)
     send = None if send_weights is None else _weights(send_weights, "send_weights", rank, size, listed=True)
     if recv is None or self_weight is None:
-        turn = read_topology(topology, size).round(rank, whole(step, "step", 0))
-        return Edges(turn.self_weight, turn.recv, _every_edge(turn, send))
+        round_ = read_topology(topology, size).round(rank, whole(step, "step", 0))
+        return Edges(round_.self_weight, round_.recv, _every_edge(round_, send))
     own = _weight(self_weight, "self_weight")
     if topology is None:
         return Edges(own, recv, send)
-    turn = read_topology(topology, size).round(rank, whole(step, "step", 0))
-    _only_neighbours(recv, turn.recv, "recv_weights", "receives from")
+    round_ = read_topology(topology, size).round(rank, whole(step, "step", 0))
+    _only_neighbours(recv, round_.recv, "recv_weights", "receives from")
     if send is not None:
-        _only_neighbours(send, turn.send, "send_weights", "sends to")
+        _only_neighbours(send, round_.send, "send_weights", "sends to")
         return Edges(own, recv, send)
     # The topology's neighbours send whatever their weights here are, so their messages must be taken even if unused.
-    return Edges(own, {peer: recv.get(peer, 0.0) for peer in turn.recv}, dict.fromkeys(turn.send, 1.0))
+    return Edges(own, {peer: recv.get(peer, 0.0) for peer in round_.recv}, dict.fromkeys(round_.send, 1.0))
 
 
 def gathered_edges(
@@ -104,15 +104,15 @@ def gathered_edges(
     send = None if send_ranks is None else _listed(send_ranks, "send_ranks", rank, size)
     if topology is None and (recv is not None or send is not None):
         return Edges(1.0, recv, send)
-    turn = read_topology(topology, size).round(rank, whole(step, "step", 0))
+    round_ = read_topology(topology, size).round(rank, whole(step, "step", 0))
     if recv is not None:
-        _only_neighbours(recv, turn.recv, "recv_ranks", "receives from")
+        _only_neighbours(recv, round_.recv, "recv_ranks", "receives from")
     if send is not None:
-        _only_neighbours(send, turn.send, "send_ranks", "sends to")
+        _only_neighbours(send, round_.send, "send_ranks", "sends to")
     return Edges(
         1.0,
-        dict.fromkeys(turn.recv, 1.0) if recv is None else recv,
-        dict.fromkeys(turn.send, 1.0) if send is None else send,
+        dict.fromkeys(round_.recv, 1.0) if recv is None else recv,
+        dict.fromkeys(round_.send, 1.0) if send is None else send,
     )
 
 
@@ -201,12 +201,12 @@ def _only_neighbours(given: dict[int, float], neighbours: dict[int, float], name
         )
 
 
-def _every_edge(turn: Round, send: dict[int, float] | None) -> dict[int, float]:
+def _every_edge(round_: Round, send: dict[int, float] | None) -> dict[int, float]:
     """Multipliers for all of a round's outgoing edges, which its receivers wait for."""
     if send is None:
-        return dict.fromkeys(turn.send, 1.0)
-    _only_neighbours(send, turn.send, "send_weights", "sends to")
-    missing = [peer for peer in turn.send if peer not in send]
+        return dict.fromkeys(round_.send, 1.0)
+    _only_neighbours(send, round_.send, "send_weights", "sends to")
+    missing = [peer for peer in round_.send if peer not in send]
     if missing:
         raise ValueError(
             f"send_weights leaves out rank {missing[0]}, which receives from this rank by the topology's weights; give it a "

@@ -58,7 +58,7 @@ def hierarchical_neighbor_allreduce(
         out(every rank of machine a) = sum_b W[a, b] * (mean of x over machine b),   that is (W (x) J/L) X
 
     A rank sends 2 (L-1)/L of the tensor inside its machine and 1/L of it to each neighbour machine (L local ranks), so
-    no link between machines carries a tensor more than once and none of a machine's ranks carries more than the others.
+    no communicator between machines carries a tensor more than once and none of a machine's ranks carries more than the others.
     All ranks of a machine get the same bits. 16-bit tensors travel in 16 bits and are averaged in float32.
 
     Args:
@@ -128,7 +128,7 @@ def _confer(
 
 
 def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> Paths:
-    """The ways of one operation's phases, with tags of their own; the two phases inside share a link."""
+    """The ways of one operation's phases, with tags of their own; the two phases inside share a communicator."""
     collect = across_machines = hand_round = None
     if inside.size > 1:
         port = Port(open_communicator(inside.view, device))

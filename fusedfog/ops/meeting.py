@@ -41,7 +41,7 @@ class Report:
 
 
 def confer(links: Sequence[Communicator], own: Report) -> Report:
-    """Compare reports with all ranks reached by going over `links` in turn; returns the own one with both sides known.
+    """Compare reports with all ranks reached by going over `communicators` in turn; returns the own one with both sides known.
 
     A rank that reports a problem of its own gets its report back, and raises the problem itself.
 
@@ -52,13 +52,13 @@ def confer(links: Sequence[Communicator], own: Report) -> Report:
     undecided = own.problem is not None or own.recv is None or own.send is None
     balance = [*_balance(own), int(undecided)]
     try:
-        for link in links:
-            balance = control.add_up(link, balance)
+        for communicator in links:
+            balance = control.add_up(communicator, balance)
         if not any(balance):
             return own
         reports = [own]
-        for link in links:
-            reports = [report for part in control.gather(link, reports) for report in part]
+        for communicator in links:
+            reports = [report for part in control.gather(communicator, reports) for report in part]
     except RuntimeError as error:
         raise _missing(own, links[0], error) from error
     reports = complete(sorted(reports, key=lambda report: report.rank))
@@ -115,11 +115,12 @@ def _balance(own: Report) -> tuple[int, int]:
     return first, second
 
 
-def _missing(own: Report, link: Communicator, error: RuntimeError) -> RuntimeError:
+def _missing(own: Report, communicator: Communicator, error: RuntimeError) -> RuntimeError:
     where = f"rank {own.rank}: {own.operation}"
     if is_timeout(error):
         return PeerTimeout(
-            f"{where}: another rank of the group did not come to this call within {link.timeout.total_seconds():g} s; all "
+            f"{where}: another rank of the group did not come to this call within "
+            f"{communicator.timeout.total_seconds():g} s; all "
             f"ranks must call the same operations in the same order, with the same check="
         )
     return ExchangeError(f"{where}: another rank of the group has gone ({error})")

@@ -120,22 +120,22 @@ def neighbor_allreduce(
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     operation = "neighbor_allreduce"
-    source, world = check_dense(x, operation), find_group(group)
+    source, view = check_dense(x, operation), find_group(group)
 
     codes = wire_format(wire_dtype)
 
     def resolve() -> Edges:
         check_mixable(x, out)
-        edges = weighted_edges(world.rank, world.size, topology, step, self_weight, recv_weights, send_weights)
+        edges = weighted_edges(view.rank, view.size, topology, step, self_weight, recv_weights, send_weights)
         if codes is not None:
             check_compressible(source, residual, edges)
         return edges
 
     what = describe(x) + ("" if codes is None else f" sent as {str(codes).removeprefix('torch.')}")
-    edges, port = settle(operation, world, source, what, check, resolve)
+    edges, port = agree_on_edges(operation, view, source, what, check, resolve)
     if codes is not None:
         return run(mixing_compressed(operation, port, source, edges, out, codes, residual), source, async_op)
-    return run(_mixing(operation, world.rank, port, source, edges, out), source, async_op)
+    return run(_mixing(operation, view.rank, port, source, edges, out), source, async_op)
 
 
 @overload
@@ -181,14 +181,14 @@ def pair_gossip(
     Shapes, dtypes, other arguments, returned value and errors are those of `neighbor_allreduce`.
     """
     operation = "pair_gossip"
-    source, world = check_dense(x, operation), find_group(group)
+    source, view = check_dense(x, operation), find_group(group)
 
     def resolve() -> Edges:
         check_mixable(x, out)
-        return pair_edges(world.rank, world.size, peer, weight)
+        return pair_edges(view.rank, view.size, peer, weight)
 
-    edges, port = settle(operation, world, source, describe(x), check, resolve)
-    return run(_mixing(operation, world.rank, port, source, edges, out), source, async_op)
+    edges, port = agree_on_edges(operation, view, source, describe(x), check, resolve)
+    return run(_mixing(operation, view.rank, port, source, edges, out), source, async_op)
 
 
 @overload
@@ -249,20 +249,20 @@ def neighbor_allgather(
         ValueError, PeerTimeout, ExchangeError: as in `neighbor_allreduce`.
     """
     operation = "neighbor_allgather"
-    source, world = check_dense(x, operation), find_group(group)
+    source, view = check_dense(x, operation), find_group(group)
     source = source.resolve_conj().resolve_neg().contiguous()
     source = source.reshape(1) if source.dim() == 0 else source
     about = describe(source, f"({', '.join(['any', *map(str, source.shape[1:])])})")
 
     def resolve() -> Edges:
-        return gathered_edges(world.rank, world.size, topology, step, recv_ranks, send_ranks)
+        return gathered_edges(view.rank, view.size, topology, step, recv_ranks, send_ranks)
 
-    edges, port = settle(operation, world, source, about, check, resolve)
+    edges, port = agree_on_edges(operation, view, source, about, check, resolve)
     return run(_gathering(port, source, edges, _exchange_sizes(port, source, edges)), source, async_op)
 
 
-def settle(
-    operation: str, world: GroupView, x: Tensor, about: str, check: bool, resolve: Callable[[], Edges]
+def agree_on_edges(
+    operation: str, view: GroupView, x: Tensor, about: str, check: bool, resolve: Callable[[], Edges]
 ) -> tuple[Edges, Port | None]:
     """Read this rank's arguments with `resolve` and check them with the group's other ranks.
 
@@ -277,32 +277,32 @@ def settle(
         edges = resolve()
     except (TypeError, ValueError) as error:
         problem = error
-    where = f"rank {world.rank}: {operation}"
-    if world.size > 1 and check:
+    where = f"rank {view.rank}: {operation}"
+    if view.size > 1 and check:
         recv = None if edges.recv is None else tuple(edges.recv)
         send = None if edges.send is None else tuple(edges.send)
-        own = Report(world.rank, operation, about, recv, send, None if problem is None else str(problem))
-        edges = _completed(edges, confer([open_communicator(world, x.device)], own))
+        own = Report(view.rank, operation, about, recv, send, None if problem is None else str(problem))
+        edges = _completed(edges, confer([open_communicator(view, x.device)], own))
     if problem is not None:
         raise type(problem)(f"{where}: {problem}") from problem
-    if world.size == 1:
+    if view.size == 1:
         return Edges(edges.self_weight, edges.recv or {}, edges.send or {}), None
     if edges.recv is None or edges.send is None:
         side = "send to" if edges.send is None else "receive from"
         raise ValueError(
             f"{where}: with check=False nothing tells this rank whom to {side}; give both sides' ranks, or a topology"
         )
-    return edges, Port(open_communicator(world, x.device))
+    return edges, Port(open_communicator(view, x.device))
 
 
-def open_communicator(world: GroupView, place: torch.device) -> Communicator:
-    """The world's link for tensors on `place`.
+def open_communicator(view: GroupView, place: torch.device) -> Communicator:
+    """The world's communicator for tensors on `place`.
 
     Raises:
         ValueError: for a CUDA device in a process group without NCCL.
     """
-    check_backend(world, place)
-    return communicator_for(world, place)
+    check_backend(view, place)
+    return communicator_for(view, place)
 
 
 def _completed(edges: Edges, report: Report) -> Edges:
@@ -336,7 +336,7 @@ def _exchange_sizes(port: Port | None, x: Tensor, edges: Edges) -> list[int]:
     if port is None:
         return []
     own = dict.fromkeys(edges.send or (), len(x))
-    return control.tell(port.link, own, list(edges.recv or ()), port.tags(1)[0], "neighbor_allgather, sizes")
+    return control.tell(port.communicator, own, list(edges.recv or ()), port.tags(1)[0], "neighbor_allgather, sizes")
 
 
 def _gathering(port: Port | None, x: Tensor, edges: Edges, sizes: list[int]) -> Phases:

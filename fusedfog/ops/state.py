@@ -40,14 +40,14 @@ def allreduce_parameters(module_or_params: Tensors, group: dist.ProcessGroup | N
         TypeError: for something else.
         MismatchError: names, shapes or dtypes differ between ranks; nothing has been changed.
     """
-    named, world = _named_tensors(module_or_params), find_group(group)
+    named, view = _named_tensors(module_or_params), find_group(group)
     chosen = {name: t for name, t in named.items() if t.is_floating_point() or t.is_complex()}
-    _agree_on_tensors(world, chosen, "allreduce_parameters")
-    if world.size == 1:
+    _agree_on_tensors(view, chosen, "allreduce_parameters")
+    if view.size == 1:
         return
     for members, flat in _packed(chosen.values()):
         real = torch.view_as_real(flat) if flat.is_complex() else flat
-        average_in_place([real.reshape(-1)], open_communicator(world, flat.device))
+        average_in_place([real.reshape(-1)], open_communicator(view, flat.device))
         _unpack(members, flat)
 
 
@@ -66,13 +66,13 @@ def broadcast_parameters(module_or_state_dict: Tensors, src: int = 0, group: dis
         TypeError, MismatchError: as in `allreduce_parameters`.
         ValueError: `src` is no rank of the group.
     """
-    named, world = _named_tensors(module_or_state_dict), find_group(group)
-    src = read_rank(src, "src", world.size)
-    _agree_on_tensors(world, named, "broadcast_parameters", src)
-    if world.size == 1:
+    named, view = _named_tensors(module_or_state_dict), find_group(group)
+    src = read_rank(src, "src", view.size)
+    _agree_on_tensors(view, named, "broadcast_parameters", src)
+    if view.size == 1:
         return
     for members, flat in _packed(named.values()):
-        broadcast([flat.view(torch.uint8)], open_communicator(world, flat.device), src)
+        broadcast([flat.view(torch.uint8)], open_communicator(view, flat.device), src)
         _unpack(members, flat)
 
 
@@ -92,30 +92,30 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
         MismatchError: kinds of optimizer, param groups or shapes differ between ranks; nothing has been changed.
         ValueError: `src` is no rank of the group.
     """
-    world = find_group(group)
-    src = read_rank(src, "src", world.size)
+    view = find_group(group)
+    src = read_rank(src, "src", view.size)
     shapes = {
         f"group {g}, parameter {i}": p for g, each in enumerate(opt.param_groups) for i, p in enumerate(each["params"])
     }
     extra = {"optimizer": type(opt).__name__, "number of param groups": str(len(opt.param_groups))}
-    _agree_on_tensors(world, shapes, "broadcast_optimizer_state", src, extra)
-    if world.size == 1:
+    _agree_on_tensors(view, shapes, "broadcast_optimizer_state", src, extra)
+    if view.size == 1:
         return
     device = next(iter(shapes.values())).device
-    link = open_communicator(world, device)
+    communicator = open_communicator(view, device)
     big: list[Tensor] = []
     # Local on all ranks; on the others it only settles what may be in flight.
     state = opt.state_dict()
-    box: list[Any] = [_without_tensors(state, big) if world.rank == src else None]
-    dist.broadcast_object_list(box, group=link.group, group_src=src, device=device)
-    if world.rank != src:
+    box: list[Any] = [_without_tensors(state, big) if view.rank == src else None]
+    dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device)
+    if view.rank != src:
         big = [torch.empty(hole.shape, dtype=hole.dtype, device=device) for hole in _holes(box[0])]
     for tensor in big:
-        # What the state has elsewhere than its parameters (a state kept on the CPU) still travels on their link.
+        # What the state has elsewhere than its parameters (a state kept on the CPU) still travels on their communicator.
         part = tensor.to(device).contiguous()
-        broadcast([part.reshape(-1).view(torch.uint8)], link, src)
+        broadcast([part.reshape(-1).view(torch.uint8)], communicator, src)
         tensor.copy_(part)
-    opt.load_state_dict(state if world.rank == src else _with_tensors(box[0], iter(big)))
+    opt.load_state_dict(state if view.rank == src else _with_tensors(box[0], iter(big)))
 
 
 @dataclass(frozen=True)
@@ -181,16 +181,16 @@ def _named_tensors(given: Tensors) -> dict[str, Tensor]:
 
 
 def _agree_on_tensors(
-    world: GroupView, named: Mapping[str, Tensor], what: str, src: int = 0, extra: Mapping[str, str] | None = None
+    view: GroupView, named: Mapping[str, Tensor], what: str, src: int = 0, extra: Mapping[str, str] | None = None
 ) -> None:
-    if world.group is None or world.size == 1:
+    if view.group is None or view.size == 1:
         return
     fields = {"src": str(src), "number of tensors": str(len(named)), **(extra or {})}
     for name, tensor in named.items():
         fields[name] = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device.type}"
     place = next((tensor.device for tensor in named.values()), torch.device("cpu"))
-    check_backend(world, place)
-    agree(world, next_agreement(world), fields, group_timeout(world, place), what)
+    check_backend(view, place)
+    agree(view, next_agreement(view), fields, group_timeout(view, place), what)
 
 
 def _packed(tensors: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -29,7 +29,7 @@ class Work:
 
     def __init__(self, phases: Phases, source: Tensor) -> None:
         self._phases: Phases | None = phases
-        self._message: Transfer | None = None
+        self._transfer: Transfer | None = None
         self._output: Tensor | None = None
         self._done: torch.cuda.Event | None = None
         if device.on_gpu(source):
@@ -43,8 +43,8 @@ class Work:
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
         """
-        while self._message is not None:
-            self._message.wait()
+        while self._transfer is not None:
+            self._transfer.wait()
             self._advance()
         assert self._output is not None
         if self._done is not None:
@@ -55,20 +55,20 @@ class Work:
 
     def is_completed(self) -> bool:
         """Whether `wait` would return, or raise, at once. Moves the operation on as far as it goes without waiting."""
-        while self._message is not None and self._message.done():
-            if self._message.failure is not None:
+        while self._transfer is not None and self._transfer.done():
+            if self._transfer.failure is not None:
                 return True
-            self._message.wait()
+            self._transfer.wait()
             self._advance()
-        return self._message is None and (self._done is None or self._done.query())
+        return self._transfer is None and (self._done is None or self._done.query())
 
     def _advance(self) -> None:
         assert self._phases is not None
         with torch.no_grad():
             try:
-                self._message = next(self._phases)
+                self._transfer = next(self._phases)
             except StopIteration as end:
-                self._message, self._phases, self._output = None, None, end.value
+                self._transfer, self._phases, self._output = None, None, end.value
 
     def _queue(self, phases: Phases, source: Tensor) -> None:
         side = _side_stream(source.device)
@@ -82,10 +82,10 @@ class Work:
 
     def __del__(self) -> None:
         # A dropped gloo work would break its connection for everyone.
-        message = getattr(self, "_message", None)
-        if message is not None:
+        transfer = getattr(self, "_transfer", None)
+        if transfer is not None:
             with contextlib.suppress(Exception):
-                message.communicator.keep(message)
+                transfer.communicator.keep(transfer)
 
 
 def run(phases: Phases, source: Tensor, async_op: bool) -> Tensor | Work:
@@ -98,10 +98,10 @@ def finish(phases: Phases) -> Tensor:
     with torch.no_grad():
         while True:
             try:
-                message = next(phases)
+                transfer = next(phases)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
-            message.wait()
+            transfer.wait()
 
 
 @functools.cache
@@ -110,24 +110,24 @@ def _side_stream(place: torch.device) -> torch.cuda.Stream:
 
 
 class Port:
-    """The operations' place on a link: a channel of their own, opened at its first use, and a number for each message."""
+    """The operations' place on a communicator: a channel of their own, opened at its first use, and a number for each message."""
 
-    # The channel and the number of the next message, by link; a Port itself would keep its link alive from here.
+    # The channel and the number of the next message, by communicator; a Port itself would keep its communicator alive from here.
     _places: ClassVar[weakref.WeakKeyDictionary[Communicator, list[int]]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, link: Communicator) -> None:
-        self.link = link
-        if link not in self._places:
-            self._places[link] = [link.open_channel(), 0]
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        if communicator not in self._places:
+            self._places[communicator] = [communicator.open_channel(), 0]
 
     def tags(self, count: int) -> list[int]:
         """Tags for the messages of one operation, taken when it is called: all ranks call in the same order."""
-        place = self._places[self.link]
+        place = self._places[self.communicator]
         first = place[1]
         place[1] += count
-        return [self.link.tag(place[0], first + i) for i in range(count)]
+        return [self.communicator.tag(place[0], first + i) for i in range(count)]
 
     def start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], tag: int, label: str) -> Transfer:
         """As `Communicator.start`, for tensors of any dtype, which travel as bytes; empty ones do not travel."""
         outgoing, incoming = ([(p, t.view(torch.uint8)) for p, t in part if t.numel()] for part in (sends, recvs))
-        return self.link.start(outgoing, incoming, tag=tag, label=label)
+        return self.communicator.start(outgoing, incoming, tag=tag, label=label)

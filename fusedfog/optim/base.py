@@ -62,9 +62,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
             all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
-        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
+        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one pass group over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
-            does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
+            does without. Results differ in rounding. Ignored on GPUs, where every pass is one pass group.
         capturable: let a CUDA graph record `step()` with forward and backward; see `replaying`. The learning rate and other
             hyper-parameters, mixing weights and seeds then lie in device memory (fp32), and every pass goes over an inbox
             tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
@@ -168,12 +168,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self._show_states()
 
     def _check_data_parallel(self, engine: Scheduler) -> None:
-        exchanges = engine.algorithm.exchanges == "parameters" and engine.link is not None
+        exchanges = engine.algorithm.exchanges == "parameters" and engine.communicator is not None
         data_parallel.check(
             self._kind,
             (param for segment in engine.segments for param in segment.params),
             construction.running_setup(self._family, engine, self._options),
-            engine.link.world.ranks if exchanges and engine.link is not None else (),
+            engine.communicator.view.ranks if exchanges and engine.communicator is not None else (),
         )
         self._data_parallel_checked = True
 
@@ -286,8 +286,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         for segment in engine.segments:
             names = engine.state_names(segment)
             segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
-        if engine.wires is not None:
-            engine.adopt_wires(own and has_messages(self._kind, engine, saved))
+        if engine.channels is not None:
+            engine.adopt_channels(own and has_messages(self._kind, engine, saved))
         self._show_states()
 
     # -- decentralized -----------------------------------------------------------------------------------------------
@@ -309,9 +309,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         before = [tensor.clone() for tensor in (*flats, *buffers)]
         try:
             with torch.no_grad():
-                average_in_place([*flats, *buffers], construction.measuring_link(engine, self._options))
+                average_in_place([*flats, *buffers], construction.measuring_communicator(engine, self._options))
             engine.bump_versions()
-            with engine.hold("averaged()"):
+            with engine.block_steps("averaged()"):
                 yield
         finally:
             with torch.no_grad():
@@ -325,7 +325,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self._engine.check_storage()
         engine = self._engine
         flats = [segment.param for segment in engine.segments if segment.layout.mix]
-        distance = consensus_distance(flats, construction.measuring_link(engine, self._options))
+        distance = consensus_distance(flats, construction.measuring_communicator(engine, self._options))
         if engine.sharding is not None:
             own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
             distance = engine.sharding.norm(own).item()
@@ -346,7 +346,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         return {
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
-            **vars(engine.figures),
+            **vars(engine.stats),
             **engine.measured(),
         }
 
@@ -376,8 +376,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
         """
         engine = self._engine
-        if engine.link is not None:
-            leave(engine.link, engine.clock.steps)
+        if engine.communicator is not None:
+            leave(engine.communicator, engine.clock.steps)
             engine.discard()
 
     @contextmanager
@@ -388,7 +388,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """
         engine = self._engine
         engine.discard()
-        with engine.hold("paused()"):
+        with engine.block_steps("paused()"):
             yield
 
     @contextmanager

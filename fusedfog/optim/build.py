@@ -17,7 +17,7 @@ from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.allreduce import AllReduceScheduler
 from fusedfog.engine.capture import CapturableScheduler
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
@@ -67,38 +67,38 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     check(setup)
     place, given, isolated = setup.place, options.mesh, setup.algorithm.exchanges == "nothing"
     options, everyone = ranks_to_mix_with(sharding, options, alone=isolated)
-    world = GroupView(0, 1, None) if isolated else find_group(options.group)
+    view = GroupView(0, 1, None) if isolated else find_group(options.group)
     if options.mesh is not None:
-        check_mesh(options.mesh, world)
-    setup = dataclasses.replace(setup, options=vars(options), ranks=world.size)
-    topology = choose_topology(setup, options.topology, world.size if options.mesh is None else options.mesh.size(0))
+        check_mesh(options.mesh, view)
+    setup = dataclasses.replace(setup, options=vars(options), ranks=view.size)
+    topology = choose_topology(setup, options.topology, view.size if options.mesh is None else options.mesh.size(0))
     algorithm = setup.running
     check_kernel(place)
-    check_backend(world, place)
+    check_backend(view, place)
     layouts = plan(specs, _bucket_bytes(options, algorithm))
-    link, channel, hierarchy = None, 0, None
-    if world.size > 1:
+    communicator, channel, hierarchy = None, 0, None
+    if view.size > 1:
         fields = fields_of(kind, groups, specs, options) | _fields_of_ranks(options.mesh, topology)
         if sharding is not None and everyone is not None:
             fields |= sharding.fields(groups, specs, given)
-        agree(everyone or world, next_agreement(everyone or world), fields, group_timeout(world, place), kind)
-        link = communicator_for(world, place, options.comm_sms)
-        channel = link.open_channel()
+        agree(everyone or view, next_agreement(everyone or view), fields, group_timeout(view, place), kind)
+        communicator = communicator_for(view, place, options.comm_sms)
+        channel = communicator.open_channel()
         if options.mesh is not None and topology is not None:
             hierarchy = Hierarchy(options.mesh, place, options.comm_sms)
-        _warm_up(link, hierarchy, topology)
-    compiled = _compile(kind, algorithm, groups, layouts, topology, world, link, options)
-    segments = _adopt(groups, layouts, options, link, compiled=compiled)
+        _warm_up(communicator, hierarchy, topology)
+    compiled = _compile(kind, algorithm, groups, layouts, topology, view, communicator, options)
+    segments = _adopt(groups, layouts, options, communicator, compiled=compiled)
     if options.sync_init:
-        broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], link)
+        broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], communicator)
     return _scheduler_for(algorithm, family, options)(
         groups,
         segments,
         algorithm,
         topology,
-        link,
+        communicator,
         channel,
-        _rhythm(options),
+        _schedule(options),
         hierarchy,
         options.codes,
         sharding,
@@ -133,7 +133,7 @@ def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
 
 
 def _adopt(
-    groups: Groups, layouts: Sequence[Segment], options: Options, link: Communicator | None, *, compiled: bool
+    groups: Groups, layouts: Sequence[Segment], options: Options, communicator: Communicator | None, *, compiled: bool
 ) -> list[FlatSegment]:
     """Move the parameters of `groups` into flat segments, and start them from rank 0's values."""
     params = [param for group in groups for param in group["params"]]
@@ -142,12 +142,12 @@ def _adopt(
         for layout in layouts
     ]
     if options.sync_init:
-        broadcast([segment.param for segment in segments], link)
+        broadcast([segment.param for segment in segments], communicator)
     return segments
 
 
-def _rhythm(options: Options) -> Rhythm:
-    return Rhythm(
+def _schedule(options: Options) -> StepSchedule:
+    return StepSchedule(
         communicate_every=options.outer.every if options.outer is not None else options.communicate_every,
         global_average_every=options.global_average_every,
         fused_backward=options.fused_backward,
@@ -170,8 +170,8 @@ def _compile(
     groups: Groups,
     layouts: Sequence[Segment],
     topology: Topology | None,
-    world: GroupView,
-    link: Communicator | None,
+    view: GroupView,
+    communicator: Communicator | None,
     options: Options,
 ) -> bool:
     """Whether the passes are compiled; all ranks together."""
@@ -180,16 +180,18 @@ def _compile(
     neighbours = {1}
     if options.mesh is None:
         averaging, pausing = options.global_average_every is not None, options.communicate_every > 1
-        neighbours = numbers_of_neighbours(topology if world.size > 1 else None, world.rank, averaging, pausing)
+        neighbours = numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
-    return bool(passes) and compile_everywhere(world, passes, link.timeout if link is not None else None, kind)
+    return bool(passes) and compile_everywhere(
+        view, passes, communicator.timeout if communicator is not None else None, kind
+    )
 
 
 def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
     """The setup of a running scheduler, with its ranks."""
     specs = [slot.spec for segment in engine.segments for slot in segment.layout.slots]
     setup = setup_of(family, engine.groups, options, specs, sharded=engine.sharding is not None)
-    return dataclasses.replace(setup, ranks=engine.link.world.size if engine.link is not None else 1)
+    return dataclasses.replace(setup, ranks=engine.communicator.view.size if engine.communicator is not None else 1)
 
 
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
@@ -212,34 +214,38 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
         raise ValueError(
             "the new group is not sharded as the optimizer's parameters are: give it an optimizer of its own"
         )
-    if engine.link is not None:
+    if engine.communicator is not None:
         fields = fields_of(kind, groups[-1:], specs, options)
         if engine.sharding is not None:
             fields |= engine.sharding.fields(groups[-1:], specs, None)
         agree(
-            engine.link.world, next_agreement(engine.link.world), fields, engine.link.timeout, f"{kind}.add_param_group"
+            engine.communicator.view,
+            next_agreement(engine.communicator.view),
+            fields,
+            engine.communicator.timeout,
+            f"{kind}.add_param_group",
         )
     layouts = plan(specs, _bucket_bytes(options, engine.algorithm))
     compiled = any(region.compiled for region in engine.segments[0].regions)
-    segments = _adopt([group], layouts, options, engine.link, compiled=compiled)
+    segments = _adopt([group], layouts, options, engine.communicator, compiled=compiled)
     engine.discard()
     engine.segments.extend(segments)
-    engine.lay_lanes()
+    engine.rebuild_buckets()
     engine.warm_up()
 
 
-def measuring_link(engine: Scheduler, options: Options) -> Communicator | None:
-    """The link over which averages are taken; `local` optimizers have none of their own and meet here first.
+def measuring_communicator(engine: Scheduler, options: Options) -> Communicator | None:
+    """The communicator over which averages are taken; `local` optimizers have none of their own and meet here first.
 
     None where there is nothing to average: for a rank that is alone, and where FSDP keeps all replicas equal.
     """
-    if engine.link is not None or (options.group is None and not dist.is_initialized()):
-        return engine.link
+    if engine.communicator is not None or (options.group is None and not dist.is_initialized()):
+        return engine.communicator
     if engine.sharding is not None and engine.sharding.keeps_equal(find_group(options.group)):
         return None
     options, _ = ranks_to_mix_with(sharding_of(engine.groups, options.model), options, alone=False)
-    world = find_group(options.group)
-    return communicator_for(world, engine.segments[0].param.device) if world.size > 1 else None
+    view = find_group(options.group)
+    return communicator_for(view, engine.segments[0].param.device) if view.size > 1 else None
 
 
 def change_topology(
@@ -248,25 +254,25 @@ def change_topology(
     """Give a running scheduler another topology; all ranks together."""
     size = engine.topology.size if engine.topology is not None else 1
     chosen = choose_topology(running_setup(family, engine, options), topology, size)
-    if engine.link is not None:
-        world = engine.link.world
+    if engine.communicator is not None:
+        view = engine.communicator.view
         fields = {"topology": name_topology(chosen)}
-        agree(world, next_agreement(world), fields, engine.link.timeout, f"{kind}.set_topology")
+        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology")
     engine.discard()
-    engine.follow_topology(chosen)
-    if engine.link is not None:
+    engine.use_topology(chosen)
+    if engine.communicator is not None:
         mailbox = engine._mailbox
-        _warm_up(engine.link, None if mailbox is None else mailbox.hierarchy, chosen)
+        _warm_up(engine.communicator, None if mailbox is None else mailbox.hierarchy, chosen)
     engine.warm_up()
 
 
-def _warm_up(link: Communicator, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
+def _warm_up(communicator: Communicator, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
     """Open the connections of every round, the first ones of an endless topology, so that no step has to."""
-    if topology is None or not link.on_gpu:
+    if topology is None or not communicator.on_gpu:
         return
-    place = link.world.rank if hierarchy is None else hierarchy.machine
+    place = communicator.view.rank if hierarchy is None else hierarchy.machine
     rounds = [topology.round(place, step) for step in range(topology.period or _WARM_ROUNDS)]
     if hierarchy is None:
-        link.warm_up((turn.send, turn.recv) for turn in rounds)
+        communicator.warm_up((round_.send, round_.recv) for round_ in rounds)
     else:
         hierarchy.warm_up(rounds)

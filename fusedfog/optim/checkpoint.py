@@ -31,7 +31,7 @@ from fusedfog.comm.group import GroupView, find_group
 from fusedfog.gossip.compression import is_wire_state
 from fusedfog.optim import state_dict as origin
 from fusedfog.optim.base import DecentralizedOptimizer
-from fusedfog.optim.build import measuring_link
+from fusedfog.optim.build import measuring_communicator
 from fusedfog.params.precision import COMPENSATION
 
 
@@ -76,19 +76,19 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
         ValueError: the folder holds no fusedfog checkpoint, or one of another model or algorithm.
         CheckpointException: a part cannot be read (from torch.distributed.checkpoint).
     """
-    world = _replicas(opt)
+    view = _replicas(opt)
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     ranks = sum(key.endswith("/rest") for key in stored)
     if not ranks:
         raise ValueError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
     like = _shards(model, opt)
-    if ranks == world.size:
-        entries = _read(path, stored, world.rank, like)
+    if ranks == view.size:
+        entries = _read(path, stored, view.rank, like)
     else:
         # A rank of a sharded replica holds a part that no other reads, so it averages by itself.
-        readers = GroupView(0, 1, None) if like else world
+        readers = GroupView(0, 1, None) if like else view
         entries = _average(path, stored, ranks, readers, next(model.parameters()).device, like)
-    rest = entries.pop("rest")
+    remainder = entries.pop("rest")
     states: dict[int, dict[str, Any]] = {}
     for name, value in entries.items():
         if name.startswith("state/"):
@@ -97,10 +97,10 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     weights = {name.removeprefix("model/"): value for name, value in entries.items() if name.startswith("model/")}
     _check_model(path, model, weights)
     # First the optimizer, which checks before it changes anything.
-    opt.load_state_dict({**rest["optimizer"], "state": states})
+    opt.load_state_dict({**remainder["optimizer"], "state": states})
     with opt.paused():
         model.load_state_dict(weights)
-    extra: dict[str, Any] = rest["extra"]
+    extra: dict[str, Any] = remainder["extra"]
     return extra
 
 
@@ -120,8 +120,8 @@ def _replicas(opt: DecentralizedOptimizer) -> GroupView:
     engine = opt._engine
     if engine.sharding is None:
         return find_group()
-    link = measuring_link(engine, opt._options)
-    return link.world if link is not None else GroupView(0, 1, None)
+    communicator = measuring_communicator(engine, opt._options)
+    return communicator.view if communicator is not None else GroupView(0, 1, None)
 
 
 def _shards(model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, DTensor]:
@@ -165,7 +165,7 @@ def _average(
     path: str | Path,
     stored: Mapping[str, Any],
     ranks: int,
-    world: GroupView,
+    view: GroupView,
     device: torch.device,
     like: Mapping[str, DTensor],
 ) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def _average(
         for name, about in sorted(names.items())
         if about.properties.dtype.is_floating_point and not name.endswith("/step")
     }
-    for rank in range(world.rank, ranks, world.size):
+    for rank in range(view.rank, ranks, view.size):
         for name, value in _read(path, stored, rank, like).items():
             if name in sums:
                 sums[name].add_(value, alpha=scalars[rank] / sum(scalars))
     for name, total in sums.items():
-        if world.size > 1:
+        if view.size > 1:
             moved = total.to(device)
             dist.all_reduce(moved)
             total = moved.cpu()
@@ -194,7 +194,7 @@ def _average(
         if name.startswith("state/") and f"{state}/step" not in result:
             result[f"{state}/step"] = _most_steps(path, stored, state)
     clock = result["rest"]["optimizer"]["fusedfog"]
-    clock |= {"push_sum": None, "said": False}
+    clock |= {"push_sum": None, "encoded": False}
     for key in origin.KEYS:
         clock.pop(key, None)
     return result

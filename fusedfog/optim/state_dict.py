@@ -21,10 +21,10 @@ KEYS = ("rank", "ranks", "topology")
 
 def origin_of(engine: Scheduler) -> dict[str, Any]:
     """What identifies this rank among those it exchanges with; nothing for a rank that is alone."""
-    if engine.link is None:
+    if engine.communicator is None:
         return {}
-    world = engine.link.world
-    return {"rank": world.rank, "ranks": world.size, "topology": name_topology(engine.topology)}
+    view = engine.communicator.view
+    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.topology)}
 
 
 def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
@@ -61,8 +61,8 @@ def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str,
 
     A checkpoint of exact messages has nothing of it.
     """
-    assert engine.wires is not None
-    needed = set(engine.wires.names())
+    assert engine.channels is not None
+    needed = set(engine.channels.names())
     mixed = [owner for segment in engine.segments if segment.layout.mix for owner in segment.owners]
     missing = [needed - states.get(owner, {}).keys() for owner in mixed]
     lacking = sum(map(bool, missing))

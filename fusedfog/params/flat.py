@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from fusedfog.errors import StorageReplacedError
 from fusedfog.kernels import Gradients, Region, device
 from fusedfog.kernels.region import ACCESS_BYTES
-from fusedfog.kernels.rounding import held
+from fusedfog.kernels.rounding import restored
 from fusedfog.params.layout import Bucket, Segment, Slot, block_table
 from fusedfog.params.pages import zeros
 from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
@@ -108,7 +108,7 @@ class FlatSegment:
         self.param = zeros(layout.numel, layout.dtype, place)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
-        self._figures: dict[bool, Tensor] = {}
+        self._norm_sums: dict[bool, Tensor] = {}
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=place)
         self.touched = [False] * len(params)
         self._shown = [False] * len(params)
@@ -128,8 +128,8 @@ class FlatSegment:
         self._grad_homes = [0] * len(params)
         self.gradient_table: Tensor | None = None
         self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
-        self.rest_name = storage.rest if self.narrow else None
-        if self.rest_name == MASTER:
+        self.remainder_name = storage.remainder if self.narrow else None
+        if self.remainder_name == MASTER:
             self.state(MASTER).copy_(self.param)
         if device.on_gpu(place):
             self._make_tables()
@@ -185,9 +185,9 @@ class FlatSegment:
         return self._message
 
     @property
-    def rest(self) -> Tensor | None:
+    def remainder(self) -> Tensor | None:
         """What 16-bit parameters lack of the values they stand for; see `kernels.Pass.rest`."""
-        return None if self.rest_name is None else self.state(self.rest_name)
+        return None if self.remainder_name is None else self.state(self.remainder_name)
 
     @property
     def rounds_stochastically(self) -> bool:
@@ -196,21 +196,21 @@ class FlatSegment:
 
     def value(self, name: str) -> Tensor:
         """`tensor(name)`, and for "param" the values that the parameters stand for."""
-        return held(self.param, self.rest) if name == "param" else self.tensor(name)
+        return restored(self.param, self.remainder) if name == "param" else self.tensor(name)
 
-    def figures(self, before: bool, region: Region | None = None) -> Tensor:
+    def norm_sums(self, before: bool, region: Region | None = None) -> Tensor:
         """Where passes over a region (None: over all) write `run_pass`'s figures, those before an exchange apart."""
         blocks = self.whole.blocks
-        if before not in self._figures:
+        if before not in self._norm_sums:
             shape = (len(self.params), 2) if blocks is None else (len(blocks), 2)
             dtype = torch.float64 if blocks is None else torch.float32
-            self._figures[before] = torch.zeros(shape, dtype=dtype, device=self.param.device)
-        figures = self._figures[before]
+            self._norm_sums[before] = torch.zeros(shape, dtype=dtype, device=self.param.device)
+        norm_sums = self._norm_sums[before]
         if region is None:
-            return figures
+            return norm_sums
         if region.blocks is None:
-            return figures[region.first : region.first + len(region.spans)]
-        return self._rows_of(region, figures)
+            return norm_sums[region.first : region.first + len(region.spans)]
+        return self._rows_of(region, norm_sums)
 
     def steps_of(self, region: Region) -> Tensor:
         """The counts that a pass over a region reads, as `kernels.Pass.steps`."""

@@ -34,7 +34,7 @@ class Storage:
     states: torch.dtype = torch.float32
 
     @property
-    def rest(self) -> str | None:
+    def remainder(self) -> str | None:
         """The state that 16-bit parameters need."""
         return {"master": MASTER, "kahan": COMPENSATION}.get(self.way or "")
 

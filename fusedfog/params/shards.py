@@ -64,9 +64,9 @@ class Sharding:
         """Their global ranks, in the order of shards."""
         return dist.get_process_group_ranks(self.group)
 
-    def keeps_equal(self, world: GroupView) -> bool:
+    def keeps_equal(self, view: GroupView) -> bool:
         """Whether FSDP itself keeps these ranks' replicas equal, or they hold parts of a single one: all are on its mesh."""
-        return set(world.ranks) <= set(self.mesh.mesh.flatten().tolist())
+        return set(view.ranks) <= set(self.mesh.mesh.flatten().tolist())
 
     def norm(self, own: Tensor) -> Tensor:
         """sqrt(sum of squares over the shards) of each shard's norm. Collective inside the replica."""

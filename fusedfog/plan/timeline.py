@@ -246,10 +246,10 @@ class _Run:
         if self.graph is None:
             return 0.0, 0.0
         models = size * len(self.row.messages) / self.every
-        outside = models * float(np.mean([turn.outside for turn in self.rounds])) / machines
+        outside = models * float(np.mean([round_.outside for round_ in self.rounds])) / machines
         if self.method.mesh:
             return 2 * (local - 1) / local * models + outside / local, outside
-        return models * float(np.mean([turn.outgoing.mean() for turn in self.rounds])), outside
+        return models * float(np.mean([round_.outgoing.mean() for round_ in self.rounds])), outside
 
     # -- one step --------------------------------------------------------------------------------------------------------
 
@@ -283,20 +283,20 @@ class _Run:
         tensors = self.workload.optimizer_tensors + (self._inbox(t) if waits else 0.0)
         arrived = self.arrived if waits else [np.zeros_like(self.now)] * len(self.buckets)
         posted = [np.zeros_like(self.now) for _ in self.buckets]
-        led = np.zeros(len(self.now), dtype=np.int64)
+        passed = np.zeros(len(self.now), dtype=np.int64)
         now, at = self.now + pace * self.forward_s, 0.0
         for number, bucket in enumerate(self.buckets if self.method.fused_backward else ()):
             now = now + pace * (bucket.ready_s - at)
             at = bucket.ready_s
             # A hook leads every complete bucket, in order, up to the first whose message has not come yet.
-            for b in range(int(led.min()), number + 1):
-                goes = (led == b) & (arrived[b] <= now)
+            for b in range(int(passed.min()), number + 1):
+                goes = (passed == b) & (arrived[b] <= now)
                 now = np.where(goes, now + self._pass(self.buckets[b], tensors), now)
                 posted[b] = np.where(goes, now, posted[b])
-                led = led + goes
+                passed = passed + goes
         now = now + pace * (self.backward_s - at)
         for b, bucket in enumerate(self.buckets):
-            rest = led <= b
+            rest = passed <= b
             now = np.where(rest, np.maximum(now, arrived[b]) + self._pass(bucket, tensors), now)
             posted[b] = np.where(rest, now, posted[b])
         self.now = now
@@ -338,12 +338,12 @@ class _Run:
         return bucket.size * tensors / self.workload.memory_bandwidth
 
     def _exchange(self, posted: list[Times], t: int) -> None:
-        turn = self._round(t)
+        round_ = self._round(t)
         for b, bucket in enumerate(self.buckets):
             begin = np.maximum(posted[b], self.free)
             size = bucket.size * len(self.row.messages)
             if self.method.mesh:
-                self.free = finish_by_machine(self.network, turn, begin, size)
+                self.free = finish_by_machine(self.network, round_, begin, size)
             else:
-                self.free = turn.finish(begin, size)
+                self.free = round_.finish(begin, size)
             self.arrived[b] = self.free

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedfog.algorithms import Algorithm, Stage
-from fusedfog.engine.clock import Clock, Rhythm
+from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.gossip.push_sum import idle, push
 from fusedfog.kernels.reference import RULES
 from fusedfog.kernels.region import align
@@ -75,9 +75,15 @@ class Ranks:
     """
 
     def __init__(
-        self, row: Algorithm, topology: Topology | None, rhythm: Rhythm, group: dict[str, Any], x: Tensor, sizes: Any
+        self,
+        row: Algorithm,
+        topology: Topology | None,
+        schedule: StepSchedule,
+        group: dict[str, Any],
+        x: Tensor,
+        sizes: Any,
     ) -> None:
-        self.row, self.topology, self.rhythm, self.group = row, topology, rhythm, group
+        self.row, self.topology, self.schedule, self.group = row, topology, schedule, group
         self.state_names = row.state_names(group)
         self.flat = {"param": x} | {name: torch.zeros_like(x) for name in self.state_names}
         if row.outer:
@@ -95,7 +101,7 @@ class Ranks:
         if gradients.shape != x.shape:
             raise ValueError(f"grad must return {list(x.shape)}, got {list(gradients.shape)}")
         gradients = gradients.to(x.dtype)
-        exchanging = self.topology is not None and self.rhythm.exchanges(step)
+        exchanging = self.topology is not None and self.schedule.exchanges(step)
         if row.exchanges == "gradients":
             gradients = _mean(gradients).expand_as(x)
         before, mixing = self._mixing(step, exchanging)
@@ -103,9 +109,9 @@ class Ranks:
             self._pass(row.after, gradients, mixing)
         else:
             self._pass(row.before, gradients, before)
-            if row.follows(exchanging):
+            if row.passes_after_exchange(exchanging):
                 self._pass(row.after, None, mixing)
-        self.clock.tick(self.rhythm, exchanging, [self.group["lr"]])
+        self.clock.tick(self.schedule, exchanging, [self.group["lr"]])
 
     def _pass(self, stage: Stage, gradients: Tensor | None, mixing: Mix) -> None:
         row, group, x = self.row, self.group, self.flat["param"]
@@ -131,12 +137,12 @@ class Ranks:
             return self._push(exchanging)
         if not exchanging:
             return _Mixing(), _Mixing()
-        if self.rhythm.averages(step):
+        if self.schedule.is_global_average_step(step):
             return _Mixing(), _everyone
         number = self._round_number()
         if number not in self._mixings:
             self._mixings[number] = _Mixing(
-                _slots([turn.recv for turn in self._turns(number)], self.flat["param"].dtype)
+                _slots([round_.recv for round_ in self._turns(number)], self.flat["param"].dtype)
             )
         return _Mixing(), self._mixings[number]
 

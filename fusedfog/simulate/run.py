@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusedfog import optim
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, alone
-from fusedfog.engine.clock import Rhythm
+from fusedfog.engine.clock import StepSchedule
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
@@ -100,9 +100,9 @@ def simulate(
         outer=outer,
     )
     family, group = _group(optimizer, rate(0), hyper)
-    row, graph, rhythm = _resolve(keywords, family, group, n)
+    row, graph, schedule = _resolve(keywords, family, group, n)
     x = _start(problem, n, x0, seed, dtype)
-    ranks = Ranks(row, graph, rhythm, group, x, getattr(problem, "sizes", x.shape[1:]))
+    ranks = Ranks(row, graph, schedule, group, x, getattr(problem, "sizes", x.shape[1:]))
     path = Trajectory()
     for step in range(steps):
         if step % record_every == 0:
@@ -129,7 +129,7 @@ def _group(optimizer: str, lr: float, hyper: Mapping[str, Any]) -> tuple[str, di
 
 def _resolve(
     keywords: Keywords, family: str, group: dict[str, Any], n: int
-) -> tuple[Algorithm, Topology | None, Rhythm]:
+) -> tuple[Algorithm, Topology | None, StepSchedule]:
     """What `construction.build` decides for n real ranks."""
     options = Options.of(keywords)
     row = algorithm_for(options.algorithm, family, options.outer)
@@ -137,7 +137,7 @@ def _resolve(
     if n == 1:
         row, graph = alone(family), None
     every = options.outer.every if options.outer is not None else options.communicate_every
-    return row, graph, Rhythm(every, options.global_average_every)
+    return row, graph, StepSchedule(every, options.global_average_every)
 
 
 def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, dtype: torch.dtype) -> Tensor:

@@ -162,11 +162,11 @@ class _SimpleBase:
             return self._meet(member, stage)
         if stage == own and not last:
             return self._met(member, own)
-        turn = stage - own if last else stage - own - 1
+        round_ = stage - own if last else stage - own - 1
         if block.part == 1:
-            return self._average(member, block.start, block.cube, turn)
+            return self._average(member, block.start, block.cube, round_)
         start = member - (member - block.start) % block.part
-        return self._average(member, start, block.part_cube, turn)
+        return self._average(member, start, block.part_cube, round_)
 
     def _average(self, member: int, start: int, cube: _Cube, step: int) -> Round:
         return group_average(member, (start + place for place in cube.group(member - start, step)))

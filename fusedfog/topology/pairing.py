@@ -243,8 +243,8 @@ class InnerOuter(Permuting):
             return self._outside(machine, own, step)
         return self._inside(machine, own, outgoing, self._inner[step % len(self._inner)])
 
-    def _outside(self, machine: int, own: int, turn: int) -> tuple[int, int]:
-        hop = self._outer[turn % len(self._outer)]
+    def _outside(self, machine: int, own: int, round_: int) -> tuple[int, int]:
+        hop = self._outer[round_ % len(self._outer)]
         target, source = (machine + hop) % self.machines, (machine - hop) % self.machines
         return target * self.local + own, source * self.local + own
 

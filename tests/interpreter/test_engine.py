@@ -59,7 +59,7 @@ def train(kernel: bool, whole: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     if kernel:
         for segment in engine.segments:
             segment._make_tables()
-        engine.lay_lanes()
+        engine.rebuild_buckets()
     engine._by_segment = whole
     for step in range(3):
         net.set_gradients(step)

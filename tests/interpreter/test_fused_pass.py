@@ -372,9 +372,9 @@ def test_figures_are_the_references_sums(name, options):
         case.arguments["row_sum"] = 0.0
     by_block = torch.full((len(case.region.blocks), 2), math.nan)
     by_parameter = torch.full((3, 2), math.nan, dtype=torch.float64)
-    case.arguments["figures"] = by_block
+    case.arguments["norm_sums"] = by_block
     case.run(fused_pass.launch)
-    case.arguments["figures"] = by_parameter
+    case.arguments["norm_sums"] = by_parameter
     case.run(reference.run_pass)
     summed = torch.zeros(3, 2).index_add_(0, case.region.blocks[:, 0], by_block)
     torch.testing.assert_close(summed.double(), by_parameter, rtol=1e-5, atol=1e-9)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import Pass, Wire, cpu_pass, fused_pass, lossy, reference, rounding, wire
+from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, reference, rounding, wire
 from kernel_rules import ROWS
 from test_fused_pass import DTYPES, NUMELS, TOLERANCE, Case
 
@@ -72,8 +72,8 @@ class Lossy(Case):
         states = [state.to(self.state_dtype) for state in self.written[1 : 1 + row.states]]
         messages = self.written[1 + row.states :]
         self.arguments["inbox"] = self.arguments["inbox"] if "x" in row.writes else ()
-        param, rest = self.split(param)
-        more: dict = {"rest": rest, "seed": SEED if self.way == "stochastic" else None}
+        param, remainder = self.split(param)
+        more: dict = {"remainder": remainder, "seed": SEED if self.way == "stochastic" else None}
         more["sent"] = self.sent([param, *states])
         more["spoilt"] = torch.zeros(4)
         if self.wire is not None:
@@ -107,22 +107,22 @@ class Lossy(Case):
         x[::7] += 1  # Somebody has written these parameters since.
         if self.way == "master":
             return param, x
-        rest = (x - param.float()).to(self.dtype)
+        remainder = (x - param.float()).to(self.dtype)
         # Compensations rounded up to half a unit, the most that there may be.
         above = (bits(param) + 1).view(self.dtype).float() - param.float()
-        rest[1::5] = (above / 2).to(self.dtype)[1::5]
-        return param, rest
+        remainder[1::5] = (above / 2).to(self.dtype)[1::5]
+        return param, remainder
 
-    def end(self, like: torch.Tensor) -> Wire:
+    def end(self, like: torch.Tensor) -> CompressedChannel:
         """A wire on which something was sent and received, of all sizes."""
-        made = Wire.zeros(like, self.wire)
-        for tensor in (made.replica, made.gap):
+        made = CompressedChannel.zeros(like, self.wire)
+        for tensor in (made.replica, made.neighbor_delta):
             tensor[self.valid] = self.uniform(self.size)[self.valid]
-        said = self.uniform(self.size) * torch.exp2(self.uniform(self.size) * 20 - 18)
+        encoded = self.uniform(self.size) * torch.exp2(self.uniform(self.size) * 20 - 18)
         for start, numel in self.region.spans:
             here = wire.cut(made, start, start + numel)
             known = here.replica.clone()
-            wire.give(here, known + said[start : start + numel])
+            wire.give(here, known + encoded[start : start + numel])
         return made
 
     def after(self, run=fused_pass.launch, **changes) -> Pass:
@@ -135,7 +135,7 @@ class Lossy(Case):
         for ours, was in zip(written(work), written(before), strict=True):
             assert torch.equal(bits(ours)[~self.valid], bits(was)[~self.valid])
         for end in (*work.taken, *work.given):
-            for tensor in (end.codes, end.replica, end.gap):
+            for tensor in (end.codes, end.replica, end.neighbor_delta):
                 assert (tensor.float()[~self.valid] == 0).all()
         return work
 
@@ -152,29 +152,29 @@ class Lossy(Case):
 
     def check_close(self, ours: Pass, theirs: Pass) -> None:
         for got, expected in zip(written(ours), written(theirs), strict=True):
-            if got is not ours.rest:
+            if got is not ours.remainder:
                 torch.testing.assert_close(got[self.valid], expected[self.valid], **TOLERANCE[got.dtype])
-        if ours.rest is not None:
+        if ours.remainder is not None:
             # A unit of the compensation, which is rounded itself, beside the tolerance of fp32.
             units = {torch.float32: 2**-21, torch.bfloat16: 2**-15, torch.float16: 2**-19}
-            x, expected = (rounding.held(work.param, work.rest)[self.valid] for work in (ours, theirs))
-            torch.testing.assert_close(x, expected, rtol=0, atol=units[ours.rest.dtype])
+            x, expected = (rounding.restored(work.param, work.remainder)[self.valid] for work in (ours, theirs))
+            torch.testing.assert_close(x, expected, rtol=0, atol=units[ours.remainder.dtype])
 
     def check_param(self, work: Pass) -> None:
         """Parameters and rest are what `rounding` makes of the message, where that is x_new."""
         before = self.work
         if "x" not in self.row.writes:
-            assert same(work.param, before.param) and same(work.rest, before.rest)
+            assert same(work.param, before.param) and same(work.remainder, before.remainder)
             return
         if not self.row.messages:
             return
         x_new = work.messages[0]
-        param, rest = before.param.clone(), None if before.rest is None else before.rest.clone()
+        param, remainder = before.param.clone(), None if before.remainder is None else before.remainder.clone()
         random = None if work.seed is None else rounding.noise(SEED, 0, 0, self.size)
-        rounding.keep(x_new, param, rest, None if self.dtype == torch.float32 else random)
+        rounding.keep(x_new, param, remainder, None if self.dtype == torch.float32 else random)
         assert same(work.param[self.valid], param[self.valid])
-        if rest is not None:
-            assert same(work.rest[self.valid], rest[self.valid])
+        if remainder is not None:
+            assert same(work.remainder[self.valid], remainder[self.valid])
 
     def check_states(self, work: Pass, run) -> None:
         """States of 16 bits are what `rounding` makes of the fp32 states of the same pass."""
@@ -200,13 +200,13 @@ class Lossy(Case):
             for m, end in enumerate(before.given):
                 wire.give(wire.cut(end, start, stop), work.messages[m][start:stop])
         for ours, expected in zip((*work.taken, *work.given), (*before.taken, *before.given), strict=True):
-            for name in ("gap", "codes", "scales", "replica"):
+            for name in ("neighbor_delta", "codes", "scales", "replica"):
                 assert same(getattr(ours, name), getattr(expected, name)), name
 
 
 def written(work: Pass) -> list[torch.Tensor]:
     """The tensors a pass may write, wires apart."""
-    return [work.param, *work.states, *work.messages, *(() if work.rest is None else (work.rest,))]
+    return [work.param, *work.states, *work.messages, *(() if work.remainder is None else (work.remainder,))]
 
 
 # -- parameters and states -------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_written_parameter_is_what_counts(way, dtype):
     case.work.param[case.valid] = case.uniform(case.size)[case.valid].to(dtype) + 4
     ours = case.after()
     assert same(ours.param[case.valid], case.work.param[case.valid])
-    x = rounding.held(ours.param, ours.rest)[case.valid]
+    x = rounding.restored(ours.param, ours.remainder)[case.valid]
     # A compensation may still be one for the new value: it is below half a unit of it.
     assert same(x if way == "master" else x.to(dtype), ours.param[case.valid].to(x.dtype if way == "master" else dtype))
 
@@ -407,7 +407,7 @@ def test_messages_of_any_magnitude_are_encoded_as_the_spec_does(dtype):
     x[::5], x[128:192], x[200], x[300] = 0.0, 0.0, torch.finfo(torch.float32).max, 2.0**-149
     x[~case.valid] = math.nan
     case.work.given[0].replica.zero_()
-    case.work.given[0].gap.zero_()
+    case.work.given[0].neighbor_delta.zero_()
     ours = case.after()
     assert same(ours.param[case.valid], x[case.valid])
     case.check_wires(ours)
@@ -441,10 +441,10 @@ def test_values_that_are_not_finite_are_not_spread(dtype):
     )
     taking.work = dataclasses.replace(taking.work, inbox=(tuple(inbox),), scales=(tuple(scales),))
     taken = taking.check()
-    assert taken.param[taking.valid].isfinite().all() and taken.taken[0].gap.isfinite().all()
+    assert taken.param[taking.valid].isfinite().all() and taken.taken[0].neighbor_delta.isfinite().all()
     alone = taking.after(weights=(0.0, taking.work.weights[1]))
     own = wire.decode(taking.work.taken[0].codes, taking.work.taken[0].scales, torch.float32)
-    heard = (taken.taken[0].gap - alone.taken[0].gap) / taking.work.weights[0] + own
+    heard = (taken.taken[0].neighbor_delta - alone.taken[0].neighbor_delta) / taking.work.weights[0] + own
     assert heard[spoilt & taking.valid].abs().max() < 2**-20 < heard[~spoilt & taking.valid].abs().max()
 
 
@@ -459,7 +459,7 @@ def test_a_neighbour_of_weight_zero_is_not_heard(dtype):
     alone = case.after(inbox=(case.work.inbox[0][:1],), scales=(case.work.scales[0][:1],), weights=(0.5,))
     for got, expected in zip(written(ours), written(alone), strict=True):
         assert same(got[case.valid], expected[case.valid])
-    assert same(ours.taken[0].gap, alone.taken[0].gap)
+    assert same(ours.taken[0].neighbor_delta, alone.taken[0].neighbor_delta)
 
 
 # -- numbers on the device -------------------------------------------------------------------------------------------------
@@ -493,5 +493,8 @@ def test_numbers_on_the_device_give_the_bits_of_those_on_the_host(name, way, run
     for ours, theirs in zip(written(host), written(device), strict=True):
         assert same(ours[case.valid], theirs[case.valid])
     for ours, theirs in zip(host.given, device.given, strict=True):
-        assert all(same(getattr(ours, part), getattr(theirs, part)) for part in ("codes", "scales", "replica", "gap"))
+        assert all(
+            same(getattr(ours, part), getattr(theirs, part))
+            for part in ("codes", "scales", "replica", "neighbor_delta")
+        )
     assert not same(host.param[case.valid], work.param[case.valid])

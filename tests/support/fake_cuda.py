@@ -336,20 +336,22 @@ def _counts(steps: Tensor, region: Region) -> Tensor:
     return counts
 
 
-def _kernel(real: Callable[[Pass], None]) -> Callable[[Pass], None]:
+def kernel_by_the_cpu(real: Callable[[Pass], None]) -> Callable[[Pass], None]:
+    """Passes with tables of addresses and blocks, as the kernel takes them, made by the CPU's passes."""
+
     def run(work: Pass) -> None:
         region, rows = _of_blocks(work.region)
         grads = None if work.grads is None else _through_table(work.grads, region.first, region.spans)
-        sums = None if work.figures is None else torch.zeros(len(region.spans), 2, dtype=torch.float64)
+        sums = None if work.norm_sums is None else torch.zeros(len(region.spans), 2, dtype=torch.float64)
         steps = None if work.steps is None else _counts(work.steps, work.region)
-        real(replace(work, grads=grads, region=region, figures=sums, steps=steps))
+        real(replace(work, grads=grads, region=region, norm_sums=sums, steps=steps))
         if work.steps is not None and steps is not None and work.region.blocks is not None:
             work.steps.copy_(steps[work.region.blocks[:, 0]])
-        if work.figures is not None and sums is not None:
+        if work.norm_sums is not None and sums is not None:
             # The kernel has a row for each block; what a parameter's come to stands in its first.
-            work.figures.zero_()
+            work.norm_sums.zero_()
             for p, row in rows.items():
-                work.figures[row] = sums[p - region.first]
+                work.norm_sums[row] = sums[p - region.first]
 
     return run
 
@@ -359,7 +361,7 @@ def pretend() -> Iterator[Gpu]:
     """Inside, CPU tensors count as a GPU's, and torch.cuda has streams, events and graphs for them."""
     gpu = Gpu()
     _HOST.clear()
-    run_pass = _kernel(cpu_pass.run_pass)
+    run_pass = kernel_by_the_cpu(cpu_pass.run_pass)
     stand_ins = {
         "Stream": Stream,
         "Event": Event,

@@ -179,7 +179,7 @@ def _library() -> ctypes.CDLL:
     # Whoever opens libcuda.so.1 from now on gets what is loaded under that name: this.
     options = ["-O2", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-pthread"]
     subprocess.run([compiler, *options, str(SOURCE), "-o", str(target)], check=True)
-    (folder / "libcuda.so").symlink_to(target.name)  # what Triton before 3.7 links with
+    (folder / "libcuda.so").symlink_to(target.name)  # what Triton before 3.7 communicators with
     for name, text in (("ptxas", _PTXAS), ("cc", _CC.format(compiler=compiler))):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)

@@ -120,8 +120,8 @@ def main(arguments: Sequence[str]) -> int:
             failed += 1
             print(f"triton {version}: not tested: {problem}", flush=True)
             continue
-        said = ", ".join(f"{number} {what}" for what, number in counts(found.stdout).items())
-        print(f"triton {version}: {said or 'nothing ran'} in {time.perf_counter() - began:.0f} s", flush=True)
+        encoded = ", ".join(f"{number} {what}" for what, number in counts(found.stdout).items())
+        print(f"triton {version}: {encoded or 'nothing ran'} in {time.perf_counter() - began:.0f} s", flush=True)
         if found.returncode:
             failed += 1
             print(found.stdout[-8000:], found.stderr[-2000:], sep="\n", flush=True)
