@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, machine, table
-from test_gpt import ranks_of, wait_for_step
+from support.processes import ranks_of, wait_for_step
 
 RANKS = 4
 SEEDS = (0, 1, 2)

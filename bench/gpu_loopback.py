@@ -19,10 +19,10 @@ from typing import Any
 import common  # noqa: F401 (makes fusedfog and the tests' files importable)
 import torch
 import torch.distributed as dist
-from gpu_checks import assert_same, convnet, give_gradients
 from gpu_notes import Notes, Run
 from gpu_sections import overlapped
-from recorded import record
+from support.gpu_checks import assert_same, convnet, give_gradients
+from support.recorded import record
 from torch import Tensor, nn
 
 import fusedfog

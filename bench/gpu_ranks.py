@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from fusedfog.kernels import BLOCK, Pass, Region, run_pass
 from gpu_notes import Notes, Run
-from recorded import record
+from support.recorded import record
 from torch import Tensor, nn
 
 import fusedfog

@@ -25,12 +25,12 @@ from typing import Any
 
 import common  # noqa: F401 (makes fusedfog and the tests' files importable)
 import torch
-from gpu_cases import Case, all_cases, check_beyond_int32
-from gpu_checks import CHECKS, among_echoes
 from gpu_notes import Notes, Run
 from kernel_cases import TORCH, USES, Pass, rows
-from kernel_rules import ROWS
-from recorded import record
+from support.gpu_cases import Case, all_cases, check_beyond_int32
+from support.gpu_checks import CHECKS, among_echoes
+from support.kernel_rules import ROWS
+from support.recorded import record
 from torch import nn
 
 import fusedfog

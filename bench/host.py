@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import save, table
-from gpu_checks import among_echoes
+from support.gpu_checks import among_echoes
 from support.stub_driver import StubGpu, stub_gpu
 from torch import nn
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common import measure, ratio
 from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
 from fusedfog.kernels import device as place
-from kernel_rules import ROWS, SHAPES
+from support.kernel_rules import ROWS, SHAPES
 from torch import Tensor
 
 from fusedfog import kernels

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine, table
-from pool import Pool
+from support.pool import Pool
 from torch import Tensor
 
 import fusedfog

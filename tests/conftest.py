@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pool import Pool
+from support.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
+from support.pool import Pool
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog

@@ -8,8 +8,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: the GPU path was NOT tested here", allow_module_level=True)
 
-from gpu_cases import Case, all_cases, check_beyond_int32
-from gpu_checks import CHECKS
+from support.gpu_cases import Case, all_cases, check_beyond_int32
+from support.gpu_checks import CHECKS
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fusedfog.kernels import Pass, fused_pass, run_pass
-from gpu_checks import IRREGULAR, among_echoes
-from recorded import StandInGraph
+from support.gpu_checks import IRREGULAR, among_echoes
+from support.recorded import StandInGraph
 from torch import nn
 
 import fusedfog

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from fusedfog.kernels import BLOCK, Gradients, Pass, Region, fused_pass, reference, rules
-from kernel_rules import ROWS, Row
+from support.kernel_rules import ROWS, Row
 
 NUMELS = (1, 63, 64, 65, 1000, 1024, 1025, 2500)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, reference, rounding, wire
-from kernel_rules import ROWS
+from support.kernel_rules import ROWS
 from test_fused_pass import DTYPES, NUMELS, TOLERANCE, Case
 
 WAYS, HALVES, FORMATS = ("master", "kahan", "stochastic"), DTYPES[1:], tuple(wire.FORMATS)

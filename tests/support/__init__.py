@@ -1,1 +1,1 @@
-"""What tests stand on: a driver, a backend and Triton versions, for machines without a GPU."""
+"""What tests stand on: real ranks, oracles, problems and tables of rules; a driver, a backend and Triton versions."""

@@ -24,7 +24,11 @@ from pathlib import Path
 VERSIONS = ("3.5.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 """Oldest first: torch 2.9 brings 3.5.0, 2.10 3.5.1 or 3.6.0, 2.11 3.6.0, 2.12 3.7.1, 2.14 3.8.0 and 2.15 3.9.0."""
 
-TESTS = ("tests/test_kernel_codegen.py", "tests/test_codegen_lossy.py", "tests/test_launch_path.py")
+TESTS = (
+    "tests/kernels/test_kernel_codegen.py",
+    "tests/kernels/test_codegen_lossy.py",
+    "tests/kernels/test_launch_path.py",
+)
 """What runs with each version."""
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,70 @@
+"""The demo does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.pool import Pool
+
+from fusedfog.examples import digits
+
+
+def test_shards_cover_the_images_once_and_differ_by_label() -> None:
+    labels = torch.arange(10).repeat(40)[torch.randperm(400, generator=torch.Generator().manual_seed(1))]
+    pieces = [digits.shard(labels, rank, 4, shared=0.0, seed=0) for rank in range(4)]
+    assert sorted(torch.cat(pieces).tolist()) == list(range(400))
+    seen = [set(labels[piece].tolist()) for piece in pieces]
+    assert seen == [{0, 1, 2}, {2, 3, 4}, {5, 6, 7}, {7, 8, 9}]
+    pieces = [digits.shard(labels, rank, 4, shared=0.1, seed=0) for rank in range(4)]
+    assert sorted(torch.cat(pieces).tolist()) == list(range(400))
+    counts = [torch.bincount(labels[piece], minlength=10) for piece in pieces]
+    assert all(count.topk(3).values.sum() > 0.85 * count.sum() for count in counts)
+    assert torch.equal(digits.shard(labels, 0, 1, shared=0.0, seed=0).sort().values, torch.arange(400))
+
+
+def short_demo(folder: str, argument: str) -> list[str]:
+    torch.set_num_threads(1)
+    digits.main(["--steps", argument, "--batch", "8", "--out", f"{folder}/shown.png"])
+    return os.listdir(folder)
+
+
+def test_the_demo_on_four_ranks(ranks: Pool, tmp_path: Path) -> None:
+    ranks.run(4, short_demo, str(tmp_path), "30", init=False)
+    check_figures(tmp_path, ranks=4)
+
+
+def test_the_demo_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short_demo(str(tmp_path), "2")
+    runs = check_figures(tmp_path, ranks=1)
+    printed = capsys.readouterr().out
+    assert all(run["label"] in printed for run in runs)
+
+
+def check_figures(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    assert (folder / "shown.png").read_bytes().startswith(b"\x89PNG")
+    runs: list[dict[str, Any]] = json.loads((folder / "shown.json").read_text())
+    awc, atc, ddp = runs
+    parameters = 4 * sum(p.numel() for p in digits.network(0).parameters())
+    padding = 4 * 64 * len(list(digits.network(0).parameters()))
+    neighbours = {1: 0, 2: 1, 4: 2}[ranks]  # of the ring; the one-peer graph has one
+    for run, copies in ((awc, min(neighbours, 1)), (atc, neighbours), (ddp, 2 * (ranks - 1) / ranks)):
+        assert copies * parameters <= run["bytes_per_step"] <= copies * (parameters + padding)
+        assert run["steps"][0] == 0 and all(len(values) == ranks for values in run["rank_accuracy"])
+        assert (run["blocked_s"] > 0) == (ranks > 1)
+    assert len({run["averaged_accuracy"][0] for run in runs}) == 1  # the same start
+    for run in (awc, atc):
+        assert (max(run["consensus_distance"]) > 1e-4) == (ranks > 1)  # ranks saw different images
+    assert max(ddp["consensus_distance"]) == 0.0
+    return runs
+
+
+def test_the_demo_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--steps=0", "--batch=-1", "--shared=2"):
+        with pytest.raises(SystemExit):
+            digits.main([argument])
+        assert "must be at least 1" in capsys.readouterr().err
