@@ -69,7 +69,7 @@ class Algorithm:
         exchanges: what travels: parameters to and from neighbours, gradients to everyone, or nothing.
         messages: the flat tensors that travel and that neighbours' values are compared with: "param", a state, or
             "message", a buffer that `before` writes while it leaves the parameters alone.
-        settles: `after` has work in steps without an exchange too (it mixes with W = I).
+        passes_without_exchange: steps without an exchange have a pass `after` too, which mixes with W = I.
         graph: the topologies the theory covers: any doubly stochastic sequence, a static symmetric matrix, or any graph,
             of which only the edges are used.
         lazy: W is replaced by (I + W)/2.

@@ -37,7 +37,7 @@ class StorageReplacedError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """Parameters are not finite where messages cannot say so (`wire_dtype`); names rank and parameters."""
+    """Parameters are not finite, and compressed messages (`wire_dtype`) cannot carry them; names rank and parameters."""
 
 
 class ForeignCheckpointWarning(UserWarning):

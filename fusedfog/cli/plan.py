@@ -20,7 +20,7 @@ from fusedfog.topology import Topology
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
 
 INSIDE = Link(latency_s=5e-6, bandwidth=100e9)
-"""What is assumed of links inside a machine if nothing is said: several GPUs joined by NVLink."""
+"""What is assumed of links inside a machine if nothing is given: several GPUs joined by NVLink."""
 
 EXAMPLE = """\
 example:

@@ -59,7 +59,7 @@ class Communicator:
     """The dedicated process group of one set of ranks.
 
     Attributes:
-        world: this rank's place among them.
+        view: this rank's place among them.
         device: where its tensors are.
         on_gpu: whether works are queued on streams, as NCCL's.
         timeout: how long a wait may last.
@@ -253,7 +253,7 @@ class Communicator:
         self._group = None
 
     def _retire(self) -> None:
-        # A failed message keeps its other works for good: its connections are broken, but dropping them breaks more.
+        # A failed transfer keeps its other works for good: its connections are broken, but dropping them breaks more.
         self._abandoned = [
             transfer for transfer in self._abandoned if transfer.failure is not None or not transfer.done()
         ]

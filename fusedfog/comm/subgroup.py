@@ -69,7 +69,7 @@ def nccl_options(view: GroupView, place: torch.device, timeout: timedelta, comm_
     A high-priority stream: a transfer that is ready starts as soon as a block of the running kernels ends, instead of after
     all that are queued. `comm_sms` bounds the blocks of one NCCL kernel, and with them the SMs that it holds: a block that
     waits for its peer spins, and keeps its SM from the computation, for as long as the peer is late. Too few blocks cannot
-    fill the communicator; NVLink takes 8 to 16, a network card 1 to 4.
+    fill the link; NVLink takes 8 to 16, a network card 1 to 4.
     """
     assert view.group is not None
     if view.group._get_backend(place).name() != "nccl" or not dist.is_nccl_available():

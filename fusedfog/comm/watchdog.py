@@ -51,7 +51,7 @@ class Watched(Protocol):
 
 
 class Watchdog:
-    """Logs messages that are overdue, naming peers, step and bucket, before torch's own watchdog aborts.
+    """Logs transfers that are overdue, naming peers, step and bucket, before torch's own watchdog aborts.
 
     The thread polls completion events and touches no communicator; it ends with its communicator.
     """
@@ -68,7 +68,7 @@ class Watchdog:
         ).start()
 
     def watch(self, label: str, works: Sequence[tuple[dist.Work, object]]) -> None:
-        """Follow a message's works, each with whom it is with, until they complete."""
+        """Follow a transfer's works, each with whom it is with, until they complete."""
         if works:
             with self._lock:
                 self._watched.append((time.monotonic() + self._patience, label, tuple(works)))
@@ -95,7 +95,7 @@ class Watchdog:
 
     def _overdue(self) -> list[tuple[str, object]]:
         now = time.monotonic()
-        # Not under the lock: the thread that starts messages would wait for as many queries as there are messages.
+        # Not under the lock: the thread that starts transfers would wait for as many queries as there are transfers.
         with self._lock:
             watched, self._watched = self._watched, []
         pending = [entry for entry in watched if not all(work.is_completed() for work, _ in entry[2])]
@@ -104,7 +104,7 @@ class Watchdog:
         return [(label, works[0][1]) for at, label, works in pending if at < now]
 
     def _look_for_notes(self, communicator: Watched) -> None:
-        """End the communicator if somebody has left; the store is asked only while a message takes seconds."""
+        """End the communicator if somebody has left; the store is asked only while a transfer takes seconds."""
         with self._lock:
             started = time.monotonic() - _LATE + self._patience
             late = [f"{label}: {works[0][1]}" for at, label, works in self._watched if at < started]

@@ -95,10 +95,10 @@ class GradientAverage:
 
 
 class AllReduceScheduler(Scheduler):
-    """A scheduler whose buckets lead with an all-reduce of their gradients, and follow with their pass."""
+    """A scheduler that all-reduces the gradients of each bucket before the bucket's pass."""
 
     def rebuild_buckets(self) -> None:
-        """See `Scheduler.lay_lanes`."""
+        """See `Scheduler.rebuild_buckets`."""
         super().rebuild_buckets()
         assert self.communicator is not None
         self._averages = [GradientAverage(bucket.segment, bucket.layout, self.communicator) for bucket in self._buckets]

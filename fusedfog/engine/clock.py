@@ -1,4 +1,4 @@
-"""When things happen, as plain data: the rhythm an optimizer was given, and the clock that says where in it a rank is."""
+"""When things happen, as plain data: the schedule an optimizer was given, and the clock that says where in it a rank is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Clock:
         steps, exchanges: how many were made.
         previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
         push_sum: all ranks' push-sum scalars.
-        said: the next exchange has compressed messages already.
+        encoded: the compressed messages of the next exchange are made already.
     """
 
     steps: int = 0

@@ -1,6 +1,6 @@
 """`cpu_compile=True`: compile an optimizer's passes at construction, on every rank or on none.
 
-Sits between `construction` and `kernels.compiled`. Rank 0 compiles first, so that ranks on its machine find the code in
+Sits between `optim.build` and `kernels.compiled`. Rank 0 compiles first, so that ranks on its machine find the code in
 Inductor's cache instead of all compiling it at once. Compiled passes round differently from the default ones, so ranks
 must not mix the two.
 """
@@ -51,7 +51,7 @@ def kinds_of_passes(
 
 
 def numbers_of_neighbours(topology: Topology | None, rank: int, averaging: bool, pausing: bool) -> set[int]:
-    """How many neighbours' messages this rank's passes mix: over the topology's rounds, full averages, silent steps."""
+    """How many neighbours' messages this rank's passes mix: by rounds, full averages, steps without exchange."""
     if topology is None:
         return {0}
     rounds = [topology.round(rank, step) for step in range(min(topology.period or _ROUNDS, _ROUNDS))]

@@ -45,7 +45,7 @@ def grad_scaler_exists() -> bool:
 
 
 def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict[str, float]:
-    """Norms of the gradient as it was used, and of what the neighbours pulled, by the passes' figures; waits for the device.
+    """Norms of the gradient as it was used, and of what the neighbours pulled, by the passes' sums; waits for the device.
 
     Args:
         in_two_halves: whether gradients are used in the pass before the exchange.

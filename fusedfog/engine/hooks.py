@@ -35,11 +35,11 @@ class BackwardHooks:
     """The hooks of one scheduler, and how far they have come in this step.
 
     Args:
-        leader: the scheduler; not kept alive.
+        maker: the scheduler; not kept alive.
         clips: passes need all gradients first.
 
     Attributes:
-        led: how many buckets have had their pass in this step.
+        passed: how many buckets have had their pass in this step.
         accumulating: inside `no_sync()`.
     """
 
@@ -70,7 +70,7 @@ class BackwardHooks:
             bucket.ready = 0
 
     def ready(self, bucket: BucketState, name: str) -> None:
-        """A parameter of `bucket` has its gradient: lead every bucket that can go, in order, without waiting."""
+        """A parameter of `bucket` has its gradient: make the pass of every bucket that is ready, in order, without waiting."""
         maker = self._maker()
         if maker is None or self.accumulating or self._wait_for_step(maker):
             return

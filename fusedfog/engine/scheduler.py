@@ -6,8 +6,8 @@ One step of rank i, for every bucket in backward order:
     atc and kin   pass before -> send -> ... all buckets ... -> wait -> pass after
     allreduce     pack and reduce gradients -> ... all buckets ... -> wait -> fused pass
 
-The part before the dots is the bucket's *lead*, the rest its *follow*. Leads run in `step`, or with `fused_backward` in
-autograd hooks as each bucket's last gradient arrives; follows always run in `step`. A hook never makes the host wait: on CPUs
+What stands before the dots runs in `step`, or with `fused_backward` in autograd hooks as each bucket's last gradient
+arrives; what stands behind them always runs in `step`. A hook never makes the host wait: on CPUs
 a bucket whose message has not come yet, and all behind it (the order is the same on every rank), are left to `step`; on GPUs
 the stream waits in its place.
 
@@ -81,7 +81,7 @@ class Scheduler:
         self.algorithm, self.topology, self.communicator, self.schedule = algorithm, topology, communicator, schedule
         self.clock, self.stats, self.sharding = Clock(), ExchangeStats(), sharding
         self.blocked_by: str | None = None
-        # Not with fused_backward: how many buckets the hooks have led differs by rank, and with it the order of pass groups,
+        # Not with fused_backward: how many buckets the hooks have passed differs by rank, and with it the order of pass groups,
         # in which messages are started and NCCL matches them.
         self._by_segment = not schedule.fused_backward
         self._buckets: list[BucketState] = []
@@ -398,7 +398,7 @@ class Scheduler:
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _multiplier(self, grad_scale: Tensor | None) -> Tensor | None:
-        """Of this rank's own gradients; see `gradients.multiplier`."""
+        """Of this rank's own gradients; see `gradient_scale.multiplier`."""
         clips = self.schedule.max_grad_norm is not None
         return multiplier(self._gradients() if clips else [], grad_scale, self.schedule.max_grad_norm, self.sharding)
 
@@ -407,11 +407,11 @@ class Scheduler:
         return [grad for grad in found if grad is not None]
 
     def before_exchange(self, number: int) -> None:
-        """See `hooks.Leader`."""
+        """See `hooks.PassMaker`."""
         self._before_exchange(self._singles[number])
 
     def may_pass(self, bucket: BucketState) -> bool:
-        """See `hooks.Leader`."""
+        """See `hooks.PassMaker`."""
         if self.algorithm.before is not None or not self._exchanging(self.clock.steps) or not bucket.segment.layout.mix:
             return True
         if bucket.transfer is None:

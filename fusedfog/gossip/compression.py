@@ -1,7 +1,7 @@
 """Compressed messages of one optimizer: what neighbours know of each bucket, and what was sent to them last.
 
 Between `scheduler`, which makes codes in its passes, and `mailbox`, which sends them; `kernels.wire` explains the scheme.
-Each round of the topology's period has replicas of its own, for in each round a rank speaks to other neighbours: a
+Each round of the topology's period has replicas of its own, because in each round a rank exchanges with other neighbours: a
 time-varying graph is then as exact as a static one, for 8 bytes an element and round.
 
 Replicas must agree between sender and receivers, so they begin, at the first exchange and after every change of topology
@@ -52,7 +52,7 @@ class Answer:
 
 
 class CompressedChannels:
-    """All wires of one optimizer.
+    """All compressed channels of one optimizer: one for each segment, message and round of the topology.
 
     Args:
         segments: the optimizer's, a list that may grow.
@@ -61,7 +61,7 @@ class CompressedChannels:
         ahead: messages are made a step ahead, and so are in flight at the end of a step.
 
     Attributes:
-        era: how often replicas were forgotten, and with them the tensors of all wires.
+        era: how often replicas were forgotten, and with them the tensors of all channels.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class CompressedChannels:
         self._replicas_agree = True
 
     def of(self, segment: FlatSegment, exchange: int) -> tuple[CompressedChannel, ...]:
-        """A segment's wires in exchange number `exchange`, one per message. The first call is collective."""
+        """A segment's channels in exchange number `exchange`, one per message. The first call is collective."""
         if not self._replicas_agree:
             self._start_replicas()
         return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
@@ -207,7 +207,7 @@ class CompressedChannels:
         ]
 
     def all_ranks(self, agree: bool) -> bool:
-        """Whether all ranks say so: replicas of some alone would be others' than their neighbours think. Collective."""
+        """Whether `agree` is true on all ranks: if only some kept their replicas, neighbours' copies would differ. Collective."""
         vote = torch.tensor(int(agree), device=self.segments[0].param.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.communicator.group)
         return bool(vote)

@@ -24,7 +24,7 @@ def check_compressible(x: Tensor, residual: Tensor | None, edges: Edges) -> None
         raise ValueError(
             f"compressed messages are the same for all receivers: send_weights of {factors} need wire_dtype=None"
         )
-    # To look for them on a GPU the host would have to wait for it; there such values are left unsaid, as `kernels.wire` says.
+    # To look for them on a GPU the host would have to wait for it; there such values are left out, as `kernels.wire` explains.
     bad = 0 if device.on_gpu(x) else int((~flat_view(x).isfinite()).sum())
     if bad:
         raise ValueError(
@@ -41,7 +41,7 @@ def mixing_compressed(
     dtype: torch.dtype,
     residual: Tensor | None,
 ) -> Phases:
-    """`out = (x - q) + self_weight*q + sum_j recv[j]*q_j` for what ranks say, q; see `neighbor_allreduce`."""
+    """`out = (x - q) + self_weight*q + sum_j recv[j]*q_j` where q is a rank's decoded message; see `neighbor_allreduce`."""
     flat, recv = flat_view(x), edges.recv or {}
     arithmetic = torch.float64 if flat.dtype == torch.float64 else torch.float32
     value = flat.to(arithmetic)

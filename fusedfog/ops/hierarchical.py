@@ -58,7 +58,7 @@ def hierarchical_neighbor_allreduce(
         out(every rank of machine a) = sum_b W[a, b] * (mean of x over machine b),   that is (W (x) J/L) X
 
     A rank sends 2 (L-1)/L of the tensor inside its machine and 1/L of it to each neighbour machine (L local ranks), so
-    no communicator between machines carries a tensor more than once and none of a machine's ranks carries more than the others.
+    no link between machines carries a tensor more than once and none of a machine's ranks carries more than the others.
     All ranks of a machine get the same bits. 16-bit tensors travel in 16 bits and are averaged in float32.
 
     Args:

@@ -41,7 +41,7 @@ class Report:
 
 
 def confer(links: Sequence[Communicator], own: Report) -> Report:
-    """Compare reports with all ranks reached by going over `communicators` in turn; returns the own one with both sides known.
+    """Compare reports with all ranks that `links` reach, one after another; returns the own one with both sides known.
 
     A rank that reports a problem of its own gets its report back, and raises the problem itself.
 

@@ -86,8 +86,8 @@ def neighbor_allreduce(
     repeat bit for bit; a complex tensor is averaged as its real and imaginary parts. send_weights other than 1 round the
     message to x's dtype. A tensor that has weight 0 on the way is not looked at: its NaNs stay where they are.
 
-    Compressed, every rank says q = decode(encode(x + residual)), keeps what it has not said, residual <- x + residual - q,
-    for its next message (error feedback, DeepSqueeze: Tang et al. 2019), and the weights apply to what was said:
+    Compressed, every rank sends q = decode(encode(x + residual)), keeps what q lacks, residual <- x + residual - q, for its
+    next message (error feedback, DeepSqueeze: Tang et al. 2019), and the weights apply to what was sent:
 
         out_i = (x_i - q_i) + self_weight_i * q_i + sum_j recv_weights_i[j] * q_j
 
@@ -105,7 +105,7 @@ def neighbor_allreduce(
         check: compare edges, shapes and dtypes over the group first (one small all-reduce); the same on all ranks.
         wire_dtype: "bf16", "fp8" (e4m3), "int8" (with a scale, a power of two, for sixteen elements) or their torch dtypes,
             to send fewer bits; 2 or 1.06 bytes an element. None sends x as it is.
-        residual: what earlier calls did not say, like x, overwritten; None forgets it.
+        residual: what earlier messages lacked, like x, overwritten; None forgets it.
         group: process group, None for the default one. Ranks are its ranks.
 
     Returns:
@@ -114,7 +114,7 @@ def neighbor_allreduce(
     Raises:
         TypeError: x is an integer or boolean tensor, or not a dense tensor.
         ValueError: bad weights, ranks, step or topology, send_weights other than 1 or values that are not finite in
-            compressed messages (on GPUs these are not looked for: they stay unsaid), on this rank or, with the check, on
+            compressed messages (on GPUs these are not looked for, and are left out), on this rank or, with the check, on
             any; with the check also
             (MismatchError) edges, shapes or dtypes that two ranks do not agree on, on all ranks. Nothing has been sent.
         PeerTimeout, ExchangeError: a rank did not come, or has gone.

@@ -104,7 +104,7 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
     device = next(iter(shapes.values())).device
     communicator = open_communicator(view, device)
     big: list[Tensor] = []
-    # Local on all ranks; on the others it only settles what may be in flight.
+    # Local. On ranks other than `src` it only waits for what may be in flight.
     state = opt.state_dict()
     box: list[Any] = [_without_tensors(state, big) if view.rank == src else None]
     dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device)

@@ -205,7 +205,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _has_a_mean(name: str) -> bool:
-    """Replicas and what was said belong to the old ranks' exchanges, a compensation to the parameters before averaging."""
+    """Replicas and encoded messages belong to the old ranks' exchanges, a compensation to the parameters before averaging."""
     state = name.rsplit("/", 1)[1] if name.startswith("state/") else ""
     return state != COMPENSATION and not is_wire_state(state)
 

@@ -91,7 +91,7 @@ class Options:
 
     @property
     def codes(self) -> torch.dtype | None:
-        """dtype of compressed messages, or None; ValueError for formats that there are not."""
+        """dtype of compressed messages, or None; ValueError for formats that do not exist."""
         return wire_format(self.wire_dtype)
 
     @property

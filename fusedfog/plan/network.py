@@ -191,7 +191,7 @@ def finish_by_machine(network: Network, round_: Meeting, begin: Times, size: flo
     """When each rank has mixed `size` bytes on a mesh (`fusedfog.comm.two_level`): collected inside, exchanged, handed round.
 
     Inside, each local rank exchanges shards of s/L with the L-1 others, before and after: (L-1)/L s / beta_in + alpha_in
-    each time. Across, a machine sends its model once to each neighbour machine of `turn`, L shards side by side.
+    each time. Across, a machine sends its model once to each neighbour machine of `round_`, L shards side by side.
     """
     local = network.local
     within = 0.0

@@ -288,7 +288,7 @@ class _Run:
         for number, bucket in enumerate(self.buckets if self.method.fused_backward else ()):
             now = now + pace * (bucket.ready_s - at)
             at = bucket.ready_s
-            # A hook leads every complete bucket, in order, up to the first whose message has not come yet.
+            # A hook makes the pass of every complete bucket, in order, up to the first whose message has not come yet.
             for b in range(int(passed.min()), number + 1):
                 goes = (passed == b) & (arrived[b] <= now)
                 now = np.where(goes, now + self._pass(self.buckets[b], tensors), now)

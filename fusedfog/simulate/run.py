@@ -130,7 +130,7 @@ def _group(optimizer: str, lr: float, hyper: Mapping[str, Any]) -> tuple[str, di
 def _resolve(
     keywords: Keywords, family: str, group: dict[str, Any], n: int
 ) -> tuple[Algorithm, Topology | None, StepSchedule]:
-    """What `construction.build` decides for n real ranks."""
+    """What `fusedfog.optim.build` decides for n real ranks."""
     options = Options.of(keywords)
     row = algorithm_for(options.algorithm, family, options.outer)
     graph = choose_topology(Setup(family, row, vars(options), [group], ranks=n), options.topology, n)
