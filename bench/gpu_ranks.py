@@ -20,7 +20,7 @@ from typing import Any
 import common  # noqa: F401 (makes fusedfog and the tests' table of rules importable)
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import BLOCK, Pass, Region, run_pass
+from fusedfog.kernels import BLOCK, Mixing, Pass, Region, run_pass
 from gpu_notes import Notes, Run
 from support.recorded import record
 from torch import Tensor, nn
@@ -247,7 +247,7 @@ def read_in_place(notes: Notes, rank: int) -> None:
     region = Region(0, ((0, numel),), blocks)
     torch.cuda.synchronize()
     dist.barrier()
-    run_pass(Pass("mix", param, (), (), region, inbox=((theirs,),), weights=(0.5,)))
+    run_pass(Pass("mix", param, (), (), region, mixing=Mixing((), ((theirs,),), (0.5,))))
     expected = torch.arange(numel, device="cuda") % 1000 * 2 + 1000
     notes["averages exactly"] = bool(torch.equal(param, expected.float()))
     times = []
@@ -255,7 +255,7 @@ def read_in_place(notes: Notes, rank: int) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(1_000_000)
         begin.record()
-        run_pass(Pass("mix", param, (), (), region, inbox=((theirs,),), weights=(0.5,)))
+        run_pass(Pass("mix", param, (), (), region, mixing=Mixing((), ((theirs,),), (0.5,))))
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)

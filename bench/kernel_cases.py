@@ -14,9 +14,9 @@ from common import measure, ratio
 from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
 from fusedfog.kernels import device as place
 from support.kernel_rules import ROWS, SHAPES
+from support.passes import make_pass
 from torch import Tensor
 
-from fusedfog import kernels
 from fusedfog.params.pages import zeros
 
 TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {
@@ -87,7 +87,7 @@ class Pass:
         )
 
     def __call__(self, **options: Any) -> None:
-        run_pass(kernels.Pass(self.row.rule, self.param, self.states, self.row.hyper, **{**self.arguments, **options}))
+        run_pass(make_pass(self.row.rule, self.param, self.states, self.row.hyper, **{**self.arguments, **options}))
 
 
 def torch_runs(name: str, neighbours: int, dtype: torch.dtype, numel: int, device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One pass over flat buffers: mix the neighbours' messages, apply an update rule, write back.
 
 CUDA tensors take the Triton kernel of `fused_pass`, CPU tensors torch's own kernels in the batches of `cpu_pass`, or the
-plain torch of `reference`. A new rule is one function in `rules.py` and its twin in `reference.py`. What a method does
+plain torch of `torch_pass`. A new rule is one function in `rules.py` and its twin in `reference.py`. What a method does
 before and after its exchange are two rules.
 """
 
@@ -11,7 +11,7 @@ from . import cpu_pass, reference
 from .compiled import RULES as COMPILED_RULES
 from .compiled import compile_now
 from .hyper import adam_hyper, sgd_hyper
-from .passes import Pass
+from .passes import Compression, GradientInputs, Mixing, Pass, Precision
 from .region import BLOCK, Gradients, Region
 from .wire import CompressedChannel
 
@@ -20,8 +20,12 @@ __all__ = [
     "COMPILED_RULES",
     "RULES",
     "CompressedChannel",
+    "Compression",
+    "GradientInputs",
     "Gradients",
+    "Mixing",
     "Pass",
+    "Precision",
     "Region",
     "adam_hyper",
     "compile_now",

@@ -7,7 +7,7 @@ decay goes into the mixing weights: they multiply what they find by c = 1 - lr*d
     c*(x + sum_k (w_k/c)*(inbox[k] - x)) = x + sum_k w_k*(inbox[k] - x) - lr*decay*x
 
 Coupled decay is added to a copy of the gradient while x is still there. On request, `compiled` takes large parameters.
-Rules that torch has no fused optimizer for, and fp64, which should have the reference's very bits, take `reference`.
+Rules that torch has no fused optimizer for, and fp64, which should have the reference's very bits, take `torch_pass`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import compiled, reference
+from . import compiled, torch_pass
 from .hyper import Adam, Sgd
 from .passes import Pass
 from .region import Region
@@ -111,25 +111,26 @@ def run_pass(work: Pass) -> None:
     """`fusedfog.kernels.run_pass` on CPU tensors.
 
     Raises:
-        ValueError: as `reference.run_pass`.
+        ValueError: as `torch_pass.run_pass`.
     """
     work = work.with_numbers_at_hand()
-    inbox = work.inbox[0] if work.inbox else ()
-    received = [(tensor, float(w)) for tensor, w in zip(inbox, work.weights, strict=True) if w]
+    mixing, gradient = work.mixing, work.gradient
+    inbox = mixing.inbox[0] if mixing.inbox else ()
+    received = [(tensor, float(w)) for tensor, w in zip(inbox, mixing.weights, strict=True) if w]
     if not _knows(work, received):
-        reference.run_pass(work)
+        torch_pass.run_pass(work)
         return
     region, param, states = work.region, work.param, tuple(work.states)
-    found = reference.in_memory_order(region, work.grads)
-    if work.rule == "mix" or (work.found_inf is not None and work.found_inf.item() != 0):
+    found = torch_pass.in_memory_order(region, gradient.grads)
+    if work.rule == "mix" or (gradient.found_inf is not None and gradient.found_inf.item() != 0):
         found = [None] * len(found)
     job = Job(
         work.rule,
         tuple(work.hyper),
         tuple(w for _, w in received),
         found,
-        None if work.steps is None else work.steps[region.first : region.first + len(found)] + 1,
-        1.0 if work.grad_scale is None else work.grad_scale.item(),
+        None if gradient.steps is None else gradient.steps[region.first : region.first + len(found)] + 1,
+        1.0 if gradient.grad_scale is None else gradient.grad_scale.item(),
     )
     tensors = (param, states, tuple(tensor for tensor, _ in received))
     plan = _plan(region, param.dtype)
@@ -137,16 +138,18 @@ def run_pass(work: Pass) -> None:
         start, numel = region.spans[position]
         _run_compiled(job, *tensors, position, slice(start, start + numel))
     _run_batches(job, *tensors, plan.cut, work.norm_sums.zero_() if work.norm_sums is not None else None)
-    reference.advance_steps(work)
+    torch_pass.advance_steps(work)
 
 
 def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:
     """Whether a pass is one that torch's fused optimizers, or compiled loops, can make."""
-    plain = work.row_sum == 1 and not work.sent and not work.messages and work.extra is None and work.missing == "skip"
-    plain = plain and work.remainder is None and work.seed is None and not work.taken and not work.given
+    mixing, gradient, precision, compression = work.mixing, work.gradient, work.precision, work.compression
+    plain = mixing.row_sum == 1 and not mixing.sent and not work.messages and work.extra is None
+    plain = plain and gradient.missing == "skip" and precision.remainder is None and precision.seed is None
+    plain = plain and not compression.taken and not compression.given
     # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
     known = (work.rule == "mix" and len(received) <= 1) or (
-        work.rule in _UPDATES and work.grads is not None and work.steps is not None
+        work.rule in _UPDATES and gradient.grads is not None and gradient.steps is not None
     )
     tensors = (work.param, *work.states, *(tensor for tensor, _ in received))
     single = all(tensor.dtype == torch.float32 for tensor in tensors)
@@ -220,9 +223,9 @@ def _measure(sums: Tensor, x: Tensor, inbox: Views, gradient: Tensor | None, job
     apart, between = torch.zeros_like(x), torch.empty_like(x)
     for received, weight in zip(inbox, job.weights, strict=True):
         apart.add_(torch.sub(received, x, out=between), alpha=weight)
-    sums[0] += reference.square_sum(apart)
+    sums[0] += torch_pass.square_sum(apart)
     if gradient is not None:
-        sums[1] += reference.square_sum(gradient).double() * job.scale**2
+        sums[1] += torch_pass.square_sum(gradient).double() * job.scale**2
 
 
 def _shares(weights: Sequence[float], left: float) -> list[float] | None:

@@ -15,8 +15,7 @@ in one place of a tuple is a bit of a constexpr instead, or follows from a dtype
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,11 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import reference, rules
+from . import rules
 from .lossy import give, mix_wired, nearest, restored, stochastic
 from .passes import Pass
 from .region import ALIGNMENT, BLOCK
 from .wire import CompressedChannel
+
+Tensors = tuple[torch.Tensor, ...]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -85,31 +86,38 @@ def store(pointer, at, value, lanes, n, inside, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def fused_pass(
+    # What the pass goes over, its own tensors and numbers.
     param,
-    remainder,
     states,
+    messages,
+    blocks,
+    hyper,
+    extra,
+    norm_sums,
+    # `Mixing`.
     sent,
     inbox,
-    messages,
+    weights,
+    row_sum,
+    # `GradientInputs`.
+    addresses,
+    grad_scale,
+    found_inf,
+    steps,
+    advance,
+    # `Precision`.
+    remainder,
+    seed,
+    # `Compression`.
     taken,
     neighbor_deltas,
     inbox_scales,
     given,
     replicas,
     spoilt,
-    blocks,
-    steps,
-    addresses,
-    grad_scale,
-    found_inf,
-    extra,
-    norm_sums,
+    # Numbers of a recorded pass, in the place of row_sum, weights, hyper and seed.
     numbers,
-    seed,
-    advance,
-    row_sum,
-    weights,
-    hyper,
+    # What makes another kernel.
     RULE: tl.constexpr,
     NAMES: tl.constexpr,
     LEFT: tl.constexpr,
@@ -118,7 +126,10 @@ def fused_pass(
     GRAD_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one parameter. `inbox` holds the K buffers of message 0, then those of message 1, and so on.
+    """One block of one parameter. Arguments come in the groups of a `Pass`, in its order.
+
+    They are no tuples, one for each group, because of the Nones among them. `inbox` holds the K buffers of message 0, then
+    those of message 1, and so on.
 
     `taken` and `given` hold codes and scales in turn. Formats without scales have their codes in the scales' places, here and
     in `inbox_scales`. Bit m of OWN says that sent[m] is `param`, which is read but once; bit 0 of LEFT that the rule leaves
@@ -233,32 +244,6 @@ def fused_pass(
         give(value, given[2 * m], given[2 * m + 1], replicas[m], spoilt, at, lanes, real, inside, BLOCK)
 
 
-class Names:
-    """Gives a rule's numbers their names in device code, where it is a constexpr that is called.
-
-    The named tuple's class can't be one itself: from 3.6 on Triton takes it for one of its instances. What is compiled is
-    known on disk by `cache_key`, in which the names must stand, in order.
-    """
-
-    def __init__(self, names: Callable[..., tuple[Any, ...]]) -> None:
-        self._names = names
-        self.cache_key = " ".join(inspect.signature(names).parameters)
-
-    def __call__(self, *numbers: Any) -> tuple[Any, ...]:
-        """The named tuple of these numbers."""
-        return self._names(*numbers)
-
-    def __repr__(self) -> str:
-        return f"Names({self.cache_key})"
-
-
-@functools.cache
-def _names(rule: str) -> Names | None:
-    """The names of a rule's numbers; None if its twin's signature says none."""
-    names = reference.names_of(reference.RULES[rule])
-    return None if names is None else Names(names)
-
-
 @functools.cache
 def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, ...], states: int) -> int:
     """Warps per block of 1,024 elements: 4, eight elements a thread, where that is safe; else 8, four a thread.
@@ -272,8 +257,8 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, 
     Args:
         param: dtype of the parameters.
         grad: dtype of the gradients.
-        others: dtypes of every state, sent message, inbox tensor and message, of the parameters' rest and of wires.
-        states: how many of them are states or a rest.
+        others: dtypes of every state, sent message, inbox tensor and message, of the remainder and of compressed channels.
+        states: how many of them are states or a remainder.
     """
     widths = {dtype.itemsize for dtype in (param, grad, *others)}
     return 4 if len(widths) == 1 and states <= 1 and sum(dtype.itemsize for dtype in others) <= 8 else 8
@@ -303,64 +288,81 @@ def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
     Raises:
         ValueError: for parameters or gradients that are not fp32, bf16 or fp16, or a missing block or address table.
     """
-    param, grads, region = work.param, work.grads, work.region
-    grad_dtype = param.dtype if grads is None else grads.dtype
-    if param.dtype not in DTYPES or grad_dtype not in DTYPES:
+    param, grads, region = work.param, work.gradient.grads, work.region
+    if param.dtype not in DTYPES or (grads is not None and grads.dtype not in DTYPES):
+        grad_dtype = param.dtype if grads is None else grads.dtype
         raise ValueError(f"the GPU pass takes fp32, bf16 and fp16, not {param.dtype} with {grad_dtype} gradients")
     if region.blocks is None or (grads is not None and grads.addresses is None):
         raise ValueError("the GPU pass needs the region's block table and the gradients' address table")
-    received = tuple(tensor for message in work.inbox for tensor in message)
-    remainder = () if work.remainder is None else (work.remainder,)
-    sent = tuple(work.sent) or (param,)
-    channels = [tensor for wire in (*work.taken, *work.given) for tensor in (wire.codes, wire.replica)]
-    others = tuple([one.dtype for one in (*work.states, *work.sent, *received, *work.messages, *remainder, *channels)])
-    arguments = (
-        param,
-        work.remainder,
+    sent = tuple(work.mixing.sent) or (param,)
+    received = tuple([tensor for message in work.mixing.inbox for tensor in message])
+    return _arguments(work, sent, received), _constants(work, sent, received)
+
+
+def _arguments(work: Pass, sent: Tensors, received: Tensors) -> tuple[Any, ...]:
+    """The kernel's arguments, in its order; float(), because an int would be part of the compile key."""
+    mixing, gradient, precision, compression = work.mixing, work.gradient, work.precision, work.compression
+    taken, given = compression.taken, compression.given
+    return (
+        work.param,
         tuple(work.states),
-        sent,
-        received,
         tuple(work.messages),
-        _ends(work.taken),
-        tuple(wire.neighbor_delta for wire in work.taken),
-        _scales(work) if work.scales else (),
-        _ends(work.given),
-        tuple(wire.replica for wire in work.given),
-        work.spoilt if work.given else None,
-        region.blocks,
-        work.steps,
-        None if grads is None else grads.addresses,
-        work.grad_scale,
-        work.found_inf,
+        work.region.blocks,
+        tuple(map(float, work.hyper)),
         work.extra,
         work.norm_sums,
+        # Mixing
+        sent,
+        received,
+        tuple(map(float, mixing.weights)),
+        float(mixing.row_sum),
+        # GradientInputs
+        None if gradient.grads is None else gradient.grads.addresses,
+        gradient.grad_scale,
+        gradient.found_inf,
+        gradient.steps,
+        float(gradient.advance),
+        # Precision
+        precision.remainder,
+        None if precision.seed is None else float(precision.seed),
+        # Compression
+        _ends(taken),
+        tuple([wire.neighbor_delta for wire in taken]),
+        _scales(work) if compression.scales else (),
+        _ends(given),
+        tuple([wire.replica for wire in given]),
+        compression.spoilt if given else None,
         work.numbers,
-        # float(): an int would be part of the compile key.
-        None if work.seed is None else float(work.seed),
-        float(work.advance),
-        float(work.row_sum),
-        tuple(map(float, work.weights)),
-        tuple(map(float, work.hyper)),
     )
-    constants = {
+
+
+def _constants(work: Pass, sent: Tensors, received: Tensors) -> dict[str, Any]:
+    """What makes another kernel, and how it is compiled."""
+    param, grads, remainder, compression = work.param, work.gradient.grads, work.precision.remainder, work.compression
+    grad_dtype = param.dtype if grads is None else grads.dtype
+    others = [one.dtype for one in (*work.states, *work.mixing.sent, *received, *work.messages)]
+    if remainder is not None:
+        others.append(remainder.dtype)
+    for wire in (*compression.taken, *compression.given):
+        others += [wire.codes.dtype, wire.replica.dtype]
+    return {
         "RULE": getattr(rules, work.rule),
-        "NAMES": _names(work.rule),
-        "LEFT": _left(work.rule),
-        "OWN": sum(1 << m for m, tensor in enumerate(sent) if tensor is param),
-        "ZERO_MISSING": work.missing == "zero",
+        "NAMES": rules.names_of(work.rule),
+        "LEFT": rules.left_by(work.rule),
+        "OWN": sum([1 << m for m, tensor in enumerate(sent) if tensor is param]),
+        "ZERO_MISSING": work.gradient.missing == "zero",
         "GRAD_DTYPE": DTYPES[grad_dtype],
         "BLOCK": BLOCK,
-        "num_warps": num_warps(param.dtype, grad_dtype, others, len(work.states) + len(remainder)),
+        "num_warps": num_warps(param.dtype, grad_dtype, tuple(others), len(work.states) + (remainder is not None)),
         "enable_fp_fusion": FP_FUSION,
     }
-    return arguments, constants
 
 
 def _scales(work: Pass) -> tuple[torch.Tensor, ...]:
     """The scales of what came, and codes in their place where there are none."""
     return tuple(
         codes if scales is None else scales
-        for message in zip(work.inbox, work.scales, strict=True)
+        for message in zip(work.mixing.inbox, work.compression.scales, strict=True)
         for codes, scales in zip(*message, strict=True)
     )
 
@@ -370,12 +372,6 @@ def _ends(channels: Sequence[CompressedChannel]) -> tuple[torch.Tensor, ...]:
     return tuple(
         tensor for wire in channels for tensor in (wire.codes, wire.codes if wire.scales is None else wire.scales)
     )
-
-
-@functools.cache
-def _left(rule: str) -> int:
-    """What a rule leaves as it was, as bits: x, then each state."""
-    return sum(1 << ("x0123456789".index(name)) for name in rules.LEFT.get(rule, ""))
 
 
 def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -53,7 +53,7 @@ def nearest(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def restored(stored, remainder, at, inside):
-    """`rounding.restored`: x from what the parameters hold, and its rest."""
+    """`rounding.restored`: x from what the parameters hold, and what they lack of it."""
     x = stored.to(tl.float32)
     if remainder is not None:
         kept = tl.load(remainder + at, mask=inside)

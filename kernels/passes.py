@@ -1,4 +1,8 @@
-"""What one pass does, as data: the tensors it goes over, what neighbours sent, and how results are stored."""
+"""What one pass does, as data: the tensors it goes over, what neighbours sent, and how results are stored.
+
+A `Pass` has its rule and its own tensors, and groups of what belongs together: `Mixing`, `GradientInputs`, `Precision` and
+`Compression`. Groups that a pass does not need are shared defaults, which cost a step nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,89 @@ from torch import Tensor
 
 from .region import Gradients, Region
 from .wire import CompressedChannel
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """What neighbours sent, and the row of the mixing matrix that it is mixed by.
+
+    Attributes:
+        sent: M flat tensors [N], what the neighbours got from us, of any dtype that `param` may have; () means (param,).
+            They may be `param` and states themselves.
+        inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours. A rule that leaves
+            the parameters alone, as some that come before an exchange do, takes none.
+        weights: K floats.
+        row_sum: sum of the mixing matrix's row; 1 is exact.
+    """
+
+    sent: Sequence[Tensor] = ()
+    inbox: Sequence[Sequence[Tensor]] = ()
+    weights: Sequence[float] = ()
+    row_sum: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class GradientInputs:
+    """This step's gradients, what becomes of them, and the updates that they make.
+
+    Attributes:
+        grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
+        grad_scale: fp32 scalar tensor on the device that multiplies gradients; None means 1.
+        found_inf: fp32 scalar tensor on the device; not zero means that all gradients are missing.
+        missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
+        steps: fp32, how many updates were made before this one; None counts as 0. On the CPU [P], per parameter of the
+            segment. On CUDA one for each row of `region.blocks`, equal for all rows of a parameter: a program reads and
+            writes its own.
+        advance: count this update in `steps` wherever one is made: not where a gradient is missing, unless that means zero.
+    """
+
+    grads: Gradients | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    missing: Literal["skip", "zero"] = "skip"
+    steps: Tensor | None = None
+    advance: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """How 16-bit parameters and states are kept; see `rounding`.
+
+    Attributes:
+        remainder: flat [N], what bf16 or fp16 parameters lack of x: fp32, a master copy (x = remainder), or of param's
+            dtype, a Kahan compensation (x = param + remainder). Where x does not round to `param`, somebody has written
+            `param`, and x = param. None: x = param.
+        seed: in [0, 2^24), for bf16 states, and without `remainder` for bf16 and fp16 parameters, which are then rounded
+            stochastically. None rounds to nearest.
+    """
+
+    remainder: Tensor | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """Messages that travel compressed; see `wire`.
+
+    Attributes:
+        taken: per message, if it travels compressed, this rank's end of the exchange that came in `inbox` (of codes) and
+            `scales`; sent_m is then what its codes mean, and differences add up in its neighbor_delta:
+            neighbor_delta += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + neighbor_delta.
+        scales: M tuples of K uint8 [N/16], the scales of the codes in `inbox`; None for formats without.
+        given: per message, if it is to travel compressed, where its codes are written.
+        spoilt: fp32 [4], in which ones are written where codes leave out values that are not finite, and nothing else.
+    """
+
+    taken: Sequence[CompressedChannel] = ()
+    scales: Sequence[Sequence[Tensor | None]] = ()
+    given: Sequence[CompressedChannel] = ()
+    spoilt: Tensor | None = None
+
+
+ALONE = Mixing()
+NO_GRADIENTS = GradientInputs()
+AS_STORED = Precision()
+UNCOMPRESSED = Compression()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,38 +121,17 @@ class Pass:
         states: flat states [N] of the rule, fp32 or bf16 (fp64 with fp64 parameters).
         hyper: the rule's floats, as the named tuple of its signature in `reference` or in the order of that.
         region: the parameters to go over.
-        grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
-        steps: fp32, how many updates were made before this one; None counts as 0. On the CPU [P], per parameter of the
-            segment. On CUDA one for each row of `region.blocks`, equal for all rows of a parameter: a program reads and
-            writes its own.
-        advance: count this update in `steps` wherever one is made: not where a gradient is missing, unless that means zero.
-        sent: M flat tensors [N], what the neighbours got from us, of any dtype that `param` may have; () means (param,).
-            They may be `param` and states themselves.
-        inbox: M tuples of K flat tensors [N], neighbours in ascending rank; () means no neighbours. A rule that leaves
-            the parameters alone, as some that come before an exchange do, takes none.
-        weights: K floats.
-        row_sum: sum of the mixing matrix's row; 1 is exact.
+        mixing: what comes from neighbours; without, mixed_m is base_m.
+        gradient: the gradients, and the count of updates.
+        precision: what is kept beside 16-bit parameters, and random rounding.
+        compression: messages of fewer bits.
         messages: flat tensors [N] that the rule's messages are written to, in their own dtype; () writes none.
-        grad_scale: fp32 scalar tensor on the device that multiplies gradients; None means 1.
-        found_inf: fp32 scalar tensor on the device; not zero means that all gradients are missing.
-        missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
         extra: fp32 scalar tensor on the device (fp64 with fp64 parameters), a number that the host need not know, which
             is appended to `hyper`.
-        norm sums: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
+        norm_sums: [rows, 2] (fp32 on CUDA, fp64 on the CPU) that is overwritten with sums which the pass takes on its way:
             of (mixed[0] - row_sum*base[0])^2, how much neighbours disagree with this rank, and of (gradient*grad_scale)^2,
             which is not finite if a gradient is not. One row per row of `region.blocks` on CUDA, per parameter of the
             region on the CPU.
-        remainder: flat [N], what bf16 or fp16 parameters lack of x: fp32, a master copy (x = rest), or of param's dtype, a
-            Kahan compensation (x = param + rest). Where x does not round to `param`, somebody has written `param`, and
-            x = param. None: x = param.
-        seed: in [0, 2^24), for bf16 states, and without `remainder` for bf16 and fp16 parameters, which are then rounded
-            stochastically; see `rounding`. None rounds to nearest.
-        taken: per message, if it travels compressed, this rank's end of the exchange that came in `inbox` (of codes) and
-            `scales`; sent_m is then what its codes mean, and differences add up in its neighbor_delta:
-            neighbor_delta += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + neighbor_delta.
-        scales: M tuples of K, the scales of the codes in `inbox`; None for formats without.
-        given: per message, if it is to travel compressed, where its codes are written; see `wire`.
-        spoilt: fp32 [4], in which ones are written where codes leave out values that are not finite, and nothing else.
         numbers: (row_sum, *weights, *hyper, seed) on the device, fp32 (fp64 on the CPU), read in the place of those given
             here, of which only how many there are counts: for passes that are recorded once and replayed.
     """
@@ -75,57 +141,49 @@ class Pass:
     states: Sequence[Tensor]
     hyper: Sequence[float]
     region: Region
-    grads: Gradients | None = None
-    steps: Tensor | None = None
-    advance: bool = False
-    sent: Sequence[Tensor] = ()
-    inbox: Sequence[Sequence[Tensor]] = ()
-    weights: Sequence[float] = ()
-    row_sum: float = 1.0
+    mixing: Mixing = ALONE
+    gradient: GradientInputs = NO_GRADIENTS
+    precision: Precision = AS_STORED
+    compression: Compression = UNCOMPRESSED
     messages: Sequence[Tensor] = ()
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    missing: Literal["skip", "zero"] = "skip"
     extra: Tensor | None = None
     norm_sums: Tensor | None = None
-    remainder: Tensor | None = None
-    seed: int | None = None
-    taken: Sequence[CompressedChannel] = ()
-    scales: Sequence[Sequence[Tensor | None]] = ()
-    given: Sequence[CompressedChannel] = ()
-    spoilt: Tensor | None = None
     numbers: Tensor | None = None
 
     def check(self, rules: Sequence[str]) -> None:
-        """Raise ValueError for an unknown rule or `missing`, a strange rest or seed, or lengths that disagree."""
+        """Raise ValueError for an unknown rule or `missing`, a strange remainder or seed, or lengths that disagree."""
+        mixing, missing, precision, compression = self.mixing, self.gradient.missing, self.precision, self.compression
         if self.rule not in rules:
             raise ValueError(f"unknown update rule {self.rule!r}; there are {', '.join(rules)}")
-        if self.missing not in ("skip", "zero"):
-            raise ValueError(f'missing is "skip" or "zero", not {self.missing!r}')
-        messages = max(len(self.sent), 1)
-        if self.inbox and len(self.inbox) != messages:
-            raise ValueError(f"{len(self.inbox)} inboxes for {messages} messages sent")
-        for received in self.inbox or ((),):
-            if len(received) != len(self.weights):
-                raise ValueError(f"{len(self.weights)} weights for inboxes of {[*map(len, self.inbox)]} neighbours")
-        if self.taken and (len(self.taken) != messages or [*map(len, self.scales)] != [*map(len, self.inbox)]):
-            raise ValueError(f"{len(self.taken)} wires and {len(self.scales)} scales for {messages} messages")
-        if self.remainder is not None and self.remainder.dtype not in (torch.float32, self.param.dtype):
-            raise ValueError(f"{self.param.dtype} parameters with a rest of {self.remainder.dtype}")
-        if self.seed is not None and self.numbers is None and not 0 <= self.seed < 1 << 24:
-            raise ValueError(f"a seed is in [0, 2^24), not {self.seed}")
+        if missing not in ("skip", "zero"):
+            raise ValueError(f'missing is "skip" or "zero", not {missing!r}')
+        messages = max(len(mixing.sent), 1)
+        if mixing.inbox and len(mixing.inbox) != messages:
+            raise ValueError(f"{len(mixing.inbox)} inboxes for {messages} messages sent")
+        for received in mixing.inbox or ((),):
+            if len(received) != len(mixing.weights):
+                raise ValueError(f"{len(mixing.weights)} weights for inboxes of {[*map(len, mixing.inbox)]} neighbours")
+        taken, scales = compression.taken, compression.scales
+        if taken and (len(taken) != messages or [*map(len, scales)] != [*map(len, mixing.inbox)]):
+            raise ValueError(f"{len(taken)} wires and {len(scales)} scales for {messages} messages")
+        remainder, seed = precision.remainder, precision.seed
+        if remainder is not None and remainder.dtype not in (torch.float32, self.param.dtype):
+            raise ValueError(f"{self.param.dtype} parameters with a remainder of {remainder.dtype}")
+        if seed is not None and self.numbers is None and not 0 <= seed < 1 << 24:
+            raise ValueError(f"a seed is in [0, 2^24), not {seed}")
 
     def with_numbers_at_hand(self) -> Pass:
         """The same pass with `numbers` read; for the CPU, where reading them costs nothing."""
         if self.numbers is None:
             return self
         row_sum, *others = self.numbers.tolist()
-        neighbours, last = len(self.weights), len(self.weights) + len(self.hyper)
+        neighbours = len(self.mixing.weights)
+        last = neighbours + len(self.hyper)
+        seed = None if self.precision.seed is None else int(others[last])
         return replace(
             self,
-            row_sum=row_sum,
-            weights=tuple(others[:neighbours]),
             hyper=tuple(others[neighbours:last]),
-            seed=None if self.seed is None else int(others[last]),
+            mixing=replace(self.mixing, row_sum=row_sum, weights=tuple(others[:neighbours])),
+            precision=replace(self.precision, seed=seed),
             numbers=None,
         )

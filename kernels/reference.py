@@ -1,4 +1,4 @@
-"""The pass and its update rules in plain torch: the specification of the GPU kernel, and the path CPU tensors take.
+"""The update rules in plain torch: the specification of the device functions in `rules`, and what CPU passes apply.
 
 A rule is `RULE(x, mixed, g, states, step, hyper) -> (x_new, states_new, messages)`. All tensors have one shape and the
 arithmetic dtype (fp32; fp64 for fp64 parameters); `mixed`, `states` and `messages` are tuples of tensors, `step` is the
@@ -35,19 +35,10 @@ from .hyper import (
     Sgd,
     Tracking,
 )
-from .passes import Pass
-from .region import Gradients, Region
-from .rounding import keep, noise, restored
-from .wire import cut, give, scales_of, take
 
 Tensors = tuple[Tensor, ...]
 Result = tuple[Tensor, Tensors, Tensors]
 Rule = Callable[[Tensor, Tensors, Tensor, Tensors, float, Sequence[Any]], Result]
-
-# Elements per chunk and thread. A chunk's temporaries stay in a core's caches, and torch gives each thread one piece of
-# a chunk. AdamW with one neighbour on 4M elements, one core with 1 MB of L2: 21 ms at 16,384, 15 at 32,768, 12 at
-# 65,536, 36 at 1M.
-CHUNK = 65536
 
 
 def mix(x: Tensor, mixed: Tensors, g: Tensor, states: Tensors, step: float, hyper: tuple[()]) -> Result:
@@ -375,149 +366,3 @@ def mix_messages(
             # bits on every machine.
             mixed = (received - own).mul_(weight).add_(mixed)
     return mixed
-
-
-@torch.no_grad()
-def run_pass(work: Pass) -> None:
-    """`fusedfog.kernels.run_pass` on CPU tensors, parameter by parameter, in chunks that stay in cache.
-
-    Raises:
-        ValueError: if a gradient has not its parameter's number of elements, or states or messages (unless empty) are
-            not as many as the rule makes.
-    """
-    work = work.with_numbers_at_hand()
-    hyper = (*work.hyper,) if work.extra is None else (*work.hyper, work.extra.item())
-    skip = work.found_inf is not None and work.found_inf.item() != 0
-    scale = 1.0 if work.grad_scale is None else work.grad_scale.item()
-    width = CHUNK * torch.get_num_threads()
-    if work.norm_sums is not None:
-        work.norm_sums.zero_()
-    gradients = in_memory_order(work.region, None if skip else work.grads)
-    for position, ((start, numel), gradient) in enumerate(zip(work.region.spans, gradients, strict=True)):
-        steps = work.steps
-        step = 1.0 if steps is None else steps[work.region.first + position].item() + 1.0
-        sums = None if work.norm_sums is None else work.norm_sums[position]
-        for low in range(0, numel, width):
-            high = min(low + width, numel)
-            piece = None if gradient is None else gradient[low:high]
-            _run_chunk(work, start + low, start + high, piece, scale, step, hyper, sums)
-    advance_steps(work)
-
-
-def _run_chunk(
-    work: Pass,
-    start: int,
-    stop: int,
-    gradient: Tensor | None,
-    scale: float,
-    step: float,
-    hyper: Sequence[Any],
-    sums: Tensor | None,
-) -> None:
-    """A pass over elements [start, stop) of one parameter; `sums` is the parameter's row of norm sums."""
-    here = slice(start, stop)
-    home, remainder = work.param[here], None if work.remainder is None else work.remainder[here]
-    x = restored(home, remainder)
-    bases, mixed = _mixed(work, x, start, stop)
-    kept, out = tuple(state[here] for state in work.states), tuple(message[here] for message in work.messages)
-    given = tuple(cut(wire, start, stop) for wire in work.given)
-    if sums is not None:
-        sums[0] += square_sum(mixed[0] - work.row_sum * bases[0])
-    if work.missing == "skip" and work.grads is not None and gradient is None:
-        x_new, states_new = mixed[0], None
-        made = tuple(mixed[m] if m < len(mixed) else mixed[0] for m in range(max(len(out), len(given))))
-    else:
-        if gradient is None:
-            g = torch.zeros_like(x)  # Not scaled: the scale of gradients that overflowed may be NaN.
-        else:
-            g = gradient.to(x.dtype)
-            g = g if scale == 1 else g * scale
-            if sums is not None:
-                sums[1] += square_sum(g)
-        x_new, states_new, made = RULES[work.rule](x, mixed, g, tuple(map(_wide, kept)), step, hyper)
-
-    def bits(stream: int, target: Tensor) -> Tensor | None:
-        narrow = target.dtype in (torch.bfloat16, torch.float16)
-        return None if work.seed is None or not narrow else noise(work.seed, stream, start, stop - start)
-
-    if states_new is not None:
-        _check_number(work.rule, "states", kept, states_new)
-        for s, (state, value) in enumerate(zip(kept, states_new, strict=True)):
-            keep(value, state, None, bits(1 + s, state))
-    for what, targets in (("messages", out), ("messages", given)):
-        _check_number(work.rule, what, targets, made if targets else ())
-    for message, value in zip(out, made, strict=False):
-        message.copy_(value)
-    for wire, value in zip(given, made, strict=False):
-        give(wire, value, work.spoilt)
-    # Last: x, mixed or a message may be a view of param.
-    if x_new is not x:
-        keep(x_new, home, remainder, bits(0, home) if remainder is None else None)
-
-
-def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tensors]:
-    """What each message is compared with, and each message mixed."""
-    here = slice(start, stop)
-    sent = work.sent or (work.param,)
-    inbox, scales = tuple(work.inbox) or ((),) * len(sent), tuple(work.scales) or ((),) * len(sent)
-    bases, mixed = [], []
-    for m, (tensor, received) in enumerate(zip(sent, inbox, strict=True)):
-        base = x if tensor is work.param else tensor[here].to(x.dtype)
-        if work.taken:
-            exponents = [scales_of(found, start, stop) for found in scales[m]]
-            neighbor_delta = take(
-                cut(work.taken[m], start, stop), [codes[here] for codes in received], exponents, work.weights
-            )
-            result = neighbor_delta + (base if work.row_sum == 1 else base * work.row_sum)
-        else:
-            own = work.param[here].to(x.dtype) if tensor is work.param and work.remainder is not None else base
-            result = mix_messages(base, [codes[here] for codes in received], work.weights, work.row_sum, own)
-        bases.append(base)
-        # Not x itself, where nothing was mixed in: x as a result means that a rule leaves param and rest alone.
-        mixed.append(result.view_as(result) if result is x and work.remainder is not None else result)
-    return tuple(bases), tuple(mixed)
-
-
-def square_sum(values: Tensor) -> Tensor:
-    """Sum of squares of a flat tensor, in its dtype."""
-    return torch.dot(values, values)
-
-
-@torch.no_grad()
-def advance_steps(work: Pass) -> None:
-    """Count the update that a pass on CPU tensors has made, where it counts and was made."""
-    if work.steps is None or not work.advance:
-        return
-    region = work.region
-    here = slice(region.first, region.first + len(region.spans))
-    if work.missing == "zero" or work.grads is None:
-        work.steps[here] += 1.0
-    elif work.found_inf is None or work.found_inf.item() == 0:
-        present = [gradient is not None for gradient in work.grads.tensors[here]]
-        work.steps[here] += torch.tensor(present, dtype=work.steps.dtype)
-
-
-def in_memory_order(region: Region, grads: Gradients | None) -> list[Tensor | None]:
-    """Each parameter's gradient as it lies in memory, which is the flat buffer's order whatever its strides.
-
-    Raises:
-        ValueError: if a gradient has not its parameter's number of elements.
-    """
-    found: list[Tensor | None] = []
-    for index, (_, numel) in enumerate(region.spans, region.first):
-        gradient = None if grads is None else grads.tensors[index]
-        if gradient is not None and gradient.numel() != numel:
-            raise ValueError(
-                f"the gradient of parameter {index} has {gradient.numel()} elements, its parameter {numel}"
-            )
-        found.append(gradient if gradient is None or gradient.ndim == 1 else gradient.as_strided((numel,), (1,)))
-    return found
-
-
-def _wide(state: Tensor) -> Tensor:
-    return state.float() if state.dtype in (torch.bfloat16, torch.float16) else state
-
-
-def _check_number(rule: str, what: str, targets: Sequence[object], values: Sequence[object]) -> None:
-    if len(targets) != len(values):
-        raise ValueError(f"rule {rule!r} makes {len(values)} {what}, but {len(targets)} were given")

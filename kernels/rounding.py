@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SHORT = 1 - 2**-8
-"""What a Kahan compensation is multiplied by before it is asked whether param + rest rounds to param.
+"""What a Kahan compensation is multiplied by before it is asked whether param + remainder rounds to param.
 
 A compensation is rounded itself, at most up to half a unit of `param`: a tie, which must not count as the next value.
 """
@@ -71,7 +71,7 @@ def stochastic(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 
 
 def restored(stored: Tensor, remainder: Tensor | None) -> Tensor:
-    """x in the arithmetic dtype, of which 16-bit parameters hold what they can; see `Pass.rest`."""
+    """x in the arithmetic dtype, of which 16-bit parameters hold what they can; see `Precision.remainder`."""
     if remainder is None:
         return stored.double() if stored.dtype == torch.float64 else stored.float()
     wide = stored.float()

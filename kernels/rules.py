@@ -9,8 +9,17 @@ fp32 results is off by one unit in the last place, so the last bits of Adam's st
 take subnormal numbers for zero.
 """
 
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from . import reference
 
 LEFT = {
     "descend": "x",
@@ -209,3 +218,35 @@ def outer(x, mixed, g, states, step, hyper):
     m = hyper.momentum * states[1] + pull
     phi = states[0] + tl.where(hyper.nesterov != 0.0, pull + hyper.momentum * m, m)
     return phi, (phi, m), ()
+
+
+class Names:
+    """Gives a rule's numbers their names in device code, where it is a constexpr that is called.
+
+    The named tuple's class can't be one itself: from 3.6 on Triton takes it for one of its instances. What is compiled is
+    known on disk by `cache_key`, in which the names must stand, in order.
+    """
+
+    def __init__(self, names: Callable[..., tuple[Any, ...]]) -> None:
+        self._names = names
+        self.cache_key = " ".join(inspect.signature(names).parameters)
+
+    def __call__(self, *numbers: Any) -> tuple[Any, ...]:
+        """The named tuple of these numbers."""
+        return self._names(*numbers)
+
+    def __repr__(self) -> str:
+        return f"Names({self.cache_key})"
+
+
+@functools.cache
+def names_of(rule: str) -> Names | None:
+    """The names of a rule's numbers; None if its twin's signature says none."""
+    names = reference.names_of(reference.RULES[rule])
+    return None if names is None else Names(names)
+
+
+@functools.cache
+def left_by(rule: str) -> int:
+    """What a rule leaves as it was, as bits: x, then each state."""
+    return sum(1 << ("x0123456789".index(name)) for name in LEFT.get(rule, ""))

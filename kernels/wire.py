@@ -41,6 +41,16 @@ FORMATS: dict[torch.dtype, tuple[int, float] | None] = {
 }
 """dtype of codes -> (exponent of the largest power of two among them, largest code); None for formats without scales."""
 
+_NAMES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def wire_format(given: torch.dtype | str | None) -> torch.dtype | None:
+    """dtype of compressed messages by name or dtype; None for messages as they are. ValueError for others."""
+    found = _NAMES.get(given.lower()) if isinstance(given, str) else given
+    if given is not None and found not in _NAMES.values():
+        raise ValueError(f"wire_dtype is 'bf16', 'fp8' (e4m3), 'int8', their torch dtypes, or None; got {given!r}")
+    return found
+
 
 @dataclass(frozen=True, eq=False)
 class CompressedChannel:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.environment import check_dtypes, check_kernel
-from fusedfog.kernels import BLOCK, Pass, Region, device, reference, run_pass
+from fusedfog.kernels import BLOCK, Mixing, Pass, Region, device, reference, run_pass
 from fusedfog.kernels.region import align
 
 ROUNDING = 1e-12
@@ -51,7 +51,7 @@ def _apply(own: Tensor, base: Sequence[Tensor], inbox: Sequence[Tensor], weights
         own.copy_(reference.mix_messages(base[0] if base else own, inbox, weights))
     elif count:
         region = Region(0, ((0, count),), _blocks(count, own.device, _stream_of(own)) if on_gpu else None)
-        run_pass(Pass("mix", own, (), (), region, sent=base, inbox=(tuple(inbox),), weights=tuple(weights)))
+        run_pass(Pass("mix", own, (), (), region, mixing=Mixing(base, (tuple(inbox),), tuple(weights))))
 
 
 def _kernel_takes(own: Tensor) -> bool:

@@ -17,7 +17,8 @@ from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.push_sum import Shares
-from fusedfog.kernels import CompressedChannel, Gradients, Pass
+from fusedfog.kernels import CompressedChannel, Compression, GradientInputs, Gradients, Mixing, Pass, Precision
+from fusedfog.kernels.passes import AS_STORED, UNCOMPRESSED
 from fusedfog.kernels.region import ALIGNMENT
 from fusedfog.kernels.rounding import seed_of
 from fusedfog.params.flat import FlatSegment
@@ -68,7 +69,7 @@ def pass_of(
     """A stage's pass over a pass group; `following` is the step and exchange that its messages are for, if it makes them."""
     segment, algorithm, inputs = pass_group.segment, engine.algorithm, engine.inputs
     group = engine.groups[segment.layout.group]
-    first_half = stage is algorithm.before
+    region, first_half = pass_group.region, stage is algorithm.before
     makes_message = first_half and "message" in algorithm.messages
     takes_message = not first_half and algorithm.messages != ("param",)
     return Pass(
@@ -76,28 +77,44 @@ def pass_of(
         segment.param,
         tuple(segment.state(name) for name in stage.states(group)),
         hyper_of(engine, segment.layout.group, stage),
-        pass_group.region,
-        grads=grads,
-        steps=segment.steps_of(pass_group.region),
-        advance=grads is not None and algorithm.counts_updates(group),
-        sent=tuple(segment.tensor(name) for name in algorithm.messages) if takes_message else (),
-        inbox=inbox.tensors,
-        weights=inbox.weights,
-        row_sum=0.0 if stage.differences else inbox.row_sum,
+        region,
+        mixing=Mixing(
+            sent=tuple(segment.tensor(name) for name in algorithm.messages) if takes_message else (),
+            inbox=inbox.tensors,
+            weights=inbox.weights,
+            row_sum=0.0 if stage.differences else inbox.row_sum,
+        ),
+        gradient=GradientInputs(
+            grads=grads,
+            grad_scale=inputs.grad_scale if grads is not None else None,
+            found_inf=inputs.found_inf if grads is not None else None,
+            missing=stage.missing,
+            steps=segment.steps_of(region),
+            advance=grads is not None and algorithm.counts_updates(group),
+        ),
+        precision=_precision(engine, segment, first_half),
+        compression=_compression(engine, pass_group, inbox, following),
         messages=(segment.tensor("message"),) if makes_message else (),
-        grad_scale=inputs.grad_scale if grads is not None else None,
-        found_inf=inputs.found_inf if grads is not None else None,
-        missing=stage.missing,
         extra=_inverse_norm(engine, segment, algorithm.normalized) if first_half and algorithm.normalized else None,
-        norm_sums=segment.norm_sums(first_half, pass_group.region) if engine.schedule.measure else None,
-        remainder=segment.remainder,
-        seed=seed_of_pass(engine, segment, first_half) if segment.rounds_stochastically else None,
-        taken=inbox.channels,
-        scales=inbox.scales,
-        given=engine.codes_for(pass_group, following),
-        spoilt=engine.channels.flag if engine.channels is not None else None,
+        norm_sums=segment.norm_sums(first_half, region) if engine.schedule.measure else None,
         numbers=inbox.numbers,
     )
+
+
+def _precision(engine: Engine, segment: FlatSegment, first_half: bool) -> Precision:
+    """What 16-bit parameters lack, and the seed of random roundings."""
+    if segment.remainder is None and not segment.rounds_stochastically:
+        return AS_STORED
+    seed = seed_of_pass(engine, segment, first_half) if segment.rounds_stochastically else None
+    return Precision(segment.remainder, seed)
+
+
+def _compression(engine: Engine, pass_group: PassGroup, inbox: Inbox, following: tuple[int, int] | None) -> Compression:
+    """Codes that came and codes that are to be sent, if messages travel compressed."""
+    if engine.channels is None:
+        return UNCOMPRESSED
+    given = engine.codes_for(pass_group, following)
+    return Compression(inbox.channels, inbox.scales, given, engine.channels.flag)
 
 
 def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:

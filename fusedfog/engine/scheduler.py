@@ -324,7 +324,7 @@ class Scheduler:
             work = pass_of(self, pass_group, stage, grads, inbox, following)
             run_pass(work)
         pass_group.bump_versions()
-        if self.channels is not None and following is not None and work.given:
+        if self.channels is not None and following is not None and work.compression.given:
             self.channels.encoded(pass_group.buckets, following[1])
 
     def warm_up(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedfog.comm.profiling import span
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import PassGroup
-from fusedfog.kernels import Pass, run_pass
+from fusedfog.kernels import Mixing, Pass, run_pass
 
 
 class AroundScheduler(Scheduler):
@@ -55,10 +55,7 @@ class AroundScheduler(Scheduler):
                     (),
                     (),
                     pass_group.region,
-                    sent=(param,),
-                    inbox=(received,),
-                    weights=inbox.weights,
-                    row_sum=0.0,
+                    mixing=Mixing((param,), (received,), inbox.weights, row_sum=0.0),
                 )
             )
         return received[0]

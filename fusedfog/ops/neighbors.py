@@ -13,13 +13,13 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, find_group
 from fusedfog.comm.mixing import mix, room_for
 from fusedfog.comm.registry import communicator_for
+from fusedfog.kernels.wire import wire_format
 from fusedfog.ops import control
 from fusedfog.ops.compressed import check_compressible, mixing_compressed
 from fusedfog.ops.edges import Edges, RecvWeights, SendWeights, gathered_edges, pair_edges, weighted_edges
 from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
-from fusedfog.params.precision import wire_format
 from fusedfog.topology import Topology
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Outer
-from fusedfog.params.precision import WAYS, Storage, Way, wire_format
+from fusedfog.kernels.wire import wire_format
+from fusedfog.params.precision import WAYS, Storage, Way
 from fusedfog.topology import Topology
 
 

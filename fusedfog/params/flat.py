@@ -186,7 +186,7 @@ class FlatSegment:
 
     @property
     def remainder(self) -> Tensor | None:
-        """What 16-bit parameters lack of the values they stand for; see `kernels.Pass.rest`."""
+        """What 16-bit parameters lack of the values they stand for; see `kernels.Precision.remainder`."""
         return None if self.remainder_name is None else self.state(self.remainder_name)
 
     @property
@@ -213,7 +213,7 @@ class FlatSegment:
         return self._rows_of(region, norm_sums)
 
     def steps_of(self, region: Region) -> Tensor:
-        """The counts that a pass over a region reads, as `kernels.Pass.steps`."""
+        """The counts that a pass over a region reads, as `kernels.GradientInputs.steps`."""
         return self.steps if region.blocks is None else self._rows_of(region, self.steps)
 
     def step_of(self, position: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How parameters of 16 bits and states are kept, and what messages may be sent as: plain data, which passes honour."""
+"""How parameters of 16 bits and states are kept, as plain data, which passes honour."""
 
 from __future__ import annotations
 
@@ -40,14 +40,3 @@ class Storage:
 
 
 EXACT = Storage()
-
-
-_FORMATS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-
-
-def wire_format(given: torch.dtype | str | None) -> torch.dtype | None:
-    """dtype of compressed messages by name or dtype; None for messages as they are. ValueError for others."""
-    found = _FORMATS.get(given.lower()) if isinstance(given, str) else given
-    if given is not None and found not in _FORMATS.values():
-        raise ValueError(f"wire_dtype is 'bf16', 'fp8' (e4m3), 'int8', their torch dtypes, or None; got {given!r}")
-    return found

@@ -376,7 +376,7 @@ def test_one_kernel_serves_all_rounds_rates_and_recordings(
             graph.replay()
     assert len(compiler.compiled()) == 1
     # Each recording has an address table of its own.
-    tables = {work.grads.addresses.data_ptr() for graph in graphs for work in graph.passes}
+    tables = {work.gradient.grads.addresses.data_ptr() for graph in graphs for work in graph.passes}
     assert len(tables) == 2
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, fused_pass, reference, rules
+from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass, reference, rules, torch_pass
 from support.kernel_rules import ROWS, Row
+from support.passes import make_pass
 
 NUMELS = (1, 63, 64, 65, 1000, 1024, 1025, 2500)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,7 +107,7 @@ class Case:
             # By parameter for the reference; by block for the kernel, of which a program counts for itself alone.
             steps = steps[self.region.blocks[:, 0]] if on_gpu else steps.clone()
         run(
-            Pass(
+            make_pass(
                 self.row.rule,
                 written[0],
                 tuple(written[1 : 1 + states]),
@@ -126,7 +127,7 @@ class Case:
 
     def check(self) -> list[torch.Tensor]:
         """Asserts that kernel and reference agree; the kernel's result."""
-        ours, theirs = self.run(fused_pass.launch), self.run(reference.run_pass)
+        ours, theirs = self.run(fused_pass.launch), self.run(torch_pass.run_pass)
         for got, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got[self.valid], expected[self.valid], **TOLERANCE[got.dtype])
         if self.arguments["steps"] is not None:
@@ -265,7 +266,7 @@ def test_what_is_not_a_number_stays_where_the_reference_keeps_it(name):
         place = 7 if tensor.numel() == 1025 else 135  # The same element of parameter 1, which starts at 128.
         before = tensor[place].clone()
         tensor[place] = math.nan
-        ours, theirs = case.run(fused_pass.launch, finite=False), case.run(reference.run_pass, finite=False)
+        ours, theirs = case.run(fused_pass.launch, finite=False), case.run(torch_pass.run_pass, finite=False)
         for got, expected in zip(ours, theirs, strict=True):
             assert torch.equal(got[case.valid].isnan(), expected[case.valid].isnan())
         tensor[place] = before
@@ -345,7 +346,7 @@ def test_steps_advance_where_an_update_was_made(advance, found_inf, missing):
     before = torch.tensor([3.0, 3.0, 3.0, 3.0, 7.0, 7.0])
     steps = before.clone()
     options = {**case.arguments, "found_inf": flag, "missing": missing, "steps": steps, "advance": advance}
-    fused_pass.launch(Pass("adam", case.written[0], tuple(case.written[1:3]), case.row.hyper, **options))
+    fused_pass.launch(make_pass("adam", case.written[0], tuple(case.written[1:3]), case.row.hyper, **options))
     updated = [missing == "zero" or (p < 2 and not found_inf) for p in (0, 1, 1, 1, 2)]
     assert torch.equal(steps - before, advance * torch.tensor([*updated, False]).float())
 
@@ -353,14 +354,14 @@ def test_steps_advance_where_an_update_was_made(advance, found_inf, missing):
 def test_missing_tables_and_strange_dtypes_are_refused():
     case = Case(ROWS["mix"])
     with pytest.raises(ValueError, match=r"takes fp32, bf16 and fp16, not torch\.float64"):
-        fused_pass.launch(Pass("mix", torch.zeros(64).double(), (), (), **case.arguments))
+        fused_pass.launch(make_pass("mix", torch.zeros(64).double(), (), (), **case.arguments))
     case.arguments["region"] = Region(0, case.spans, None)
     with pytest.raises(ValueError, match="block table"):
-        fused_pass.launch(Pass("mix", torch.zeros(64), (), (), **case.arguments))
+        fused_pass.launch(make_pass("mix", torch.zeros(64), (), (), **case.arguments))
     case = Case(ROWS["sgd"])
     grads = dataclasses.replace(case.arguments["grads"], addresses=None)
     with pytest.raises(ValueError, match="address table"):
-        fused_pass.launch(Pass("sgd", torch.zeros(64), (), (), **{**case.arguments, "grads": grads}))
+        fused_pass.launch(make_pass("sgd", torch.zeros(64), (), (), **{**case.arguments, "grads": grads}))
 
 
 @pytest.mark.parametrize("options", [{}, {"found_inf": torch.ones(())}, {"grad_scale": torch.tensor(0.5)}], ids=str)
@@ -375,7 +376,7 @@ def test_figures_are_the_references_sums(name, options):
     case.arguments["norm_sums"] = by_block
     case.run(fused_pass.launch)
     case.arguments["norm_sums"] = by_parameter
-    case.run(reference.run_pass)
+    case.run(torch_pass.run_pass)
     summed = torch.zeros(3, 2).index_add_(0, case.region.blocks[:, 0], by_block)
     torch.testing.assert_close(summed.double(), by_parameter, rtol=1e-5, atol=1e-9)
     assert (by_parameter[:, 0] > 0).all()

@@ -7,7 +7,6 @@ tolerance; but what it stores is held against `rounding` and `wire` applied to i
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -16,8 +15,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, reference, rounding, wire
+from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, rounding, torch_pass, wire
 from support.kernel_rules import ROWS
+from support.passes import make_pass, with_fields
 from test_fused_pass import DTYPES, NUMELS, TOLERANCE, Case
 
 WAYS, HALVES, FORMATS = ("master", "kahan", "stochastic"), DTYPES[1:], tuple(wire.FORMATS)
@@ -89,7 +89,7 @@ class Lossy(Case):
                 more["scales"] = tuple(tuple(sender.scales for sender in found) for found in senders)
             # What is taken and what is given are mostly the ends of one exchange.
             more["given"] = ends if row.messages == len(ends) else tuple(self.end(param) for _ in range(row.messages))
-        self.work = Pass(
+        self.work = make_pass(
             row.rule,
             param,
             tuple(states),
@@ -127,24 +127,24 @@ class Lossy(Case):
 
     def after(self, run=fused_pass.launch, **changes) -> Pass:
         """The pass made on copies. Nothing has touched the padding."""
-        before = dataclasses.replace(self.work, **changes)
+        before = with_fields(self.work, **changes)
         work = copy.deepcopy(before)
-        if run is fused_pass.launch and work.steps is not None:
-            work = dataclasses.replace(work, steps=work.steps[self.region.blocks[:, 0]])  # By block; see `Pass.steps`.
+        if run is fused_pass.launch and work.gradient.steps is not None:
+            work = with_fields(work, steps=work.gradient.steps[self.region.blocks[:, 0]])  # By block; see `Pass.steps`.
         run(work)
         for ours, was in zip(written(work), written(before), strict=True):
             assert torch.equal(bits(ours)[~self.valid], bits(was)[~self.valid])
-        for end in (*work.taken, *work.given):
+        for end in (*work.compression.taken, *work.compression.given):
             for tensor in (end.codes, end.replica, end.neighbor_delta):
                 assert (tensor.float()[~self.valid] == 0).all()
         return work
 
     def check(self) -> Pass:
         """Asserts that kernel, reference and spec agree; the pass that the kernel made."""
-        ours, theirs = self.after(), self.after(reference.run_pass)
+        ours, theirs = self.after(), self.after(torch_pass.run_pass)
         self.check_close(ours, theirs)
-        assert ours.spoilt.any() == theirs.spoilt.any()
-        for work, run in ((ours, fused_pass.launch), (theirs, reference.run_pass)):
+        assert ours.compression.spoilt.any() == theirs.compression.spoilt.any()
+        for work, run in ((ours, fused_pass.launch), (theirs, torch_pass.run_pass)):
             self.check_param(work)
             self.check_wires(work)
             self.check_states(work, run)
@@ -152,29 +152,34 @@ class Lossy(Case):
 
     def check_close(self, ours: Pass, theirs: Pass) -> None:
         for got, expected in zip(written(ours), written(theirs), strict=True):
-            if got is not ours.remainder:
+            if got is not ours.precision.remainder:
                 torch.testing.assert_close(got[self.valid], expected[self.valid], **TOLERANCE[got.dtype])
-        if ours.remainder is not None:
+        if ours.precision.remainder is not None:
             # A unit of the compensation, which is rounded itself, beside the tolerance of fp32.
             units = {torch.float32: 2**-21, torch.bfloat16: 2**-15, torch.float16: 2**-19}
-            x, expected = (rounding.restored(work.param, work.remainder)[self.valid] for work in (ours, theirs))
-            torch.testing.assert_close(x, expected, rtol=0, atol=units[ours.remainder.dtype])
+            x, expected = (
+                rounding.restored(work.param, work.precision.remainder)[self.valid] for work in (ours, theirs)
+            )
+            torch.testing.assert_close(x, expected, rtol=0, atol=units[ours.precision.remainder.dtype])
 
     def check_param(self, work: Pass) -> None:
         """Parameters and rest are what `rounding` makes of the message, where that is x_new."""
         before = self.work
         if "x" not in self.row.writes:
-            assert same(work.param, before.param) and same(work.remainder, before.remainder)
+            assert same(work.param, before.param) and same(work.precision.remainder, before.precision.remainder)
             return
         if not self.row.messages:
             return
         x_new = work.messages[0]
-        param, remainder = before.param.clone(), None if before.remainder is None else before.remainder.clone()
-        random = None if work.seed is None else rounding.noise(SEED, 0, 0, self.size)
+        param, remainder = (
+            before.param.clone(),
+            None if before.precision.remainder is None else before.precision.remainder.clone(),
+        )
+        random = None if work.precision.seed is None else rounding.noise(SEED, 0, 0, self.size)
         rounding.keep(x_new, param, remainder, None if self.dtype == torch.float32 else random)
         assert same(work.param[self.valid], param[self.valid])
         if remainder is not None:
-            assert same(work.remainder[self.valid], remainder[self.valid])
+            assert same(work.precision.remainder[self.valid], remainder[self.valid])
 
     def check_states(self, work: Pass, run) -> None:
         """States of 16 bits are what `rounding` makes of the fp32 states of the same pass."""
@@ -184,7 +189,7 @@ class Lossy(Case):
         for s, (state, exact) in enumerate(zip(work.states, wide.states, strict=True)):
             expected = self.work.states[s].clone()
             if str(s) in self.row.writes:
-                random = None if work.seed is None else rounding.noise(SEED, 1 + s, 0, self.size)
+                random = None if work.precision.seed is None else rounding.noise(SEED, 1 + s, 0, self.size)
                 rounding.keep(exact, expected, None, random)
             assert same(state[self.valid], expected[self.valid])
 
@@ -193,20 +198,29 @@ class Lossy(Case):
         before = copy.deepcopy(self.work)
         for start, numel in before.region.spans:
             stop = start + numel
-            for m, end in enumerate(before.taken):
-                codes = [flat[start:stop] for flat in before.inbox[m]]
-                scales = [wire.scales_of(found, start, stop) for found in before.scales[m]]
-                wire.take(wire.cut(end, start, stop), codes, scales, before.weights)
-            for m, end in enumerate(before.given):
+            for m, end in enumerate(before.compression.taken):
+                codes = [flat[start:stop] for flat in before.mixing.inbox[m]]
+                scales = [wire.scales_of(found, start, stop) for found in before.compression.scales[m]]
+                wire.take(wire.cut(end, start, stop), codes, scales, before.mixing.weights)
+            for m, end in enumerate(before.compression.given):
                 wire.give(wire.cut(end, start, stop), work.messages[m][start:stop])
-        for ours, expected in zip((*work.taken, *work.given), (*before.taken, *before.given), strict=True):
+        for ours, expected in zip(
+            (*work.compression.taken, *work.compression.given),
+            (*before.compression.taken, *before.compression.given),
+            strict=True,
+        ):
             for name in ("neighbor_delta", "codes", "scales", "replica"):
                 assert same(getattr(ours, name), getattr(expected, name)), name
 
 
 def written(work: Pass) -> list[torch.Tensor]:
     """The tensors a pass may write, wires apart."""
-    return [work.param, *work.states, *work.messages, *(() if work.remainder is None else (work.remainder,))]
+    return [
+        work.param,
+        *work.states,
+        *work.messages,
+        *(() if work.precision.remainder is None else (work.precision.remainder,)),
+    ]
 
 
 # -- parameters and states -------------------------------------------------------------------------------------------------
@@ -284,7 +298,7 @@ def test_a_written_parameter_is_what_counts(way, dtype):
     case.work.param[case.valid] = case.uniform(case.size)[case.valid].to(dtype) + 4
     ours = case.after()
     assert same(ours.param[case.valid], case.work.param[case.valid])
-    x = rounding.restored(ours.param, ours.remainder)[case.valid]
+    x = rounding.restored(ours.param, ours.precision.remainder)[case.valid]
     # A compensation may still be one for the new value: it is below half a unit of it.
     assert same(x if way == "master" else x.to(dtype), ours.param[case.valid].to(x.dtype if way == "master" else dtype))
 
@@ -293,11 +307,11 @@ def test_a_written_parameter_is_what_counts(way, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_values_that_are_not_finite_or_too_large_are_those_of_the_reference(way, dtype):
     case = Lossy(ROWS["sgd"], dtype, 1, way=way, numels=FEW)
-    gradients, large = case.work.grads.tensors, torch.finfo(dtype).max
+    gradients, large = case.work.gradient.grads.tensors, torch.finfo(dtype).max
     values = torch.tensor([math.inf, -math.inf, math.nan, large, -large, large / 2, 1e-7, -1e-30, 0.0])
     gradients[0][: len(values)] = values.to(dtype)
     for rule_hyper in (ROWS["sgd"].hyper, (1.9, *ROWS["sgd"].hyper[1:])):
-        ours, theirs = (case.after(run, hyper=rule_hyper) for run in (fused_pass.launch, reference.run_pass))
+        ours, theirs = (case.after(run, hyper=rule_hyper) for run in (fused_pass.launch, torch_pass.run_pass))
         case.check_param(ours)
         assert same(ours.param[: len(values)].isfinite().float(), theirs.param[: len(values)].isfinite().float())
 
@@ -371,7 +385,7 @@ def test_compressed_messages_equal_the_reference(name, neighbours, dtype):
     case = Lossy(ROWS[name], neighbours=neighbours, wire=dtype, numels=FEW)
     ours = case.check()
     if name == "mix":
-        theirs = case.after(reference.run_pass)
+        theirs = case.after(torch_pass.run_pass)
         assert same(ours.param[case.valid], theirs.param[case.valid]), "sums and products in the same order"
 
 
@@ -406,13 +420,13 @@ def test_messages_of_any_magnitude_are_encoded_as_the_spec_does(dtype):
     x.copy_((torch.exp2(exponents.double()).flatten()[: case.size] * (1 + x.double().abs())).float() * x.sign())
     x[::5], x[128:192], x[200], x[300] = 0.0, 0.0, torch.finfo(torch.float32).max, 2.0**-149
     x[~case.valid] = math.nan
-    case.work.given[0].replica.zero_()
-    case.work.given[0].neighbor_delta.zero_()
+    case.work.compression.given[0].replica.zero_()
+    case.work.compression.given[0].neighbor_delta.zero_()
     ours = case.after()
     assert same(ours.param[case.valid], x[case.valid])
     case.check_wires(ours)
-    if ours.given[0].scales is not None:
-        assert ours.given[0].scales.unique().numel() > 100
+    if ours.compression.given[0].scales is not None:
+        assert ours.compression.given[0].scales.unique().numel() > 100
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -420,12 +434,15 @@ def test_values_that_are_not_finite_are_not_spread(dtype):
     case = Lossy(ROWS["mix"], wire=dtype, numels=FEW)
     x, wild = case.work.param, {0: math.nan, 64: math.inf, 200: -math.inf, 1100: math.nan}
     x[list(wild)] = torch.tensor(list(wild.values()))
-    ours, was = case.after(), case.work.given[0]
+    ours, was = case.after(), case.work.compression.given[0]
     case.check_wires(ours)
-    case.check_wires(case.after(reference.run_pass))
-    end = ours.given[0]
+    case.check_wires(case.after(torch_pass.run_pass))
+    end = ours.compression.given[0]
     assert end.spoilt() and not was.spoilt() and end.replica.isfinite().all()
-    assert ours.spoilt.any() and not Lossy(ROWS["mix"], wire=dtype, numels=FEW).check().spoilt.any()
+    assert (
+        ours.compression.spoilt.any()
+        and not Lossy(ROWS["mix"], wire=dtype, numels=FEW).check().compression.spoilt.any()
+    )
     places = torch.arange(case.size)
     groups = places if end.scales is None else places // 64 * 4 + places % 4
     spoilt = torch.isin(groups, groups[list(wild)])
@@ -437,37 +454,42 @@ def test_values_that_are_not_finite_are_not_spread(dtype):
     # Who gets them takes no difference for that group, and everything else.
     taking = Lossy(ROWS["mix"], neighbours=2, wire=dtype, numels=FEW)
     inbox, scales = (
-        (codes, part[0][1]) for codes, part in ((end.codes, taking.work.inbox), (end.scales, taking.work.scales))
+        (codes, part[0][1])
+        for codes, part in ((end.codes, taking.work.mixing.inbox), (end.scales, taking.work.compression.scales))
     )
-    taking.work = dataclasses.replace(taking.work, inbox=(tuple(inbox),), scales=(tuple(scales),))
+    taking.work = with_fields(taking.work, inbox=(tuple(inbox),), scales=(tuple(scales),))
     taken = taking.check()
-    assert taken.param[taking.valid].isfinite().all() and taken.taken[0].neighbor_delta.isfinite().all()
-    alone = taking.after(weights=(0.0, taking.work.weights[1]))
-    own = wire.decode(taking.work.taken[0].codes, taking.work.taken[0].scales, torch.float32)
-    heard = (taken.taken[0].neighbor_delta - alone.taken[0].neighbor_delta) / taking.work.weights[0] + own
+    assert taken.param[taking.valid].isfinite().all() and taken.compression.taken[0].neighbor_delta.isfinite().all()
+    alone = taking.after(weights=(0.0, taking.work.mixing.weights[1]))
+    own = wire.decode(taking.work.compression.taken[0].codes, taking.work.compression.taken[0].scales, torch.float32)
+    heard = (
+        taken.compression.taken[0].neighbor_delta - alone.compression.taken[0].neighbor_delta
+    ) / taking.work.mixing.weights[0] + own
     assert heard[spoilt & taking.valid].abs().max() < 2**-20 < heard[~spoilt & taking.valid].abs().max()
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_a_neighbour_of_weight_zero_is_not_heard(dtype):
     case = Lossy(ROWS["mix"], neighbours=2, wire=dtype, numels=FEW, options={"weights": (0.5, 0.0)})
-    codes, scales = case.work.inbox[0][1], case.work.scales[0][1]
+    codes, scales = case.work.mixing.inbox[0][1], case.work.compression.scales[0][1]
     codes.view(torch.uint8).fill_(0x7F)  # NaN, or with this scale infinity.
     if scales is not None:
         scales.fill_(254)
     ours = case.check()
-    alone = case.after(inbox=(case.work.inbox[0][:1],), scales=(case.work.scales[0][:1],), weights=(0.5,))
+    alone = case.after(
+        inbox=(case.work.mixing.inbox[0][:1],), scales=(case.work.compression.scales[0][:1],), weights=(0.5,)
+    )
     for got, expected in zip(written(ours), written(alone), strict=True):
         assert same(got[case.valid], expected[case.valid])
-    assert same(ours.taken[0].neighbor_delta, alone.taken[0].neighbor_delta)
+    assert same(ours.compression.taken[0].neighbor_delta, alone.compression.taken[0].neighbor_delta)
 
 
 # -- numbers on the device -------------------------------------------------------------------------------------------------
 
 
 def numbers_of(work: Pass, dtype: torch.dtype) -> torch.Tensor:
-    seed = () if work.seed is None else (float(work.seed),)
-    return torch.tensor([work.row_sum, *work.weights, *work.hyper, *seed], dtype=dtype)
+    seed = () if work.precision.seed is None else (float(work.precision.seed),)
+    return torch.tensor([work.mixing.row_sum, *work.mixing.weights, *work.hyper, *seed], dtype=dtype)
 
 
 # The interpreter multiplies scalars of the host in double: lr*weight_decay has to be exact.
@@ -479,20 +501,20 @@ EXACT["adamw"] = (2**-6, *ROWS["adamw"].hyper[1:9], 0.125, 1.0)
     ("name", "way"),
     [*((name, None) for name in EXACT), ("mix", "master"), ("sgd-momentum", "kahan"), ("adamw", "stochastic")],
 )
-@pytest.mark.parametrize("run", [fused_pass.launch, reference.run_pass, cpu_pass.run_pass])
+@pytest.mark.parametrize("run", [fused_pass.launch, torch_pass.run_pass, cpu_pass.run_pass])
 def test_numbers_on_the_device_give_the_bits_of_those_on_the_host(name, way, run):
     dtype = torch.float32 if way is None else torch.bfloat16
     state_dtype = torch.bfloat16 if way == "stochastic" else torch.float32
     case = Lossy(ROWS[name], dtype, 2, way=way, state_dtype=state_dtype, wire=torch.int8 if way else None, numels=FEW)
-    work = dataclasses.replace(case.work, hyper=EXACT[name], row_sum=0.75)
+    work = with_fields(case.work, hyper=EXACT[name], row_sum=0.75)
     found = numbers_of(work, torch.float32 if run is fused_pass.launch else torch.float64)
     unread = {"row_sum": math.nan, "weights": (math.nan,) * 2, "hyper": (math.nan,) * len(EXACT[name])}
-    seed = None if work.seed is None else 7
+    seed = None if work.precision.seed is None else 7
     case.work = work
     host, device = case.after(run), case.after(run, numbers=found, seed=seed, **unread)
     for ours, theirs in zip(written(host), written(device), strict=True):
         assert same(ours[case.valid], theirs[case.valid])
-    for ours, theirs in zip(host.given, device.given, strict=True):
+    for ours, theirs in zip(host.compression.given, device.compression.given, strict=True):
         assert all(
             same(getattr(ours, part), getattr(theirs, part))
             for part in ("codes", "scales", "replica", "neighbor_delta")

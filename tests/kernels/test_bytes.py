@@ -135,12 +135,14 @@ def one_step(algorithm: str) -> dict[str, Any]:
         "operations": [name for name in watch.seen if not name.startswith("c10d")],
         "regions": [work.region.first for work in passes],
         "buckets": [bucket.first for bucket in segment.layout.buckets],
-        "flat tensors": [1 + len(work.states) + sum(map(len, work.inbox)) + len(work.messages) for work in passes],
+        "flat tensors": [
+            1 + len(work.states) + sum(map(len, work.mixing.inbox)) + len(work.messages) for work in passes
+        ],
         "gradients": sorted(
             (p, grad.data_ptr() == homes[p])
             for work in passes
-            if work.grads is not None
-            for p, grad in enumerate(work.grads.tensors)
+            if work.gradient.grads is not None
+            for p, grad in enumerate(work.gradient.grads.tensors)
             if grad is not None
         ),
         "sent from": [home == segment.param.untyped_storage().data_ptr() for home, _ in sent],

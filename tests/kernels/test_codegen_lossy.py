@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.passes import make_pass
 
 triton = pytest.importorskip("triton")
 
@@ -88,7 +89,7 @@ class Variant:
                 found["inbox"] = tuple(tuple(_flat(self.wire) for _ in range(neighbours)) for _ in ends)
                 found["scales"] = tuple((end.scales,) * neighbours for end in ends)
         region = Region(0, ((0, 2 * BLOCK),), torch.zeros(2, 4, dtype=torch.int64))
-        return Pass(row.rule, param, states, region=region, **{**found, "hyper": row.hyper, **changes})
+        return make_pass(row.rule, param, states, region=region, **{**found, "hyper": row.hyper, **changes})
 
     def accesses(self) -> tuple[Counter[torch.dtype], Counter[torch.dtype], Counter[torch.dtype]]:
         """How many flat tensors of each dtype are read, written, and read again where last blocks keep their padding.
@@ -101,21 +102,23 @@ class Variant:
             **{str(s): state for s, state in enumerate(work.states)},
             "message": _flat(self.dtype),
         }
-        remainder = [] if work.remainder is None else [work.remainder]
+        remainder = [] if work.precision.remainder is None else [work.precision.remainder]
         stored = [whole[part] for part in row.writes] + (remainder if "x" in row.writes else [])
         sent = (row.sent or ("x",)) if "x" in row.writes else ()
         read = [whole[part] for part in dict.fromkeys([*row.reads.replace("g", ""), *sent])] + remainder
         channels: list[torch.Tensor | None] = []
-        for end in work.taken:
+        for end in work.compression.taken:
             # Its own codes matter only beside the neighbours'.
             channels += [end.neighbor_delta, *((end.codes, end.scales) if self.neighbours else ())]
-        for end in work.given:
+        for end in work.compression.given:
             channels += [end.replica]
-        for message, scales in zip(work.inbox, work.scales or work.inbox, strict=True):
-            channels += [*message, *(scales if work.taken else ())]
+        for message, scales in zip(work.mixing.inbox, work.compression.scales or work.mixing.inbox, strict=True):
+            channels += [*message, *(scales if work.compression.taken else ())]
         read += [flat for flat in channels if flat is not None]
-        encoded = [part for end in work.given for part in (end.codes, end.scales, end.replica) if part is not None]
-        encoded += [end.neighbor_delta for end in work.taken]
+        encoded = [
+            part for end in work.compression.given for part in (end.codes, end.scales, end.replica) if part is not None
+        ]
+        encoded += [end.neighbor_delta for end in work.compression.taken]
         return tuple(Counter(flat.dtype for flat in flats) for flats in (read, [*stored, *encoded], stored))
 
 
@@ -157,7 +160,7 @@ def check(variant: Variant, compiler: codegen.Compiler, folder: Path, most: int 
     assert not expected - found, (found, expected)
     assert set(scalars) <= {"ld b64", "ld b32", "st b32"}, (found, expected)
     # The count of updates, and a store that only lanes with values that are not finite make.
-    assert scalars["st b32"] <= 1 + width * len(variant.work().given), (found, expected)
+    assert scalars["st b32"] <= 1 + width * len(variant.work().compression.given), (found, expected)
     numbers = 0 if not variant.numbers else len(variant.work().numbers)
     assert scalars["ld b64"] <= 5 and scalars["ld b32"] <= 4 + numbers, (found, expected)
     return usage["REG"]

@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import Gradients, Pass, Region, compile_now, cpu_pass, reference, run_pass
+from fusedfog.kernels import Gradients, Region, compile_now, cpu_pass, run_pass, torch_pass
 from hypothesis import given
 from hypothesis import strategies as st
 from support.kernel_rules import ROWS
+from support.passes import make_pass
 from support.pool import Pool
 from torch import nn
 from torch._inductor.utils import run_and_get_cpp_code
@@ -57,13 +58,13 @@ class Case:
 
     def run(self, region: Region) -> list[torch.Tensor]:
         param, states = self.param.clone(), tuple(state.clone() for state in self.states)
-        run_pass(Pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
+        run_pass(make_pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
         return [param, *states]
 
     def expected(self) -> list[torch.Tensor]:
         param, states = self.param.clone(), tuple(state.clone() for state in self.states)
         region = Region(0, self.spans, None)
-        reference.run_pass(Pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
+        torch_pass.run_pass(make_pass(self.row.rule, param, states, self.row.hyper, region, **self.arguments))
         return [param, *states]
 
     def check(self, region: Region) -> None:
@@ -93,7 +94,7 @@ def test_batches_equal_the_reference(monkeypatch, name, neighbours, options):
 
 @pytest.mark.parametrize("name", SHORT)
 def test_the_short_forms_are_what_runs(monkeypatch, name):
-    monkeypatch.setattr(reference, "run_pass", lambda *arguments: pytest.fail("the reference was called"))
+    monkeypatch.setattr(torch_pass, "run_pass", lambda *arguments: pytest.fail("the reference was called"))
     case = Case(name, 1)
     case.run(case.region())
 
@@ -111,7 +112,7 @@ def test_a_consensus_stays_to_the_last_bit(weights):
     x, nothing = case.param.clone(), (0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
     grads = case.arguments["grads"]
     options = {"inbox": ((x.clone(),) * len(weights),), "weights": weights, "grads": grads}
-    run_pass(Pass("sgd", x, (), nothing, case.region(), steps=torch.zeros(5), **options))
+    run_pass(make_pass("sgd", x, (), nothing, case.region(), steps=torch.zeros(5), **options))
     assert torch.equal(x[case.valid], case.param[case.valid])
 
 
@@ -202,7 +203,7 @@ def test_schedules_compile_nothing_anew(monkeypatch):
         hyper[0] *= step
         case.arguments["weights"], case.arguments["steps"] = (0.1 * step,), torch.full((5,), float(step))
         param, states = case.param.clone(), tuple(state.clone() for state in case.states)
-        run_pass(Pass(case.row.rule, param, states, hyper, case.region(True), **case.arguments))
+        run_pass(make_pass(case.row.rule, param, states, hyper, case.region(True), **case.arguments))
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[2:] == counts[2:3] * 4
 

@@ -16,7 +16,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass  # noqa: E402
+from fusedfog.kernels import BLOCK, Gradients, Region, rules  # noqa: E402
 from support import codegen  # noqa: E402
 from support.codegen import CAPABILITIES, NEIGHBOURS, Compiler, accesses, launch, resources  # noqa: E402
 from support.kernel_rules import ROWS, SHAPES, Row  # noqa: E402
@@ -171,7 +171,7 @@ def test_scalars_never_recompile(name, compiler):
 def test_a_kernel_kept_on_disk_is_another_one_once_its_numbers_change_places(compiler, monkeypatch):
     launch("sgd", 1, torch.float32)
     (kernel,) = compiler.compiled()
-    names, before = fused_pass._names("sgd"), kernel.src.hash()
+    names, before = rules.names_of("sgd"), kernel.src.hash()
     assert names.cache_key == "lr momentum undamped decay sign nesterov"
     monkeypatch.setattr(names, "cache_key", "momentum lr undamped decay sign nesterov")
     assert kernel.src.hash() != before

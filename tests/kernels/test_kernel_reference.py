@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Pass, Region, adam_hyper, reference, sgd_hyper
+from fusedfog.kernels import Gradients, Region, adam_hyper, reference, sgd_hyper, torch_pass
 from support.kernel_rules import ROWS
+from support.passes import make_pass
 
 from fusedfog import kernels
 
@@ -60,7 +61,7 @@ class Segment:
     def step(self, rule: str, hyper: tuple[float, ...], gradients, **options) -> None:
         grads = Gradients(gradients, None, self.param.dtype)
         kernels.run_pass(
-            Pass(
+            make_pass(
                 rule,
                 self.param,
                 self.states,
@@ -165,7 +166,7 @@ def test_after_pass_averages_what_was_sent_and_ignores_gradients():
     segment = Segment([torch.ones(100), torch.ones(3)])
     sent, received, message = segment.like(0), segment.like(1), segment.like(2, torch.bfloat16)
     arguments = {"sent": (sent,), "inbox": ((received,),), "weights": (0.25,), "row_sum": 2.0, "messages": (message,)}
-    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, **arguments))
+    kernels.run_pass(make_pass("mix", segment.param, (), (), region=segment.region, **arguments))
     expected = 2 * sent + 0.25 * (received - sent)
     torch.testing.assert_close(segment.param, expected, equal_nan=True)
     assert torch.equal(message[segment.valid], segment.param[segment.valid].bfloat16())
@@ -185,7 +186,9 @@ def test_mixing_small_integers_by_dyadic_weights_is_exact(dtype):
     segment = Segment([torch.arange(-60.0, 61.0) * 2], dtype=dtype)
     received = [(segment.like(k).mul(8).round() * 2).nan_to_num() for k in range(2)]
     x, (a, b) = segment.param.double().clone(), (tensor.double() for tensor in received)
-    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, inbox=(received,), weights=(0.5, 0.25)))
+    kernels.run_pass(
+        make_pass("mix", segment.param, (), (), region=segment.region, inbox=(received,), weights=(0.5, 0.25))
+    )
     expected = (x + 0.5 * (a - x) + 0.25 * (b - x)).to(dtype)
     assert torch.equal(segment.param[segment.valid], expected[segment.valid])
 
@@ -193,7 +196,7 @@ def test_mixing_small_integers_by_dyadic_weights_is_exact(dtype):
 def test_a_zero_weight_keeps_its_neighbours_nans_out():
     segment = Segment([torch.ones(70)])
     inbox = ((torch.full((128,), math.nan), torch.full((128,), 3.0)),)
-    kernels.run_pass(Pass("mix", segment.param, (), (), region=segment.region, inbox=inbox, weights=(0.0, 0.5)))
+    kernels.run_pass(make_pass("mix", segment.param, (), (), region=segment.region, inbox=inbox, weights=(0.0, 0.5)))
     assert (segment.param[:70] == 2).all()
 
 
@@ -216,8 +219,8 @@ def test_half_precision_parameters_are_rounded_once(dtype):
 def test_chunk_boundaries_do_not_show(monkeypatch, chunk, name):
     hyper = {"sgd": sgd_hyper({"lr": 0.1, **SGD[-1]}), "adam": adam_hyper(torch.optim.AdamW([torch.zeros(1)]).defaults)}
     results = []
-    for size in (chunk, reference.CHUNK):
-        monkeypatch.setattr(reference, "CHUNK", size)
+    for size in (chunk, torch_pass.CHUNK):
+        monkeypatch.setattr(torch_pass, "CHUNK", size)
         segment = Segment([torch.linspace(-1, 1, 1000), torch.ones(1)], 1 if name == "sgd" else 2)
         received, message = segment.like(1), segment.like(2)
         gradients = [segment.like(3)[:1000], torch.ones(1)]
@@ -242,7 +245,7 @@ def test_a_region_leaves_the_rest_of_its_segment_alone():
     region = Region(1, segment.spans[1:2], None)
     grads = Gradients([None, torch.ones(70), None], None, torch.float32)
     hyper = sgd_hyper(torch.optim.SGD([torch.zeros(1)], lr=1.0).param_groups[0])
-    kernels.run_pass(Pass("sgd", segment.param, (), hyper, region=region, grads=grads, steps=segment.steps))
+    kernels.run_pass(make_pass("sgd", segment.param, (), hyper, region=region, grads=grads, steps=segment.steps))
     assert [view.unique().tolist() for view in segment.views()] == [[1], [0], [1]]
 
 
@@ -299,7 +302,7 @@ def test_an_extra_number_comes_from_a_tensor(monkeypatch, dtype):
     monkeypatch.setitem(reference.RULES, "scale", lambda x, mixed, g, states, step, hyper: (x * hyper[1], states, ()))
     segment = Segment([torch.ones(70)], dtype=dtype)
     value = torch.tensor([1 / 3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    kernels.run_pass(Pass("scale", segment.param, (), (0.0,), region=segment.region, extra=value))
+    kernels.run_pass(make_pass("scale", segment.param, (), (0.0,), region=segment.region, extra=value))
     assert torch.equal(segment.param[:70], value.expand(70).to(dtype))
 
 
@@ -308,7 +311,7 @@ def test_messages_may_be_of_several_dtypes():
     segment, u, before = Segment([param], 0, torch.bfloat16), torch.zeros(64), y.clone()
     received, messages = (param * 2, y + 2**-20), (torch.empty(64, dtype=torch.bfloat16), torch.empty(64))
     kernels.run_pass(
-        Pass(
+        make_pass(
             "tracking",
             segment.param,
             (y, u),
@@ -339,7 +342,7 @@ def test_bad_input_is_named():
     region = segment.region
 
     def run(*arguments, **named) -> None:
-        kernels.run_pass(Pass(*arguments, **named))
+        kernels.run_pass(make_pass(*arguments, **named))
 
     with pytest.raises(ValueError, match="unknown update rule 'lion'; there are mix, sgd, adam"):
         run("lion", segment.param, (), (), region=region)

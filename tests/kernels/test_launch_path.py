@@ -21,6 +21,7 @@ from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, 
 from support import triton_versions
 from support.gpu_checks import IRREGULAR, among_echoes
 from support.kernel_rules import ROWS
+from support.passes import make_pass, with_fields
 from support.stub_driver import Launch, StubGpu, stub_gpu, unavailable
 from torch import nn
 
@@ -75,7 +76,7 @@ def pass_of(name: str, dtype: torch.dtype = torch.float32, neighbours: int = 2, 
         "messages": tuple(flat() for _ in range(row.messages)),
         "extra": None if row.extra is None else torch.tensor(row.extra),
     }
-    return Pass(row.rule, param, states, row.hyper, **{**arguments, **changed})
+    return make_pass(row.rule, param, states, row.hyper, **{**arguments, **changed})
 
 
 def launched(stub: StubGpu, work: Pass) -> Launch:
@@ -98,24 +99,24 @@ def expected(work: Pass) -> dict[str, list[Any]]:
     """By the names of the kernel's arguments, what a launch must say of the pass."""
     tensors = {
         "param": [work.param],
-        "remainder": [work.remainder],
+        "remainder": [work.precision.remainder],
         "states": work.states,
-        "sent": work.sent or [work.param],
-        "inbox": [tensor for message in work.inbox for tensor in message],
+        "sent": work.mixing.sent or [work.param],
+        "inbox": [tensor for message in work.mixing.inbox for tensor in message],
         "messages": work.messages,
         "blocks": [work.region.blocks],
-        "addresses": [None if work.grads is None else work.grads.addresses],
-        "grad_scale": [work.grad_scale],
-        "found_inf": [work.found_inf],
+        "addresses": [None if work.gradient.grads is None else work.gradient.grads.addresses],
+        "grad_scale": [work.gradient.grad_scale],
+        "found_inf": [work.gradient.found_inf],
         "extra": [work.extra],
         "norm_sums": [work.norm_sums],
         "numbers": [work.numbers],
     }
     numbers = {
-        "row_sum": [single(work.row_sum)],
-        "weights": list(map(single, work.weights)),
+        "row_sum": [single(work.mixing.row_sum)],
+        "weights": list(map(single, work.mixing.weights)),
         "hyper": list(map(single, work.hyper)),
-        "seed": [] if work.seed is None else [float(work.seed)],
+        "seed": [] if work.precision.seed is None else [float(work.precision.seed)],
     }
     return {name: homes(found) for name, found in tensors.items()} | numbers
 
@@ -126,11 +127,13 @@ def mismatches(launch: Launch, work: Pass) -> list[str]:
     wrong = [name for name, values in wanted.items() if launch.flat(name) != values]
     channels = [
         tensor
-        for wire in (*work.taken, *work.given)
+        for wire in (*work.compression.taken, *work.compression.given)
         for tensor in (wire.codes, wire.scales, wire.neighbor_delta, wire.replica)
     ]
-    received = [tensor for message in work.scales for tensor in message]
-    known = {value for values in wanted.values() for value in values} | set(homes([*channels, *received, work.steps]))
+    received = [tensor for message in work.compression.scales for tensor in message]
+    known = {value for values in wanted.values() for value in values} | set(
+        homes([*channels, *received, work.gradient.steps])
+    )
     packed = {
         value for name in launch.arguments for value in launch.flat(name) if isinstance(value, int) and value > 2**16
     }
@@ -149,7 +152,10 @@ def test_every_rule_is_launched_with_what_its_pass_says(name: str, dtype: torch.
     launch = launched(stub, work)
     assert launch.kernel == "fused_pass"
     assert mismatches(launch, work) == []
-    assert launch.arguments["GRAD_DTYPE"] == fused_pass.DTYPES[dtype if work.grads is None else work.grads.dtype]
+    assert (
+        launch.arguments["GRAD_DTYPE"]
+        == fused_pass.DTYPES[dtype if work.gradient.grads is None else work.gradient.grads.dtype]
+    )
     assert (launch.stream, launch.shared) == (0, 0)
 
 
@@ -204,9 +210,9 @@ def test_a_difference_is_seen(stub: StubGpu) -> None:
     others = {
         "param": work.messages[0],
         "states": work.states[::-1],
-        "inbox": work.inbox[::-1],
+        "inbox": work.mixing.inbox[::-1],
         "messages": work.messages[::-1],
-        "weights": work.weights[::-1],
+        "weights": work.mixing.weights[::-1],
         "row_sum": 0.5,
         "hyper": work.hyper[::-1],
         "numbers": torch.zeros(9),
@@ -215,7 +221,7 @@ def test_a_difference_is_seen(stub: StubGpu) -> None:
     }
     assert mismatches(launch, work) == []
     for name, other in others.items():
-        assert mismatches(launch, dataclasses.replace(work, **{name: other})), name
+        assert mismatches(launch, with_fields(work, **{name: other})), name
 
 
 def test_numbers_make_no_variants(stub: StubGpu) -> None:
@@ -228,7 +234,7 @@ def test_numbers_make_no_variants(stub: StubGpu) -> None:
             {"hyper": (value,) * len(work.hyper)},
             {"row_sum": 1, "weights": (0, 1)},  # as integers, 1 and multiples of 16 would be compiled in
         ):
-            launched(stub, dataclasses.replace(work, **changed))
+            launched(stub, with_fields(work, **changed))
     assert stub.variants == 1
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Pass, Region, rounding, run_pass
+from fusedfog.kernels import Gradients, Region, rounding, run_pass
 from support.kernel_rules import ROWS
+from support.passes import make_pass, with_fields
 
 HALVES = (torch.bfloat16, torch.float16)
 REPLICAS = 2**17
@@ -141,7 +141,7 @@ class Run:
         self.steps = torch.zeros(1)
 
     def step(self, gradient: torch.Tensor, seed: int | None = None, **changes: object) -> None:
-        work = Pass(
+        work = make_pass(
             self.row.rule,
             self.param,
             self.states,
@@ -153,7 +153,7 @@ class Run:
             seed=seed,
             **self.options,
         )
-        run_pass(dataclasses.replace(work, **changes))
+        run_pass(with_fields(work, **changes))
         self.steps += 1
 
     @property
@@ -255,11 +255,11 @@ def test_neighbours_get_what_parameters_hold_and_x_keeps_the_rest(dtype: torch.d
     param, received = x.to(dtype), torch.randn(NUMEL, generator=torch.Generator().manual_seed(6)).to(dtype)
     expected = x + 0.25 * (received.float() - param.float())
     master = x.clone()
-    work = Pass("mix", param, (), (), REGION, remainder=master, inbox=((received,),), weights=(0.25,))
+    work = make_pass("mix", param, (), (), REGION, remainder=master, inbox=((received,),), weights=(0.25,))
     run_pass(work)
     assert torch.equal(master, expected) and torch.equal(param, expected.to(dtype))
     # Equal messages leave x as it is, to the last bit.
-    run_pass(dataclasses.replace(work, inbox=((param.clone(),),)))
+    run_pass(with_fields(work, inbox=((param.clone(),),)))
     assert torch.equal(master, expected)
 
 
@@ -288,7 +288,7 @@ def test_seeded_passes_repeat_and_other_seeds_differ() -> None:
 def test_chunks_do_not_show_in_stochastic_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for chunk in (64, 1024, 65536):
-        monkeypatch.setattr("fusedfog.kernels.reference.CHUNK", chunk)
+        monkeypatch.setattr("fusedfog.kernels.torch_pass.CHUNK", chunk)
         run = started("adamw", torch.bfloat16, "stochastic")
         run.states = tuple(state.bfloat16() for state in run.states)
         run.step(torch.ones(NUMEL), seed=9)
@@ -301,5 +301,5 @@ def test_bad_input_is_named() -> None:
     run = started("sgd-momentum", torch.bfloat16, "kahan")
     with pytest.raises(ValueError, match=r"a seed is in \[0, 2\^24\), not 16777216"):
         run.step(torch.ones(NUMEL), seed=2**24)
-    with pytest.raises(ValueError, match=r"torch\.bfloat16 parameters with a rest of torch\.float16"):
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 parameters with a remainder of torch\.float16"):
         run.step(torch.ones(NUMEL), remainder=run.remainder.half())

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from fusedfog.kernels import CompressedChannel, Gradients, Pass, Region, run_pass, wire
+from fusedfog.kernels import CompressedChannel, Gradients, Region, run_pass, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.passes import make_pass
 
 FORMATS = tuple(wire.FORMATS)
 EIGHT = FORMATS[1:]
@@ -265,7 +266,7 @@ def ours(
             peers = [j for j in range(N) if j != i and mixing[i, j]]
             gradient = (curvature[i] * (params[i, :SIZE] - minimum[i])).to(storage)
             run_pass(
-                Pass(
+                make_pass(
                     "sgd",
                     params[i],
                     (),
@@ -334,8 +335,8 @@ def test_bad_input_is_named() -> None:
     end = CompressedChannel.zeros(x, torch.int8)
     two, scales = {"inbox": ((end.codes,) * 2,), "weights": (0.25, 0.25)}, (end.scales,)
     with pytest.raises(ValueError, match="2 wires and 1 scales for 1 messages"):
-        run_pass(Pass("mix", x, (), (), region, taken=(end, end), scales=(scales * 2,), **two))
+        run_pass(make_pass("mix", x, (), (), region, taken=(end, end), scales=(scales * 2,), **two))
     with pytest.raises(ValueError, match="1 wires and 1 scales for 1 messages"):
-        run_pass(Pass("mix", x, (), (), region, taken=(end,), scales=(scales,), **two))
+        run_pass(make_pass("mix", x, (), (), region, taken=(end,), scales=(scales,), **two))
     with pytest.raises(ValueError, match="rule 'mix' makes 1 messages, but 2 were given"):
-        run_pass(Pass("mix", x, (), (), region, given=(end, end)))
+        run_pass(make_pass("mix", x, (), (), region, given=(end, end)))

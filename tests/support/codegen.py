@@ -17,10 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, fused_pass
+from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass
 from triton.backends.compiler import GPUTarget
 
 from support.kernel_rules import ROWS
+from support.passes import make_pass
 
 compiled_only = pytest.mark.skipif(
     not isinstance(fused_pass.fused_pass, triton.JITFunction), reason="decorated for the interpreter"
@@ -106,7 +107,7 @@ def launch(
         "extra": None if row.extra is None else torch.tensor(row.extra),
         **options,
     }
-    fused_pass.launch(Pass(row.rule, param, states, row.hyper if hyper is None else hyper, **arguments))
+    fused_pass.launch(make_pass(row.rule, param, states, row.hyper if hyper is None else hyper, **arguments))
 
 
 def accesses(kernel) -> Counter[str]:

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusedfog import environment
 from support import ordered_backend
+from support.passes import with_fields
 
 Clock = dict[object, int]
 """By stream or communicator, how far it is known to have come."""
@@ -341,12 +342,12 @@ def kernel_by_the_cpu(real: Callable[[Pass], None]) -> Callable[[Pass], None]:
 
     def run(work: Pass) -> None:
         region, rows = _of_blocks(work.region)
-        grads = None if work.grads is None else _through_table(work.grads, region.first, region.spans)
+        grads = None if work.gradient.grads is None else _through_table(work.gradient.grads, region.first, region.spans)
         sums = None if work.norm_sums is None else torch.zeros(len(region.spans), 2, dtype=torch.float64)
-        steps = None if work.steps is None else _counts(work.steps, work.region)
-        real(replace(work, grads=grads, region=region, norm_sums=sums, steps=steps))
-        if work.steps is not None and steps is not None and work.region.blocks is not None:
-            work.steps.copy_(steps[work.region.blocks[:, 0]])
+        steps = None if work.gradient.steps is None else _counts(work.gradient.steps, work.region)
+        real(with_fields(work, grads=grads, region=region, norm_sums=sums, steps=steps))
+        if work.gradient.steps is not None and steps is not None and work.region.blocks is not None:
+            work.gradient.steps.copy_(steps[work.region.blocks[:, 0]])
         if work.norm_sums is not None and sums is not None:
             # The kernel has a row for each block; what a parameter's come to stands in its first.
             work.norm_sums.zero_()

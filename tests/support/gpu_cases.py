@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, reference, run_pass
+from fusedfog.kernels import BLOCK, Gradients, Pass, Region, run_pass, torch_pass
 from torch import Tensor
 
 from support.kernel_rules import ROWS, SHAPES
+from support.passes import make_pass, with_fields
 
 NUMELS = (1, 63, 64, 65, 1000, 1024, 1025, 2500)
 TOLERANCE = {
@@ -65,7 +65,7 @@ class Case:
         Raises:
             AssertionError: the device disagrees with the reference, or touched what it may not.
         """
-        expected, got = self._run(torch.device("cpu"), reference.run_pass), self._run(device)
+        expected, got = self._run(torch.device("cpu"), torch_pass.run_pass), self._run(device)
         valid, worst = self._valid(), 0.0
         for number, (want, have, before) in enumerate(zip(expected, got, self._tensors()[0], strict=True)):
             bits = {4: torch.int32, 2: torch.int16}[have.element_size()]
@@ -150,7 +150,7 @@ class Case:
         region = Region(
             self.first, tuple(self._spans()[self.first :]), torch.tensor(blocks).to(device) if on_gpu else None
         )
-        work = Pass(
+        work = make_pass(
             row.rule,
             written[0],
             tuple(written[1 : 1 + row.states]),
@@ -175,11 +175,11 @@ class Case:
 def _recorded(work: Pass) -> Pass:
     device = work.param.device
     dtype = torch.float32 if device.type == "cuda" else torch.float64
-    numbers = torch.tensor([work.row_sum, *work.weights, 0.0, *work.hyper], dtype=dtype, device=device)
-    return dataclasses.replace(
+    numbers = torch.tensor([work.mixing.row_sum, *work.mixing.weights, 0.0, *work.hyper], dtype=dtype, device=device)
+    return with_fields(
         work,
-        inbox=tuple((*received, torch.full_like(received[0], math.nan)) for received in work.inbox),
-        weights=(math.nan,) * (len(work.weights) + 1),
+        inbox=tuple((*received, torch.full_like(received[0], math.nan)) for received in work.mixing.inbox),
+        weights=(math.nan,) * (len(work.mixing.weights) + 1),
         row_sum=math.nan,
         hyper=(math.nan,) * len(work.hyper),
         numbers=numbers,
@@ -229,7 +229,7 @@ def check_beyond_int32(device: torch.device) -> None:
     param = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     received = torch.ones(numel, dtype=torch.bfloat16, device=device)
     region = Region(0, ((0, numel),), blocks)
-    run_pass(Pass("mix", param, (), (), region, inbox=((received,),), weights=(0.5,)))
+    run_pass(make_pass("mix", param, (), (), region, inbox=((received,),), weights=(0.5,)))
     inside = torch.cat([param[end : end + BLOCK] for end in ends.tolist()])
     assert (inside == 0.5).all(), "blocks at both ends of a tensor of more than 2^31 elements were not mixed"
     assert param.count_nonzero() == 4 * BLOCK, "elements outside the region were changed"

@@ -6,7 +6,6 @@ differs from step to step then comes from memory or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,16 +18,17 @@ from fusedfog.kernels import Pass
 from torch import Tensor
 
 from fusedfog.engine import capture, scheduler
+from support.passes import with_fields
 
 
 def poisoned(work: Pass) -> Pass:
     """The same pass with host numbers that would show."""
-    return dataclasses.replace(
+    return with_fields(
         work,
         row_sum=math.nan,
-        weights=(math.nan,) * len(work.weights),
+        weights=(math.nan,) * len(work.mixing.weights),
         hyper=(math.nan,) * len(work.hyper),
-        seed=None if work.seed is None else 12345,
+        seed=None if work.precision.seed is None else 12345,
     )
 
 
