@@ -16,7 +16,8 @@ from fusedfog.engine.gradient_scale import multiplier
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import EMPTY, BucketState, PassGroup
 from fusedfog.kernels import Gradients, device
-from fusedfog.params.flat import FlatSegment, addresses_of
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.gradients import addresses_of
 from fusedfog.params.layout import Bucket
 
 
@@ -101,18 +102,24 @@ class AllReduceScheduler(Scheduler):
         """See `Scheduler.rebuild_buckets`."""
         super().rebuild_buckets()
         assert self.communicator is not None
-        self._averages = [GradientAverage(bucket.segment, bucket.layout, self.communicator) for bucket in self._buckets]
+        self._averages = [
+            GradientAverage(bucket.segment, bucket.layout, self.communicator) for bucket in self.buckets.all
+        ]
 
-    def _passes_around_exchange(self, grad_scale: Tensor | None) -> None:
-        self._before_exchange_all()
+    def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
+        """Wait for all averages first: the factor of the gradients is that of their means."""
+        self.before_exchange_all()
         self._after_averages(grad_scale)
 
-    def _pass_groups(self, first: int) -> list[PassGroup]:
-        return self._singles[first:]
+    def pass_groups(self, first: int) -> Sequence[PassGroup]:
+        """Bucket by bucket: packing the next one overlaps with the all-reduce of the last."""
+        return self.buckets.singles[first:]
 
-    def _before_exchange(self, pass_group: PassGroup) -> None:
+    def before_exchange(self, pass_group: PassGroup) -> None:
+        """Start the average of a bucket's gradients; no pass is made."""
         self._start_average(pass_group.buckets[0], pass_group.segment.gradients(pass_group.first, pass_group.last))
-        self._release(pass_group)
+        if self.schedule.fused_backward:
+            pass_group.drop_gradients()
 
     def _start_average(self, bucket: BucketState, grads: Gradients) -> None:
         average = self._averages[bucket.number]
@@ -135,6 +142,6 @@ class AllReduceScheduler(Scheduler):
             [average.tensors() for average in self._averages], grad_scale, self.schedule.max_grad_norm, self.sharding
         )
         scaled = self.inputs.found_inf is not None
-        for pass_group, (grads, found_inf) in zip(self._singles, reduced, strict=True):
+        for pass_group, (grads, found_inf) in zip(self.buckets.singles, reduced, strict=True):
             self.inputs.found_inf = found_inf if scaled else None
-            self._pass(pass_group, self.algorithm.after, grads, EMPTY)
+            self.make_pass(pass_group, self.algorithm.after, grads, EMPTY)

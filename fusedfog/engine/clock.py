@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -22,6 +23,10 @@ class Clock:
     previous_lr: dict[int, float] = field(default_factory=dict)
     push_sum: list[float] | None = None
     encoded: bool = False
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from saved fields; missing ones count from zero."""
+        vars(self).update(vars(Clock(**saved)))
 
     def tick(self, schedule: StepSchedule, exchanging: bool, rates: Sequence[float]) -> None:
         """Count a step that has been made, with or without exchange, at these learning rates of the groups."""

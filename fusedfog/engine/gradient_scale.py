@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedfog.engine.passes import Engine
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.shards import Sharding
 
@@ -35,6 +36,18 @@ def multiplier(
     # As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps a zero norm from dividing by zero.
     clip = torch.clamp(limit / (norm + 1e-6), max=1.0)
     return clip if unscale is None else clip * unscale
+
+
+def gradients_of(segments: Sequence[FlatSegment]) -> list[Tensor]:
+    """All gradients that there are."""
+    found = [grad for segment in segments for grad in segment.own_gradients(0, len(segment.params))]
+    return [grad for grad in found if grad is not None]
+
+
+def own_multiplier(engine: Engine, grad_scale: Tensor | None) -> Tensor | None:
+    """`multiplier` of this rank's own gradients."""
+    limit = engine.schedule.max_grad_norm
+    return multiplier(gradients_of(engine.segments) if limit is not None else [], grad_scale, limit, engine.sharding)
 
 
 def grad_scaler_exists() -> bool:

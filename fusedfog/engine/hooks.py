@@ -26,7 +26,7 @@ class PassMaker(Protocol):
         """Whether a bucket's pass can be made now without the host waiting."""
         ...
 
-    def before_exchange(self, number: int) -> None:
+    def pass_bucket(self, number: int) -> None:
         """Make bucket number `number`'s pass before the exchange, or the only one, and start what follows it."""
         ...
 
@@ -86,7 +86,7 @@ class BackwardHooks:
             if bucket.ready < bucket.layout.last - bucket.layout.first or not maker.may_pass(bucket):
                 return
             with torch.no_grad():
-                maker.before_exchange(self.passed)
+                maker.pass_bucket(self.passed)
             self.passed += 1
 
     def _wait_for_step(self, maker: PassMaker) -> bool:
@@ -101,9 +101,9 @@ class _Hook:
 
     def __init__(self, hooks: BackwardHooks, bucket: BucketState) -> None:
         self._hooks = weakref.ref(hooks)
-        self._lane = weakref.ref(bucket)
+        self._bucket = weakref.ref(bucket)
 
     def __call__(self, param: Tensor) -> None:
-        hooks, bucket = self._hooks(), self._lane()
+        hooks, bucket = self._hooks(), self._bucket()
         if hooks is not None and bucket is not None:
             hooks.ready(bucket, f"a parameter of shape {tuple(param.shape)}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.profiling import span
+from fusedfog.engine.gradient_scale import gradients_of, own_multiplier
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
@@ -20,30 +21,27 @@ class AroundScheduler(Scheduler):
         awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x
         atc   x = inner(x) -> send x -> wait -> x = W x
         """
-        self._begin()
-        step, exchanging = self.clock.steps, self._exchanging(self.clock.steps)
-        ahead, pass_groups = self.algorithm.before is None, self._pass_groups(0)
+        self.begin_step()
+        exchanges, step = self.exchanges, self.clock.steps
+        ahead, exchanging, pass_groups = self.algorithm.before is None, exchanges.due(step), self.pass_groups(0)
         if ahead and exchanging:
-            self._send_missing()
+            exchanges.start_missing(self.buckets.all)
         corrections = [self._correction(pass_group) if ahead and exchanging else None for pass_group in pass_groups]
         self._update_outside(inner, grad_scale, found_inf)
+        target = exchanges.following() if ahead else (step, self.clock.exchanges) if exchanging else None
         for pass_group, correction in zip(pass_groups, corrections, strict=True):
             if correction is not None:
                 pass_group.segment.param[pass_group.whole] += correction[pass_group.whole]
                 pass_group.bump_versions()
-            if ahead and self._exchanging(step + 1):
-                self._send_all(
-                    pass_group, step + 1, self.clock.exchanges + (exchanging and self.schedule.is_gossip_step(step))
-                )
-            elif exchanging and not ahead:
-                self._send_all(pass_group, step, self.clock.exchanges)
+            if target is not None:
+                exchanges.start(pass_group.buckets, *target)
         if not ahead:
-            self._after_exchange()
-        self._tick()
+            self.after_exchange()
+        self.end_step()
 
     def _correction(self, pass_group: PassGroup) -> Tensor | None:
         """W x - x of a pass group's buckets, in one of the tensors that came; None if there is nothing to mix."""
-        inbox = self._receive(pass_group)
+        inbox = self.exchanges.receive(pass_group)
         if not inbox.weights:
             return None
         (received,), param = inbox.tensors, pass_group.segment.param
@@ -74,10 +72,9 @@ class AroundScheduler(Scheduler):
             # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
             self._unscale(grad_scale)
             inner.step()
-        for bucket in self._buckets:
-            bucket.counted = False  # The update's own writes are no edits.
+        self.buckets.begin_step()  # The update's own writes are no edits.
 
     def _unscale(self, grad_scale: Tensor | None) -> None:
-        factor = self._multiplier(grad_scale)
+        factor = own_multiplier(self, grad_scale)
         if factor is not None:
-            torch._foreach_mul_(self._gradients(), factor)
+            torch._foreach_mul_(gradients_of(self.segments), factor)

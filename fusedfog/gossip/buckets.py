@@ -92,22 +92,56 @@ class PassGroup:
         for bucket in self.buckets:
             bucket.versions += bucket.layout.last - bucket.layout.first
 
+    def drop_gradients(self) -> None:
+        """Free the parameters' gradients."""
+        for param in self.segment.params[self.first : self.last]:
+            param.grad = None
+
     @property
     def numbers(self) -> Iterator[int]:
         """The buckets' places in the order of buckets."""
         return (bucket.number for bucket in self.buckets)
 
 
-def buckets_of(segments: Sequence[FlatSegment]) -> tuple[list[BucketState], list[PassGroup], list[PassGroup]]:
-    """All buckets in backward order, the pass groups over each of them, and the pass groups over whole segments."""
-    buckets, singles = [], []
-    members: dict[int, list[BucketState]] = {}
-    for number, (s, b) in enumerate(backward_order([segment.layout for segment in segments])):
-        segment, bucket = segments[s], segments[s].layout.buckets[b]
-        buckets.append(BucketState(number, segment, bucket))
-        singles.append(PassGroup(segment, (buckets[-1],), segment.regions[b], bucket.first, bucket.last))
-        members.setdefault(s, []).append(buckets[-1])
-    wholes = [
-        PassGroup(segments[s], tuple(own), segments[s].whole, 0, len(segments[s].params)) for s, own in members.items()
-    ]
-    return buckets, singles, wholes
+class Buckets:
+    """All buckets of an optimizer.
+
+    Attributes:
+        all: in the order of backward, which all ranks share.
+        singles: the pass groups over each of them.
+        wholes: the pass groups over whole segments.
+    """
+
+    def __init__(self, segments: Sequence[FlatSegment]) -> None:
+        self.all: list[BucketState] = []
+        self.singles: list[PassGroup] = []
+        members: dict[int, list[BucketState]] = {}
+        for number, (s, b) in enumerate(backward_order([segment.layout for segment in segments])):
+            segment, layout = segments[s], segments[s].layout.buckets[b]
+            bucket = BucketState(number, segment, layout)
+            self.all.append(bucket)
+            self.singles.append(PassGroup(segment, (bucket,), segment.regions[b], layout.first, layout.last))
+            members.setdefault(s, []).append(bucket)
+        self.wholes = [
+            PassGroup(segments[s], tuple(own), segments[s].whole, 0, len(segments[s].params))
+            for s, own in members.items()
+        ]
+
+    def begin_step(self) -> None:
+        """No bucket's edits have been counted in this step."""
+        for bucket in self.all:
+            bucket.counted = False
+
+    def count_edits(self) -> list[int]:
+        """How many in-place edits each bucket has seen since it was sent."""
+        return [bucket.edits() for bucket in self.all]
+
+    def forget_edits(self, counts: Sequence[int]) -> None:
+        """Set `count_edits` back, after edits that undid themselves."""
+        for bucket, count in zip(self.all, counts, strict=True):
+            bucket.versions += bucket.edits() - count
+
+    def bump_versions(self) -> None:
+        """Tell autograd that all parameters were written through the flat buffers."""
+        for pass_group in self.wholes:
+            pass_group.bump_versions()

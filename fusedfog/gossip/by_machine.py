@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import cycle
 
 import torch
@@ -21,11 +22,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
 from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines, shards_of
+from fusedfog.gossip.buckets import BucketState
+from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, Rounds
 from fusedfog.kernels import device
-from fusedfog.topology import Round
+from fusedfog.topology import Round, Topology
 
 
 class Chain(Transfer):
@@ -152,3 +156,57 @@ def _path(end: tuple[Communicator, int] | None, number: int) -> Path | None:
         return None
     communicator, channel = end
     return Path(communicator, communicator.tag(channel, number))
+
+
+class ByMachine:
+    """See `Delivery`; rounds are between machines, and what arrives is mixed already.
+
+    Attributes:
+        hierarchy: this rank's place on the mesh.
+    """
+
+    def __init__(
+        self, communicator: Communicator, hierarchy: Hierarchy, inboxes: InboxTensors, stats: ExchangeStats
+    ) -> None:
+        self.communicator, self.hierarchy, self.inboxes, self.stats = communicator, hierarchy, inboxes, stats
+        self._rounds = Rounds(hierarchy.machine)
+
+    def use_topology(self, topology: Topology | None) -> None:
+        """See `Delivery`."""
+        self._rounds.use(topology)
+
+    def forget_buckets(self) -> None:
+        """Nothing is kept."""
+
+    def inbox_counts(self) -> set[int]:
+        """All machines together count as one neighbour."""
+        return {1}
+
+    def most_inboxes(self) -> int:
+        """All machines together count as one neighbour."""
+        return 1
+
+    def open_connections(self) -> None:
+        """See `Delivery`."""
+        self.hierarchy.warm_up(self._rounds.ahead())
+
+    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer:
+        """Start a bucket's three phases."""
+        round_, here, messages = self._rounds.of(exchange), bucket.whole, self.inboxes.messages
+        inbox = self.inboxes.inbox(bucket.segment, 1)
+        pairs = [
+            (bucket.segment.tensor(name)[here], mixed[here])
+            for name, (mixed,) in zip(messages, inbox.tensors, strict=True)
+        ]
+        number = (2 * bucket.number + exchange % 2) * len(messages)
+        before = self.hierarchy.bytes_inside + self.hierarchy.bytes_across
+        bucket.sources = [f"machine {machine}" for machine in round_.recv]
+        with span("exchange", (bucket.number,), to=(f"machine {m}" for m in round_.send), sources=bucket.sources):
+            transfer = self.hierarchy.start(self.communicator, pairs, round_, number, label)
+        moved = self.hierarchy.bytes_inside + self.hierarchy.bytes_across - before
+        self.stats.bytes_sent += moved
+        self.stats.bytes_received += moved
+        self.stats.bytes_across = self.hierarchy.bytes_across
+        # mixed = x + 1 (inbox - x)
+        bucket.inbox = replace(inbox, weights=(1.0,))
+        return transfer

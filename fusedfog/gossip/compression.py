@@ -36,6 +36,12 @@ def is_wire_state(name: str) -> bool:
     return re.fullmatch(r".*_(replica\d+|neighbor_delta\d+|encoded)", name) is not None
 
 
+def own_states(segment: FlatSegment, channels: CompressedChannels | None) -> tuple[str, ...]:
+    """States that are neither the algorithm's nor the inner optimizer's, and that parameters without gradients have too."""
+    remainder = () if segment.remainder_name is None else (segment.remainder_name,)
+    return (*remainder, *channels.names()) if channels is not None and segment.layout.mix else remainder
+
+
 @dataclass(frozen=True)
 class Answer:
     """A copy of a device's flag on its way to the host: its home in pinned memory, seen as numpy sees it, and its arrival."""

@@ -15,16 +15,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog.comm.averaging import average_in_place, consensus_distance
 from fusedfog.comm.registry import leave
 from fusedfog.engine.capture import CapturableScheduler, recording
+from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim import ddp as data_parallel
 from fusedfog.optim import parameters
+from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.options import Options
-from fusedfog.optim.state_dict import has_messages, origin_of, take_origin
-from fusedfog.params.shards import carried_clock, carry_clock, make_room_for_clock
+from fusedfog.optim.state_dict import (
+    carry_clock,
+    load_states,
+    loaded_clock,
+    make_room_for_clock,
+    origin_of,
+    show_states,
+)
 from fusedfog.topology import Topology
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -122,7 +129,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if self._scheduler is None:
             saved, clock = dict(self.state), self._options.clock
             engine = self._build()
-            engine.set_clock(dict(clock))
+            engine.exchanges.set_clock(dict(clock))
             self._adopt_states(saved)
         assert self._scheduler is not None
         return self._scheduler
@@ -210,7 +217,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         return saved
 
     def _saved_clock(self) -> dict[str, Any]:
-        return {"algorithm": self._options.algorithm, **origin_of(self._engine), **self._engine.read_clock()}
+        return {"algorithm": self._options.algorithm, **origin_of(self._engine), **self._engine.exchanges.read_clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
@@ -240,19 +247,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             make_room_for_clock(self.param_groups)
         engine.discard()
         pairs = parameters.pair_parameters(self.param_groups, state_dict)
-        engine.set_clock(clock)
+        engine.exchanges.set_clock(clock)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
 
     def _loaded_clock(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """The clock, and whether this rank saved it."""
-        clock = dict(state_dict.get("fusedfog", {}) or carried_clock(state_dict))
-        saved_by = clock.pop("algorithm", self._options.algorithm)
-        if saved_by != self._options.algorithm:
-            raise ValueError(
-                f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs "
-                f"{self._options.algorithm!r}; build it with algorithm={saved_by!r}"
-            )
-        return clock, take_origin(self._kind, self._engine, clock)
+        return loaded_clock(self._kind, self._engine, self._options.algorithm, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -261,33 +261,20 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        clock = self._scheduler.read_clock() if self._scheduler else self._options.clock
+        clock = self._scheduler.exchanges.read_clock() if self._scheduler else self._options.clock
         return {**super().__getstate__(), "_options": self._options.portable(clock), "_scheduler": None}
 
     def _show_states(self) -> None:
         """Let `self.state[p]` show, as torch.optim does, the states of every parameter that has had a gradient."""
-        engine = self._engine
-        for segment in engine.segments:
-            names = engine.state_names(segment)
-            for position, param in segment.unshown(names):
-                views = {name: segment.state_view(name, position) for name in names}
-                if "exp_avg" in views or not engine.algorithm.plain:
-                    views = {"step": segment.step_of(position), **views}
-                if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
-                    self.state[param] = views
+        show_states(self._engine, self.state)
 
     def _adopt_states(self, saved: dict[Any, Any], own: bool = True) -> None:
         """Copy states in torch's format into the flat ones; parameters without a saved state start anew.
 
         `own` says that this rank saved them, on the topology that it has.
         """
-        engine = self._engine
         self.state.clear()
-        for segment in engine.segments:
-            names = engine.state_names(segment)
-            segment.load_states(names, [saved.get(param) or {} for param in segment.owners])
-        if engine.channels is not None:
-            engine.adopt_channels(own and has_messages(self._kind, engine, saved))
+        load_states(self._kind, self._engine, saved, own)
         self._show_states()
 
     # -- decentralized -----------------------------------------------------------------------------------------------
@@ -299,37 +286,12 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         Args:
             model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
         """
-        engine = self._engine
-        model = model if model is not None else self._options.model
-        buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
-        flats = [segment.param for segment in engine.segments if segment.layout.mix]
-        engine.check_storage()  # Or the model inside would not be the average.
-        engine.drain(keep_failures=True)
-        edits = engine.count_edits()
-        before = [tensor.clone() for tensor in (*flats, *buffers)]
-        try:
-            with torch.no_grad():
-                average_in_place([*flats, *buffers], construction.measuring_communicator(engine, self._options))
-            engine.bump_versions()
-            with engine.block_steps("averaged()"):
-                yield
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip((*flats, *buffers), before, strict=True):
-                    tensor.copy_(value)
-            engine.bump_versions()
-            engine.forget_edits(edits)
+        with averaged(self._engine, self._options, model):
+            yield
 
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
-        self._engine.check_storage()
-        engine = self._engine
-        flats = [segment.param for segment in engine.segments if segment.layout.mix]
-        distance = consensus_distance(flats, construction.measuring_communicator(engine, self._options))
-        if engine.sharding is not None:
-            own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
-            distance = engine.sharding.norm(own).item()
-        return distance
+        return distance_of(self._engine, self._options)
 
     def stats(self) -> dict[str, float]:
         """Running totals of this rank since construction. Local, no synchronization.
@@ -343,11 +305,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
         """
         engine = self._engine
+        halves = engine.algorithm.before is not None
+        measured = measured_norms(engine.segments, halves) if engine.schedule.measure else {}
         return {
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
             **vars(engine.stats),
-            **engine.measured(),
+            **measured,
         }
 
     def drain(self) -> None:

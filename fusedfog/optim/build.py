@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Algorithm, algorithm_for
@@ -33,7 +32,6 @@ from fusedfog.params.layout import ParamSpec, Segment, plan
 from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
-_WARM_ROUNDS = 64
 _WHOLE_MB = 256
 """Large enough that a call of NCCL or gloo costs nothing beside it, small enough for their own chunks to overlap."""
 
@@ -86,12 +84,11 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         channel = communicator.open_channel()
         if options.mesh is not None and topology is not None:
             hierarchy = Hierarchy(options.mesh, place, options.comm_sms)
-        _warm_up(communicator, hierarchy, topology)
     compiled = _compile(kind, algorithm, groups, layouts, topology, view, communicator, options)
     segments = _adopt(groups, layouts, options, communicator, compiled=compiled)
     if options.sync_init:
         broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], communicator)
-    return _scheduler_for(algorithm, family, options)(
+    engine = _scheduler_for(algorithm, family, options)(
         groups,
         segments,
         algorithm,
@@ -103,6 +100,8 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         options.codes,
         sharding,
     )
+    engine.exchanges.open_connections()
+    return engine
 
 
 def ranks_to_mix_with(sharding: Sharding | None, options: Options, *, alone: bool) -> tuple[Options, GroupView | None]:
@@ -197,7 +196,7 @@ def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
     setup = running_setup(family, engine, options)
-    check(dataclasses.replace(setup, groups=groups, topology=engine.topology))
+    check(dataclasses.replace(setup, groups=groups, topology=engine.exchanges.topology))
 
 
 def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
@@ -234,25 +233,11 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
     engine.warm_up()
 
 
-def measuring_communicator(engine: Scheduler, options: Options) -> Communicator | None:
-    """The communicator over which averages are taken; `local` optimizers have none of their own and meet here first.
-
-    None where there is nothing to average: for a rank that is alone, and where FSDP keeps all replicas equal.
-    """
-    if engine.communicator is not None or (options.group is None and not dist.is_initialized()):
-        return engine.communicator
-    if engine.sharding is not None and engine.sharding.keeps_equal(find_group(options.group)):
-        return None
-    options, _ = ranks_to_mix_with(sharding_of(engine.groups, options.model), options, alone=False)
-    view = find_group(options.group)
-    return communicator_for(view, engine.segments[0].param.device) if view.size > 1 else None
-
-
 def change_topology(
     kind: str, family: str, engine: Scheduler, topology: Topology | str | None, options: Options
 ) -> None:
     """Give a running scheduler another topology; all ranks together."""
-    size = engine.topology.size if engine.topology is not None else 1
+    size = engine.exchanges.topology.size if engine.exchanges.topology is not None else 1
     chosen = choose_topology(running_setup(family, engine, options), topology, size)
     if engine.communicator is not None:
         view = engine.communicator.view
@@ -260,19 +245,5 @@ def change_topology(
         agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology")
     engine.discard()
     engine.use_topology(chosen)
-    if engine.communicator is not None:
-        mailbox = engine._mailbox
-        _warm_up(engine.communicator, None if mailbox is None else mailbox.hierarchy, chosen)
+    engine.exchanges.open_connections()
     engine.warm_up()
-
-
-def _warm_up(communicator: Communicator, hierarchy: Hierarchy | None, topology: Topology | None) -> None:
-    """Open the connections of every round, the first ones of an endless topology, so that no step has to."""
-    if topology is None or not communicator.on_gpu:
-        return
-    place = communicator.view.rank if hierarchy is None else hierarchy.machine
-    rounds = [topology.round(place, step) for step in range(topology.period or _WARM_ROUNDS)]
-    if hierarchy is None:
-        communicator.warm_up((round_.send, round_.recv) for round_ in rounds)
-    else:
-        hierarchy.warm_up(rounds)

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.gossip.compression import is_wire_state
 from fusedfog.optim import state_dict as origin
+from fusedfog.optim.averaged import measuring_communicator
 from fusedfog.optim.base import DecentralizedOptimizer
-from fusedfog.optim.build import measuring_communicator
 from fusedfog.params.precision import COMPENSATION
 
 

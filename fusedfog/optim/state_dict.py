@@ -8,15 +8,20 @@ the topology is to be another one), so that is a warning; what cannot work is an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from ast import literal_eval
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ForeignCheckpointWarning
+from fusedfog.gossip.compression import own_states
 from fusedfog.optim.build import name_topology
+from fusedfog.params.flat import FlatSegment
 
 KEYS = ("rank", "ranks", "topology")
 """What `origin_of` adds to a clock."""
+
+_CLOCK = "fusedfog"
 
 
 def origin_of(engine: Scheduler) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def origin_of(engine: Scheduler) -> dict[str, Any]:
     if engine.communicator is None:
         return {}
     view = engine.communicator.view
-    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.topology)}
+    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.exchanges.topology)}
 
 
 def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
@@ -52,7 +57,7 @@ def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
             f" on topology {saved['topology']}, and the optimizer has {own['topology']}: exchanges go on there in round "
             f"{clock.get('exchanges', 0)}; build the optimizer with the saved topology unless the change is meant"
         )
-    warnings.warn(found, ForeignCheckpointWarning, stacklevel=4)
+    warnings.warn(found, ForeignCheckpointWarning, stacklevel=5)
     return False
 
 
@@ -73,6 +78,72 @@ def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str,
             f"compressed messages cannot go on from it and begin anew on all ranks; the run remains correct, but not bit for "
             f"bit. A state_dict() must be kept whole, and be of the same algorithm, topology and wire_dtype",
             ForeignCheckpointWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return not lacking
+
+
+def loaded_clock(kind: str, engine: Scheduler, algorithm: str, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The clock of a `state_dict()`, and whether this rank saved it.
+
+    Raises:
+        ValueError: another algorithm saved it; and as `take_origin`.
+    """
+    clock = dict(saved.get("fusedfog", {}) or carried_clock(saved))
+    saved_by = clock.pop("algorithm", algorithm)
+    if saved_by != algorithm:
+        raise ValueError(
+            f"this checkpoint was saved by algorithm {saved_by!r} but the optimizer runs {algorithm!r}; "
+            f"build it with algorithm={saved_by!r}"
+        )
+    return clock, take_origin(kind, engine, clock)
+
+
+def state_names(engine: Scheduler, segment: FlatSegment) -> tuple[str, ...]:
+    """All states of a segment's parameters that a checkpoint has to hold."""
+    group = engine.groups[segment.layout.group]
+    return (*engine.algorithm.state_names(group), *own_states(segment, engine.channels))
+
+
+def show_states(engine: Scheduler, shown: MutableMapping[Any, Any]) -> None:
+    """Add the states of parameters that have had their first gradient, as torch.optim does."""
+    for segment in engine.segments:
+        names = state_names(engine, segment)
+        for position, param in segment.unshown(names):
+            views = {name: segment.state_view(name, position) for name in names}
+            if "exp_avg" in views or not engine.algorithm.plain:
+                views = {"step": segment.step_of(position), **views}
+            if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
+                shown[param] = views
+
+
+def load_states(kind: str, engine: Scheduler, saved: Mapping[Any, Mapping[str, Any]], own: bool) -> None:
+    """Copy states in torch's format into the flat ones; parameters without a saved state start anew.
+
+    Args:
+        own: this rank saved them, on the topology that it has.
+    """
+    for segment in engine.segments:
+        segment.load_states(state_names(engine, segment), [saved.get(param) or {} for param in segment.owners])
+    if engine.channels is not None:
+        engine.exchanges.adopt_channels(engine.buckets.all, own and has_messages(kind, engine, saved))
+
+
+def carry_clock(saved: dict[str, Any]) -> None:
+    """Put the clock of a `state_dict()` into its first param group too.
+
+    torch.distributed.checkpoint's `get_optimizer_state_dict` keeps nothing but states and param groups.
+    """
+    saved["param_groups"][0][_CLOCK] = repr(saved["fusedfog"])
+
+
+def carried_clock(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The clock that `carry_clock` put there, if it did."""
+    groups = state_dict["param_groups"]
+    clock: dict[str, Any] = literal_eval(groups[0].get(_CLOCK) or "{}") if groups else {}
+    return clock
+
+
+def make_room_for_clock(groups: Sequence[dict[str, Any]]) -> None:
+    """Let the first param group have an entry for `carry_clock`: flattened state dicts are read back by the entries it has."""
+    groups[0][_CLOCK] = ""

@@ -15,7 +15,7 @@ from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.options import Keywords, Options
-from fusedfog.params.shards import carry_clock, make_room_for_clock
+from fusedfog.optim.state_dict import carry_clock, make_room_for_clock
 
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
@@ -111,7 +111,7 @@ class Decentralized(DecentralizedOptimizer):
             group["mix"] = mix
         engine.groups = self.param_groups
         engine.discard()
-        engine.set_clock(clock)
+        engine.exchanges.set_clock(clock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fusedfog.errors import StorageReplacedError
-from fusedfog.kernels import Gradients, Region, device
-from fusedfog.kernels.region import ACCESS_BYTES
+from fusedfog.kernels import Region, device
 from fusedfog.kernels.rounding import restored
+from fusedfog.params.gradients import GradientReader, storage_replaced
 from fusedfog.params.layout import Bucket, Segment, Slot, block_table
 from fusedfog.params.pages import zeros
 from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
@@ -26,8 +25,7 @@ from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Stor
 # Looking at 300 storages takes 12 us of a step's 150.
 _MANY = 256
 
-# Looping over parameters is most of what a step costs the host: `map` halves it.
-_grad_of, _dtype_of, _version_of = attrgetter("grad"), attrgetter("dtype"), attrgetter("_version")
+_version_of = attrgetter("_version")
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -40,38 +38,7 @@ def window(flat: Tensor, slot: Slot) -> Tensor:
     return from_dlpack(flat[slot.start : slot.stop]).as_strided(slot.spec.shape, slot.spec.stride)
 
 
-def _moved(slot: Slot) -> StorageReplacedError:
-    return StorageReplacedError(
-        f"parameter {slot.spec.name} was given a new storage (p.data = ..., model.to(...)) after the optimizer "
-        f"was built, so updates would not reach it. Move the model first and build the optimizer last; "
-        f"write values with p.data.copy_(...) inside `with opt.paused():`"
-    )
-
-
-def _same_order(tensor: Tensor, stride: tuple[int, ...]) -> bool:
-    # The stride of a dimension of size one addresses nothing; autograd and channels_last set it freely.
-    own = tensor.stride()
-    return own == stride or all(a == b for a, b, size in zip(own, stride, tensor.shape, strict=True) if size > 1)
-
-
-def addresses_of(gradients: Sequence[Tensor | None]) -> list[int]:
-    """The gradients' addresses, 0 for None."""
-    try:
-        return list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]  # None is a TypeError
-    except TypeError:
-        return [grad.data_ptr() if grad is not None else 0 for grad in gradients]
-
-
-def align(gradients: list[Tensor | None], homes: list[int]) -> None:
-    """Replace gradients that a pass could not read where they lie by copies, and their addresses."""
-    for i, grad in enumerate(gradients):
-        # 128-bit loads need 16-byte alignment; only a gradient that is a view into something else lacks it.
-        if grad is not None and homes[i] % ACCESS_BYTES:
-            gradients[i] = aligned = grad.clone()
-            homes[i] = aligned.data_ptr()
-
-
-class FlatSegment:
+class FlatSegment(GradientReader):
     """The flat parameters, states and per-parameter step counts of one segment.
 
     Attributes:
@@ -81,10 +48,8 @@ class FlatSegment:
         owners: the parameters as the optimizer's user knows them; `params`, unless these are `shards`.
         steps: float32, how often each parameter was updated, as torch.optim counts: `[P]`, or where there are block tables one
             for each row of `whole.blocks`; see `kernels.Pass`.
-        touched: whether each parameter has ever had a gradient; torch.optim keeps no state for the others.
         regions: what a kernel pass over each bucket needs to know of it.
         whole: the same for a pass over all buckets at once.
-        gradient_table: int64 `[P]` on GPUs, the gradients' addresses; see `kernels.Gradients`.
 
     Args:
         compiled: whether passes over it on the CPU are to be compiled.
@@ -101,16 +66,15 @@ class FlatSegment:
         compiled: bool = False,
         storage: Storage = EXACT,
     ) -> None:
-        self.layout, self.storage = layout, storage
-        self._compiled = compiled
-        self.params = self.owners = list(params)
+        super().__init__(layout, params)
+        self.storage, self._compiled = storage, compiled
+        self.owners = self.params
         place = params[0].device
         self.param = zeros(layout.numel, layout.dtype, place)
         self.states: dict[str, Tensor] = {}
         self._message: Tensor | None = None
         self._norm_sums: dict[bool, Tensor] = {}
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=place)
-        self.touched = [False] * len(params)
         self._shown = [False] * len(params)
         self._shown_names: tuple[str, ...] = ()
         with torch.no_grad():
@@ -123,10 +87,8 @@ class FlatSegment:
         filled = [(param, slot) for param, slot in zip(self.params, layout.slots, strict=True) if slot.spec.numel]
         self._placed = [param for param, _ in filled]
         self._homes = [base + slot.start * layout.dtype.itemsize for _, slot in filled]
-        self._row_major = len(filled) == len(params) and all(param.is_contiguous() for param in params)
+        self.row_major = len(filled) == len(params) and all(param.is_contiguous() for param in params)
         self.regions, self.whole = self._regions()
-        self._grad_homes = [0] * len(params)
-        self.gradient_table: Tensor | None = None
         self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
         self.remainder_name = storage.remainder if self.narrow else None
         if self.remainder_name == MASTER:
@@ -288,76 +250,12 @@ class FlatSegment:
         if homes != self._homes[part]:
             slots = [slot for slot in self.layout.slots if slot.spec.numel][part]
             pairs = zip(homes, self._homes[part], slots, strict=True)
-            raise _moved(next(slot for at, home, slot in pairs if at != home))
-
-    def _between(self, first: int, last: int) -> list[torch.nn.Parameter]:
-        return self.params if last - first == len(self.params) else self.params[first:last]
+            raise storage_replaced(next(slot for at, home, slot in pairs if at != home))
 
     def versions(self, bucket: Bucket) -> int:
         """Sum of autograd's version counters over a bucket; it grows with every in-place edit."""
-        return sum(map(_version_of, self._between(bucket.first, bucket.last)))
+        return sum(map(_version_of, self.between(bucket.first, bucket.last)))
 
     def bump_versions(self, first: int, last: int) -> None:
         """Tell autograd that a pass wrote parameters `[first, last)`, so that it still catches use of stale values."""
-        torch.autograd.graph.increment_version(self._between(first, last))
-
-    def own_gradients(self, first: int, last: int) -> list[Tensor | None]:
-        """The gradients of parameters `[first, last)` as they are."""
-        return list(map(_grad_of, self._between(first, last)))
-
-    def gradients(self, first: int, last: int) -> Gradients:
-        """The gradients of parameters `[first, last)` where autograd left them.
-
-        A gradient whose dtype or memory order differs from its parameter's (rare) is copied first. Entries of other
-        parameters are None.
-        """
-        found = self.found_gradients(first, last)
-        if self.gradient_table is not None:
-            self._show_addresses(self.gradient_table, found, first, last)
-        elsewhere: list[Tensor | None] = [None]
-        tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
-        return Gradients(tensors, self.gradient_table, self.layout.dtype)
-
-    def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
-        """The gradients of parameters `[first, last)` alone, which count as touched from now on."""
-        found = self.own_gradients(first, last)
-        if not self._lie_in_order(found):
-            found = [self._in_order(self.params[p], grad, self.layout.slots[p]) for p, grad in enumerate(found, first)]
-        if False in self.touched[first:last]:
-            self.touched[first:last] = [
-                touched or grad is not None for touched, grad in zip(self.touched[first:last], found, strict=True)
-            ]
-        return found
-
-    def _lie_in_order(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether passes can read all of these as they are; the usual case, in two loops that stay inside C."""
-        if not self._row_major:
-            return False
-        try:
-            dtypes = set(map(_dtype_of, gradients))
-        except AttributeError:  # None has no dtype
-            return self._lie_in_order([grad for grad in gradients if grad is not None])
-        return dtypes <= {self.layout.dtype} and all(map(Tensor.is_contiguous, gradients))  # type: ignore[arg-type]
-
-    def _show_addresses(self, table: Tensor, found: list[Tensor | None], first: int, last: int) -> None:
-        """Write the gradients' addresses into the device's table, if they are not those of the last step."""
-        homes = addresses_of(found)
-        # The caching allocator hands out the same addresses step after step.
-        if homes == self._grad_homes[first:last]:
-            return
-        align(found, homes)
-        self._grad_homes[first:last] = homes
-        device.upload(homes, table[first:last])
-
-    def _in_order(self, param: Tensor, grad: Tensor | None, slot: Slot) -> Tensor | None:
-        """A gradient in its parameter's dtype and memory order: itself, as a rule; None if it has no elements."""
-        if param.dtype != self.layout.dtype:
-            raise _moved(slot)
-        if grad is None or not slot.spec.numel:
-            return None
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"parameter {slot.spec.name} has a sparse gradient; build its layer with sparse=False")
-        if grad.dtype == self.layout.dtype and _same_order(grad, slot.spec.stride):
-            return grad
-        dense = torch.empty_strided(slot.spec.shape, slot.spec.stride, dtype=self.layout.dtype, device=grad.device)
-        return dense.copy_(grad)
+        torch.autograd.graph.increment_version(self.between(first, last))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import gc
 import math
-from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +42,6 @@ from fusedfog.params.flat import FlatSegment, window
 from fusedfog.params.layout import Bucket, ParamSpec, Segment
 from fusedfog.params.precision import EXACT, Storage
 
-_CLOCK = "fusedfog"
 _HOW = 'fully_shard(model, mesh=mesh["shard"]) and mesh=mesh, whose dimensions are ("replicate", "shard")'
 
 
@@ -337,23 +335,3 @@ def _fsdp_groups() -> list[Any]:
     """All of FSDP2's groups of parameters."""
     # A parameter does not know who shards it, and the module need not be given. isinstance would wake up weak proxies.
     return [thing for thing in gc.get_objects() if type(thing) is FSDPParamGroup]
-
-
-def carry_clock(saved: dict[str, Any]) -> None:
-    """Put the clock of a `state_dict()` into its first param group too.
-
-    torch.distributed.checkpoint's `get_optimizer_state_dict` keeps nothing but states and param groups.
-    """
-    saved["param_groups"][0][_CLOCK] = repr(saved["fusedfog"])
-
-
-def carried_clock(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The clock that `carry_clock` put there, if it did."""
-    groups = state_dict["param_groups"]
-    clock: dict[str, Any] = literal_eval(groups[0].get(_CLOCK) or "{}") if groups else {}
-    return clock
-
-
-def make_room_for_clock(groups: Sequence[dict[str, Any]]) -> None:
-    """Let the first param group have an entry for `carry_clock`: flattened state dicts are read back by the entries it has."""
-    groups[0][_CLOCK] = ""

@@ -441,7 +441,7 @@ def mesh_links() -> Any:
     ):
         mesh = init_device_mesh("cpu", (3, 2))
         opt = fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, mesh=mesh, topology="ring")
-        found = opt._engine._mailbox.hierarchy
+        found = opt._engine.exchanges.mailbox.gossip.hierarchy
         inside, across, back = found._inside[0], found._across[0], found._back[0]
         before = {id(communicator.group) for communicator in (inside, across, back)}
         opt.set_topology(fusedfog.topology.ring(3, "left"))

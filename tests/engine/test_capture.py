@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import fusedfog
 from fusedfog import topology
 from fusedfog.engine import scheduler
-from fusedfog.engine.capture import most_neighbours
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.gossip.neighbors import most_neighbours
 from fusedfog.topology import Topology
 
 triton = pytest.importorskip("triton")
@@ -78,9 +78,9 @@ def train(how: str, kind: str, keywords: dict[str, Any], dtype: torch.dtype) -> 
     if "wire_dtype" in keywords:
         groups = [{"params": model.parameters()}]
     opt = getattr(fusedfog, kind)(groups, lr=0.1, bucket_mb=TINY, capturable=how != "plain", **keywords)
-    if how != "plain" and opt._engine._mailbox is not None and "wire_dtype" not in keywords:
+    if how != "plain" and opt._engine.exchanges.mailbox is not None and "wire_dtype" not in keywords:
         for segment in opt._engine.segments:
-            for tensor in sum(opt._engine._mailbox.slots(segment, opt._engine.slots).tensors, ()):
+            for tensor in sum(opt._engine.exchanges.mailbox.inboxes.inbox(segment, opt._engine.slots).tensors, ()):
                 tensor.fill_(math.nan)  # What no neighbour has filled must not be read.
     graph, path, saved = StandInGraph(), [], None
     scale, overflow = torch.tensor(4.0), torch.zeros(())

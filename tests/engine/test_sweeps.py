@@ -150,6 +150,6 @@ def test_what_hooks_have_passed_is_not_passed_again(monkeypatch: pytest.MonkeyPa
     passes: list[Any] = []
     monkeypatch.setattr(scheduler, "run_pass", lambda work: passes.append(work.region))
     net(torch.ones(2, 20)).sum().backward()
-    assert passes == [pass_group.region for pass_group in opt._engine._singles]
+    assert passes == [pass_group.region for pass_group in opt._engine.buckets.singles]
     opt.step()
-    assert len(passes) == len(opt._engine._singles) > 1
+    assert len(passes) == len(opt._engine.buckets.singles) > 1

@@ -15,10 +15,10 @@ from unittest import mock
 
 import torch
 from fusedfog.kernels import Pass
+from support.passes import with_fields
 from torch import Tensor
 
-from fusedfog.engine import capture, scheduler
-from support.passes import with_fields
+from fusedfog.engine import capture, gradient_scale, scheduler
 
 
 def poisoned(work: Pass) -> Pass:
@@ -41,7 +41,7 @@ class StandInGraph:
 
     def capture(self, step: Callable[[], object]) -> None:
         """Call `step` as if the current stream were being captured."""
-        run_pass, multiplier = scheduler.run_pass, scheduler.multiplier
+        run_pass, multiplier = scheduler.run_pass, gradient_scale.multiplier
 
         def record_pass(work: Pass) -> None:
             assert work.numbers is not None
@@ -56,8 +56,8 @@ class StandInGraph:
 
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(capture, "recording", lambda: True))
-            for name, stand_in in (("run_pass", record_pass), ("multiplier", record_multiplier)):
-                patches.enter_context(mock.patch.object(scheduler, name, stand_in))
+            patches.enter_context(mock.patch.object(scheduler, "run_pass", record_pass))
+            patches.enter_context(mock.patch.object(gradient_scale, "multiplier", record_multiplier))
             step()
 
     @torch.no_grad()

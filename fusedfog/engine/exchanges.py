@@ -1,0 +1,177 @@
+"""Which steps exchange what: rounds, full averages, compressed messages and push-sum's shares, by the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fusedfog.algorithms import Algorithm
+from fusedfog.comm.communicator import Communicator
+from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
+from fusedfog.gossip.by_machine import ByMachine, Hierarchy
+from fusedfog.gossip.compression import CompressedChannels
+from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
+from fusedfog.gossip.global_average import GlobalAverage
+from fusedfog.gossip.mailbox import Mailbox
+from fusedfog.gossip.neighbors import Neighbors
+from fusedfog.gossip.push_sum import PushSum, Shares
+from fusedfog.params.flat import FlatSegment
+from fusedfog.topology import Topology
+
+
+class Exchanges:
+    """The exchanges of one optimizer; none for a rank that is alone.
+
+    Attributes:
+        topology: where exchanges go; see `use_topology`.
+        mailbox, channels: how they go, and this rank's ends of compressed messages; None where there are none.
+    """
+
+    def __init__(
+        self,
+        segments: list[FlatSegment],
+        algorithm: Algorithm,
+        communicator: Communicator | None,
+        channel: int,
+        schedule: StepSchedule,
+        hierarchy: Hierarchy | None,
+        codes: torch.dtype | None,
+    ) -> None:
+        self.communicator, self.schedule, self._algorithm = communicator, schedule, algorithm
+        self.clock, self.stats = Clock(), ExchangeStats()
+        self.topology: Topology | None = None
+        self.mailbox: Mailbox | None = None
+        self.channels: CompressedChannels | None = None
+        self._push_sum: PushSum | None = None
+        self._shares: Shares | None = None
+        if communicator is None:
+            return
+        inboxes = InboxTensors(algorithm.messages)
+        if codes is not None and algorithm.exchanges == "parameters":
+            ahead = algorithm.before is None
+            self.channels = CompressedChannels(segments, codes, algorithm.messages, communicator, ahead=ahead)
+        gossip: Delivery = Neighbors(communicator, channel, inboxes, self.stats, self.channels)
+        if hierarchy is not None:
+            gossip = ByMachine(communicator, hierarchy, inboxes, self.stats)
+        averages = schedule.global_average_every is not None
+        average = GlobalAverage(communicator, inboxes, self.stats) if averages else None
+        self.mailbox = Mailbox(communicator, inboxes, self.stats, gossip, average)
+
+    def use_topology(self, topology: Topology | None) -> None:
+        """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
+        self.topology = topology
+        if self.mailbox is not None:
+            self.mailbox.use_topology(topology)
+        if self.channels is not None:
+            self.channels.use_topology(topology)
+        if self._algorithm.weighs and topology is not None and self.communicator is not None:
+            old = self._push_sum
+            self._push_sum = PushSum(topology, self.communicator.view.rank)
+            if old is not None:
+                self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
+
+    def forget_buckets(self) -> None:
+        """For when buckets are laid out anew."""
+        if self.channels is not None:
+            self.channels.forget()
+        if self.mailbox is not None:
+            self.mailbox.forget_buckets()
+
+    def open_connections(self) -> None:
+        """See `Delivery`; collective."""
+        if self.mailbox is not None:
+            self.mailbox.open_connections()
+
+    def inbox_counts(self) -> set[int]:
+        """How many tensors the inbox of a pass may have for each message."""
+        if self.mailbox is None or self.topology is None:
+            return {0}
+        return self.mailbox.inbox_counts() | ({0} if self.schedule.communicate_every > 1 else set())
+
+    # -- the clock ---------------------------------------------------------------------------------------------------
+
+    def read_clock(self) -> dict[str, Any]:
+        """The clock as plain data."""
+        if self._push_sum is not None:
+            self.clock.push_sum = self._push_sum.scalars.tolist()
+        if self.channels is not None:
+            self.clock.encoded = self.channels.pending(self.clock.exchanges)
+        return {**vars(self.clock), "previous_lr": dict(self.clock.previous_lr)}
+
+    def set_clock(self, saved: dict[str, Any]) -> None:
+        """Resume from `read_clock`'s data; missing entries count from zero."""
+        self.clock.restore(saved)
+        if self._push_sum is not None and self.topology is not None:
+            fresh = PushSum(self.topology, self._push_sum.rank)
+            if self.clock.push_sum is not None:
+                fresh.scalars[:] = self.clock.push_sum
+            fresh.exchanges = self.clock.exchanges
+            self._push_sum = fresh
+
+    def adopt_channels(self, buckets: list[BucketState], known: bool) -> None:
+        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective."""
+        if self.channels is None:
+            return
+        if self.channels.all_ranks(known):
+            self.channels.resume(buckets, self.clock.exchanges, self.clock.encoded)
+        else:
+            self.channels.forget()
+
+    def due(self, step: int) -> bool:
+        """Whether anything is exchanged for this step."""
+        return self.topology is not None and self.communicator is not None and self.schedule.exchanges(step)
+
+    def following(self) -> tuple[int, int] | None:
+        """The next step and the number of its exchange, if it has one."""
+        step = self.clock.steps
+        if not self.due(step + 1):
+            return None
+        return step + 1, self.clock.exchanges + self.schedule.is_gossip_step(step)
+
+    def end_step(self, rates: list[float]) -> None:
+        """The step is over, at these learning rates of the groups."""
+        self.clock.tick(self.schedule, self.due(self.clock.steps), rates)
+        self._shares = None
+        if self.channels is not None:
+            self.channels.report()
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def start(self, buckets: Iterable[BucketState], step: int, exchange: int) -> None:
+        """Start the exchange of buckets that step `step` will use."""
+        assert self.mailbox is not None
+        to_all = self.schedule.is_global_average_step(step)
+        for bucket in buckets:
+            if bucket.segment.layout.mix:
+                self.mailbox.send(bucket, exchange, f"step {step}, bucket {bucket.number}", to_all=to_all)
+
+    def start_missing(self, buckets: Iterable[BucketState]) -> None:
+        """Start this step's exchange of buckets for which none was started ahead."""
+        self.start([bucket for bucket in buckets if bucket.transfer is None], self.clock.steps, self.clock.exchanges)
+
+    def receive(self, pass_group: PassGroup) -> Inbox:
+        """What has come for this step's pass over a pass group, waited for; with push-sum, and its weights."""
+        if not pass_group.segment.layout.mix:
+            return EMPTY
+        inbox = EMPTY
+        if self.due(self.clock.steps):
+            assert self.mailbox is not None
+            inbox, *others = [self.mailbox.receive(bucket) for bucket in pass_group.buckets]
+            # Buckets of a segment travel in the same round, into the same flat buffers.
+            assert all(other.weights == inbox.weights for other in others)
+        shares = self._shares_of_step()
+        return inbox if shares is None else Inbox(inbox.tensors, tuple(shares.recv.values()), shares.row_sum)
+
+    def own_share(self, pass_group: PassGroup) -> Inbox:
+        """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""
+        shares = self._shares_of_step() if pass_group.segment.layout.mix else None
+        return EMPTY if shares is None else Inbox(row_sum=shares.scale)
+
+    def _shares_of_step(self) -> Shares | None:
+        if self._push_sum is not None and self._shares is None:
+            due = self.due(self.clock.steps)
+            self._shares = self._push_sum.exchange(self.clock.exchanges) if due else self._push_sum.idle()
+        return self._shares

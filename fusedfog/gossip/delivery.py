@@ -1,0 +1,117 @@
+"""Deliveries: the ways to fill a bucket's inbox, behind one protocol, and what they share.
+
+`Mailbox` knows no more of them than `Delivery` says, so a further way is a further class and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fusedfog.comm.transfer import Transfer
+from fusedfog.gossip.buckets import BucketState, Inbox
+from fusedfog.kernels import CompressedChannel
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.pages import zeros
+from fusedfog.topology import Round, Topology
+
+ROUNDS_AHEAD = 64
+"""Of an endless topology are looked at ahead."""
+
+
+@dataclass
+class ExchangeStats:
+    """Running totals of one rank, for `stats()`."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    bytes_across: int = 0
+    blocked_s: float = 0.0
+    torn_messages: int = 0
+
+
+class Delivery(Protocol):
+    """One way to fill a bucket's inbox."""
+
+    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer:
+        """Start exchange number `exchange` of a bucket; sets what its inbox will hold, and from whom it comes."""
+        ...
+
+    def use_topology(self, topology: Topology | None) -> None:
+        """Deliver along this topology from the next exchange on."""
+        ...
+
+    def forget_buckets(self) -> None:
+        """Buckets have been laid out anew."""
+        ...
+
+    def inbox_counts(self) -> set[int]:
+        """How many tensors an inbox has for each message, in any round."""
+        ...
+
+    def most_inboxes(self) -> int:
+        """The most of these; for endless topologies what they promise, or a ValueError."""
+        ...
+
+    def open_connections(self) -> None:
+        """On NCCL, open the connections of every round, the first ones of an endless topology, so that no step has to."""
+        ...
+
+
+class InboxTensors:
+    """The tensors in which messages arrive, made at their first use and the same in every step.
+
+    Attributes:
+        messages: names of the flat tensors that travel.
+    """
+
+    def __init__(self, messages: tuple[str, ...]) -> None:
+        self.messages = messages
+        self._tensors: dict[tuple[int, str], list[Tensor]] = {}
+
+    def inbox(self, segment: FlatSegment, count: int, ends: tuple[CompressedChannel, ...] = ()) -> Inbox:
+        """Where messages of up to `count` neighbours arrive, codes of these ends if there are some; without weights."""
+        if not ends:
+            return Inbox(tuple([self._of(segment, name, segment.tensor(name), count) for name in self.messages]))
+        pairs = list(zip(self.messages, ends, strict=True))
+        codes = [self._of(segment, f"{name} codes", end.codes, count) for name, end in pairs]
+        scales: list[tuple[Tensor | None, ...]] = [
+            (None,) * count if end.scales is None else self._of(segment, f"{name} scales", end.scales, count)
+            for name, end in pairs
+        ]
+        return Inbox(tuple(codes), scales=tuple(scales), channels=ends)
+
+    def _of(self, segment: FlatSegment, name: str, like: Tensor, count: int) -> tuple[Tensor, ...]:
+        tensors = self._tensors.setdefault((id(segment), name), [])
+        while len(tensors) < count:
+            tensors.append(zeros(like.numel(), like.dtype, like.device))
+        return tuple(tensors[:count])
+
+
+class Rounds:
+    """The rounds of a topology as one of its nodes has them."""
+
+    def __init__(self, node: int) -> None:
+        self.node = node
+        self.topology: Topology | None = None
+        self._latest: tuple[int, Round] | None = None
+
+    def use(self, topology: Topology | None) -> None:
+        """Take the rounds of this topology from now on."""
+        self.topology, self._latest = topology, None
+
+    def of(self, exchange: int) -> Round:
+        """The round that all buckets of an exchange share, worked out for the first of them."""
+        if self._latest is None or self._latest[0] != exchange:
+            assert self.topology is not None
+            self._latest = (exchange, self.topology.round(self.node, exchange))
+        return self._latest[1]
+
+    def ahead(self) -> Iterator[Round]:
+        """All rounds, or the first ones of an endless topology."""
+        if self.topology is not None:
+            for step in range(self.topology.period or ROUNDS_AHEAD):
+                yield self.topology.round(self.node, step)

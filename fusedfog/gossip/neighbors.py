@@ -1,0 +1,160 @@
+"""Delivery from neighbours: each rank sends its bucket to some ranks, and has an inbox for each that it receives from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.profiling import span
+from fusedfog.comm.transfer import PeerTensor, Transfer
+from fusedfog.gossip.buckets import BucketState, Inbox
+from fusedfog.gossip.compression import CompressedChannels
+from fusedfog.gossip.delivery import ROUNDS_AHEAD, ExchangeStats, InboxTensors, Rounds
+from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
+from fusedfog.topology import Round, Topology
+
+
+def most_neighbours(topology: Topology, rank: int) -> int:
+    """The most neighbours that `rank` receives from in any round; for endless sequences, what these promise.
+
+    Raises:
+        ValueError: an endless sequence promises nothing; `compatibility` refuses it before.
+    """
+    if topology.period is None:
+        return topology.max_degree
+    return max(len(topology.round(rank, step).recv) for step in range(topology.period))
+
+
+@dataclass(frozen=True)
+class Posting:
+    """What one exchange of a bucket sends and receives in a round of the topology."""
+
+    round_: Round
+    sends: list[PeerTensor]
+    recvs: list[PeerTensor]
+    inbox: Inbox
+
+    @cached_property
+    def bytes_sent(self) -> int:
+        """Bytes to all neighbours together."""
+        return sum(tensor.nbytes for _, tensor in self.sends)
+
+    @cached_property
+    def bytes_received(self) -> int:
+        """Bytes from all neighbours together."""
+        return sum(tensor.nbytes for _, tensor in self.recvs)
+
+
+class Neighbors:
+    """See `Delivery`.
+
+    Args:
+        channel: this optimizer's channel on the communicator.
+        channels: this rank's ends of compressed messages, if they are to be compressed.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        channel: int,
+        inboxes: InboxTensors,
+        stats: ExchangeStats,
+        channels: CompressedChannels | None,
+    ) -> None:
+        self.communicator, self.channel, self.inboxes, self.stats = communicator, channel, inboxes, stats
+        self.channels = channels
+        self._rounds = Rounds(communicator.view.rank)
+        self._period: int | None = None
+        self._era = 0
+        self._postings: dict[tuple[BucketState, int], Posting] = {}
+
+    def use_topology(self, topology: Topology | None) -> None:
+        """See `Delivery`."""
+        self._rounds.use(topology)
+        self._period = topology.period if topology is not None else None
+        self._postings.clear()
+
+    def forget_buckets(self) -> None:
+        """See `Delivery`."""
+        self._postings.clear()
+
+    def inbox_counts(self) -> set[int]:
+        """How many neighbours rounds have, those of weight 0 too."""
+        return {len(round_.recv) for round_ in islice(self._rounds.ahead(), ROUNDS_AHEAD)}
+
+    def most_inboxes(self) -> int:
+        """See `most_neighbours`."""
+        topology = self._rounds.topology
+        return most_neighbours(topology, self._rounds.node) if topology is not None else 0
+
+    def open_connections(self) -> None:
+        """See `Delivery`."""
+        self.communicator.warm_up((round_.send, round_.recv) for round_ in self._rounds.ahead())
+
+    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer:
+        """Send to this rank's neighbours of the round, and receive from them."""
+        if self.channels is not None:
+            self.channels.encode(bucket, exchange)
+        posting = self._posting(bucket, exchange)
+        bucket.inbox, bucket.sources = posting.inbox, posting.round_.recv
+        # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
+        # message is one tensor to a peer, or codes and their scales.
+        number = (2 * bucket.number + exchange % 2) * 2 * len(self.inboxes.messages)
+        with span("exchange", (bucket.number,), to=posting.round_.send, sources=posting.round_.recv):
+            transfer = self.communicator.start(
+                posting.sends, posting.recvs, tag=self.communicator.tag(self.channel, number), label=label
+            )
+        self.stats.bytes_sent += posting.bytes_sent
+        self.stats.bytes_received += posting.bytes_received
+        return transfer
+
+    def _posting(self, bucket: BucketState, exchange: int) -> Posting:
+        """What an exchange of a bucket posts; worked out once for each round of a periodic topology."""
+        if self.channels is not None and self._era != self.channels.era:
+            self._era = self.channels.era
+            self._postings.clear()
+        if self._period is None:
+            return self._make_posting(bucket, exchange)
+        key = (bucket, exchange % self._period)
+        posting = self._postings.get(key)
+        if posting is None:
+            posting = self._postings[key] = self._make_posting(bucket, exchange)
+        return posting
+
+    def _make_posting(self, bucket: BucketState, exchange: int) -> Posting:
+        round_, segment, here = self._rounds.of(exchange), bucket.segment, bucket.whole
+        ends = self.channels.of(segment, exchange) if self.channels is not None else ()
+        inbox = replace(self.inboxes.inbox(segment, len(round_.recv), ends), weights=tuple(round_.recv.values()))
+        sends: list[PeerTensor] = []
+        recvs: list[PeerTensor] = []
+        for m, name in enumerate(self.inboxes.messages):
+            _post(sends, recvs, round_, ends[m].codes if ends else segment.tensor(name), inbox.tensors[m], here)
+            own = ends[m].scales if ends else None
+            if own is not None:
+                part = slice(here.start // ELEMENTS_PER_SCALE, here.stop // ELEMENTS_PER_SCALE)
+                _post(sends, recvs, round_, own, inbox.scales[m], part)
+        return Posting(round_, sends, recvs, inbox)
+
+
+def _post(
+    sends: list[PeerTensor],
+    recvs: list[PeerTensor],
+    round_: Round,
+    flat: Tensor,
+    inbox: Sequence[Tensor | None],
+    here: slice,
+) -> None:
+    """Add what a round sends of a flat tensor, and where it receives the same of others."""
+    sends += [(peer, _portable(flat[here])) for peer in round_.send]
+    recvs += [(peer, _portable(got[here])) for peer, got in zip(round_.recv, inbox, strict=True) if got is not None]
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    """The tensor as a dtype that gloo and NCCL know."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
