@@ -15,10 +15,10 @@ from unittest import mock
 
 import torch
 from fusedfog.kernels import Pass
-from support.passes import with_fields
 from torch import Tensor
 
 from fusedfog.engine import capture, gradient_scale, scheduler
+from support.passes import with_fields
 
 
 def poisoned(work: Pass) -> Pass:
