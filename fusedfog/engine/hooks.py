@@ -7,7 +7,8 @@ leaves the rest to later hooks or to `step`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -62,6 +63,15 @@ class BackwardHooks:
             for param in bucket.segment.params[bucket.layout.first : bucket.layout.last]
             if param.requires_grad
         ]
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, gradients that arrive are left where they are."""
+        previous, self.accumulating = self.accumulating, True
+        try:
+            yield
+        finally:
+            self.accumulating = previous
 
     def begin_step(self) -> None:
         """No bucket has had its pass."""

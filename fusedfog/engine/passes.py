@@ -16,7 +16,6 @@ from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels
-from fusedfog.gossip.push_sum import Shares
 from fusedfog.kernels import CompressedChannel, Compression, GradientInputs, Gradients, Mixing, Pass, Precision
 from fusedfog.kernels.passes import AS_STORED, UNCOMPRESSED
 from fusedfog.kernels.region import ALIGNMENT
@@ -32,7 +31,6 @@ class StepInputs:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
-    shares: Shares | None = None
     inverse_norm: Tensor | None = None
 
 

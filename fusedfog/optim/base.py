@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +29,8 @@ from fusedfog.optim.state_dict import (
     load_states,
     loaded_clock,
     make_room_for_clock,
-    origin_of,
+    original_states,
+    saved_clock,
     show_states,
 )
 from fusedfog.topology import Topology
@@ -175,13 +176,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self._show_states()
 
     def _check_data_parallel(self, engine: Scheduler) -> None:
-        exchanges = engine.algorithm.exchanges == "parameters" and engine.communicator is not None
-        data_parallel.check(
-            self._kind,
-            (param for segment in engine.segments for param in segment.params),
-            construction.running_setup(self._family, engine, self._options),
-            engine.communicator.view.ranks if exchanges and engine.communicator is not None else (),
-        )
+        data_parallel.check(self._kind, engine, construction.running_setup(self._family, engine, self._options))
         self._data_parallel_checked = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -206,7 +201,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         the state has `master_param` or `compensation`, with `wire_dtype` the replicas and what was said last.
         """
         self._engine.drain(keep_failures=True)
-        clock = self._saved_clock()
+        clock = saved_clock(self._engine, self._options.algorithm)
         saved = super().state_dict()
         for state in saved["state"].values():
             if "step" in state:
@@ -215,9 +210,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if self._engine.sharding is not None:
             carry_clock(saved)
         return saved
-
-    def _saved_clock(self) -> dict[str, Any]:
-        return {"algorithm": self._options.algorithm, **origin_of(self._engine), **self._engine.exchanges.read_clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
@@ -231,16 +223,11 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 Compressed messages then begin anew from rank 0's values, as they do if any rank's replicas are missing.
         """
         engine = self._engine
-        clock, own = self._loaded_clock(state_dict)
+        clock, own = loaded_clock(self._kind, engine, self._options.algorithm, state_dict)
         parameters.check_states(self.param_groups, state_dict)
         construction.check_groups(self._family, engine, state_dict["param_groups"], self._options)
-        # torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16, so keep the originals.
-        originals: dict[Any, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: originals.update(given["state"]))
-        try:
+        with original_states(self) as originals:
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
         # torch made a new list of groups; schedules act on that one from now on.
         engine.groups = self.param_groups
         if engine.sharding is not None:
@@ -249,10 +236,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         pairs = parameters.pair_parameters(self.param_groups, state_dict)
         engine.exchanges.set_clock(clock)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
-
-    def _loaded_clock(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """The clock, and whether this rank saved it."""
-        return loaded_clock(self._kind, self._engine, self._options.algorithm, state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -279,15 +262,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
 
     # -- decentralized -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+    def averaged(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
         """Inside, parameters are the average over all ranks; afterwards they are exactly what they were. Collective.
 
         Args:
             model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
         """
-        with averaged(self._engine, self._options, model):
-            yield
+        return averaged(self._engine, self._options, model)
 
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
@@ -401,16 +382,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             yield
         self._show_states()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
-        engine = self._engine
-        hooks = engine.hooks
-        previous, hooks.accumulating = hooks.accumulating, True
-        try:
-            yield
-        finally:
-            hooks.accumulating = previous
+        return self._engine.hooks.accumulate()
 
     def set_topology(self, topology: Topology | str | None) -> None:
         """Use another topology from the next step on. Collective, discards messages in flight.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim.compatibility import first_refusal
 from fusedfog.optim.features import Setup
 
@@ -50,17 +51,19 @@ def local_gradients(ddp: Module) -> Module:
     return ddp
 
 
-def check(kind: str, params: Iterable[Tensor], setup: Setup, ranks: Sequence[int]) -> None:
+def check(kind: str, engine: Scheduler, setup: Setup) -> None:
     """Look, once, whether parameters are in a DistributedDataParallel that gets in the way.
 
     Args:
         kind: the optimizer's name, for the texts.
-        setup: the optimizer's.
-        ranks: the global ranks that the optimizer exchanges parameters with; () if it exchanges none.
+        engine, setup: the optimizer's.
 
     Raises:
         RuntimeError: it is there and the setup does not go with it, as the table of `compatibility` says.
     """
+    exchanges = engine.algorithm.exchanges == "parameters" and engine.communicator is not None
+    ranks = engine.communicator.view.ranks if exchanges and engine.communicator is not None else ()
+    params = (param for segment in engine.segments for param in segment.params)
     found = _holders(params) if dist.is_initialized() else []
     inside = replace(setup, data_parallel=bool(found))
     row = first_refusal(inside) if found else None

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import warnings
 from ast import literal_eval
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ForeignCheckpointWarning
@@ -57,7 +60,7 @@ def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
             f" on topology {saved['topology']}, and the optimizer has {own['topology']}: exchanges go on there in round "
             f"{clock.get('exchanges', 0)}; build the optimizer with the saved topology unless the change is meant"
         )
-    warnings.warn(found, ForeignCheckpointWarning, stacklevel=5)
+    warnings.warn(found, ForeignCheckpointWarning, stacklevel=4)
     return False
 
 
@@ -81,6 +84,25 @@ def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str,
             stacklevel=5,
         )
     return not lacking
+
+
+def saved_clock(engine: Scheduler, algorithm: str) -> dict[str, Any]:
+    """What a `state_dict()` has beside torch's format."""
+    return {"algorithm": algorithm, **origin_of(engine), **engine.exchanges.read_clock()}
+
+
+@contextmanager
+def original_states(optimizer: torch.optim.Optimizer) -> Iterator[dict[Any, Any]]:
+    """The states, by key, that a `load_state_dict` inside is given.
+
+    torch casts states to their parameter's dtype on the way; ours are fp32 beside bf16.
+    """
+    originals: dict[Any, Any] = {}
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, given: originals.update(given["state"]))
+    try:
+        yield originals
+    finally:
+        handle.remove()
 
 
 def loaded_clock(kind: str, engine: Scheduler, algorithm: str, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -15,7 +15,7 @@ from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.options import Keywords, Options
-from fusedfog.optim.state_dict import carry_clock, make_room_for_clock
+from fusedfog.optim.state_dict import carry_clock, loaded_clock, make_room_for_clock, saved_clock
 
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
@@ -89,7 +89,7 @@ class Decentralized(DecentralizedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's `state_dict()`, which it can load, plus `"fusedfog"`: the clock. Local; waits for messages."""
         self._engine.drain(keep_failures=True)
-        saved = {**self.inner.state_dict(), "fusedfog": self._saved_clock()}
+        saved = {**self.inner.state_dict(), "fusedfog": saved_clock(self._engine, self._options.algorithm)}
         if self._engine.sharding is not None:
             carry_clock(saved)
         return saved
@@ -101,7 +101,7 @@ class Decentralized(DecentralizedOptimizer):
             ValueError: groups differ from this optimizer's, or it was saved by another algorithm.
         """
         engine = self._engine
-        clock, _ = self._loaded_clock(state_dict)
+        clock, _ = loaded_clock(self._kind, engine, self._options.algorithm, state_dict)
         mixed = [group["mix"] for group in self.param_groups]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fusedfog"})
         self._share()
