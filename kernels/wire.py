@@ -6,7 +6,7 @@ What travels is not the value but its difference from what the neighbours know a
     neighbor_delta += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + neighbor_delta                  receiver
 
 Every rank so carries its own replica, and in `neighbor_delta` the weighted sum of its neighbours' replicas less its own. What the
-format cannot say stays in the difference and is said later: that is the error feedback. As the ranks settle, differences
+format cannot hold stays in the difference and is sent later: that is the error feedback. As the ranks agree, differences
 and with them all errors vanish, and the limit is that of exact messages. In doubly stochastic rounds neighbor_deltas sum to zero
 over the ranks, so that the mean of the values is as without compression. (CHOCO's consensus step size is 1 here, which
 formats as fine as these allow.)

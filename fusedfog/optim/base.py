@@ -70,9 +70,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
             all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
-        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one pass group over
+        cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
-            does without. Results differ in rounding. Ignored on GPUs, where every pass is one pass group.
+            does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
         capturable: let a CUDA graph record `step()` with forward and backward; see `replaying`. The learning rate and other
             hyper-parameters, mixing weights and seeds then lie in device memory (fp32), and every pass goes over an inbox
             tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
@@ -198,7 +198,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
 
         Messages are not saved: they are a pure function of the parameters and are sent again on resume. With `low_precision`
-        the state has `master_param` or `compensation`, with `wire_dtype` the replicas and what was said last.
+        the state has `master_param` or `compensation`, with `wire_dtype` the replicas and the codes that were made last.
         """
         self._engine.drain(keep_failures=True)
         clock = saved_clock(self._engine, self._options.algorithm)

@@ -28,7 +28,7 @@ from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
 from fusedfog.optim.parameters import Groups, describe, fields_of
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.layout import ParamSpec, Segment, plan
+from fusedfog.params.layout import ParamSpec, Segment, build_layout
 from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
@@ -73,7 +73,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     algorithm = setup.running
     check_kernel(place)
     check_backend(view, place)
-    layouts = plan(specs, _bucket_bytes(options, algorithm))
+    layouts = build_layout(specs, _bucket_bytes(options, algorithm))
     communicator, channel, hierarchy = None, 0, None
     if view.size > 1:
         fields = fields_of(kind, groups, specs, options) | _fields_of_ranks(options.mesh, topology)
@@ -224,7 +224,7 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
             engine.communicator.timeout,
             f"{kind}.add_param_group",
         )
-    layouts = plan(specs, _bucket_bytes(options, engine.algorithm))
+    layouts = build_layout(specs, _bucket_bytes(options, engine.algorithm))
     compiled = any(region.compiled for region in engine.segments[0].regions)
     segments = _adopt([group], layouts, options, engine.communicator, compiled=compiled)
     engine.discard()

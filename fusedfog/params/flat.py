@@ -161,7 +161,7 @@ class FlatSegment(GradientReader):
         return restored(self.param, self.remainder) if name == "param" else self.tensor(name)
 
     def norm_sums(self, before: bool, region: Region | None = None) -> Tensor:
-        """Where passes over a region (None: over all) write `run_pass`'s figures, those before an exchange apart."""
+        """Where passes over a region (None: over all) write their norm sums, those before an exchange apart."""
         blocks = self.whole.blocks
         if before not in self._norm_sums:
             shape = (len(self.params), 2) if blocks is None else (len(blocks), 2)

@@ -78,7 +78,7 @@ class Segment:
     numel: int
 
 
-def plan(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment, ...]:
+def build_layout(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment, ...]:
     """Lay parameters out in segments and buckets.
 
     Args:

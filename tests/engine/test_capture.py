@@ -396,7 +396,8 @@ def test_numbers_from_memory_cost_no_registers_and_narrow_loads_alone(
     codegen.launch(name, neighbours, torch.float32, numbers=torch.zeros(64))
     plain, recorded = compiler.compiled()
     usage = codegen.resources(recorded, tmp_path)
-    assert usage["REG"] <= 72, usage
+    # Tracking with four neighbours takes 74, since passes count their updates themselves.
+    assert usage["REG"] <= 76, usage
     assert (usage["STACK"], usage["LOCAL"], recorded.metadata.shared) == (0, 0, 0), usage
     added = codegen.accesses(recorded) - codegen.accesses(plain)
     assert set(added) == {"ld b32"}

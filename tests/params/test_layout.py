@@ -7,7 +7,7 @@ from fusedfog.kernels.region import ALIGNMENT, BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedfog.params.layout import ParamSpec, backward_order, block_table, plan
+from fusedfog.params.layout import ParamSpec, backward_order, block_table, build_layout
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,7 +31,7 @@ def specs(draw: st.DrawFn) -> list[ParamSpec]:
 
 @given(specs(), st.integers(1, 100_000))
 def test_every_parameter_has_one_aligned_slot_of_its_own(params: list[ParamSpec], bucket_bytes: int) -> None:
-    segments = plan(params, bucket_bytes)
+    segments = build_layout(params, bucket_bytes)
     assert sorted(slot.index for segment in segments for slot in segment.slots) == list(range(len(params)))
     for segment in segments:
         assert segment.numel % ALIGNMENT == 0
@@ -47,7 +47,7 @@ def test_every_parameter_has_one_aligned_slot_of_its_own(params: list[ParamSpec]
 
 @given(specs(), st.integers(1, 100_000))
 def test_buckets_tile_their_segment(params: list[ParamSpec], bucket_bytes: int) -> None:
-    for segment in plan(params, bucket_bytes):
+    for segment in build_layout(params, bucket_bytes):
         assert segment.buckets[0].start == 0
         assert segment.buckets[-1].stop == segment.numel
         assert segment.buckets[-1].last == len(segment.slots)
@@ -61,7 +61,7 @@ def test_buckets_tile_their_segment(params: list[ParamSpec], bucket_bytes: int) 
 
 @given(specs(), st.integers(1, 100_000))
 def test_blocks_cover_each_element_once_and_never_cross_a_parameter(params: list[ParamSpec], bucket_bytes: int) -> None:
-    for segment in plan(params, bucket_bytes):
+    for segment in build_layout(params, bucket_bytes):
         covered = torch.zeros(segment.numel, dtype=torch.int32)
         for bucket in segment.buckets:
             for p, offset, length, start in block_table(segment, bucket).tolist():
@@ -78,7 +78,7 @@ def test_blocks_cover_each_element_once_and_never_cross_a_parameter(params: list
 
 @given(specs(), st.integers(1, 100_000))
 def test_backward_order_lists_every_bucket_deepest_first(params: list[ParamSpec], bucket_bytes: int) -> None:
-    segments = plan(params, bucket_bytes)
+    segments = build_layout(params, bucket_bytes)
     order = backward_order(segments)
     assert sorted(order) == [(s, b) for s, segment in enumerate(segments) for b in range(len(segment.buckets))]
     depths = [segments[s].buckets[b].depth for s, b in order]
@@ -88,5 +88,5 @@ def test_backward_order_lists_every_bucket_deepest_first(params: list[ParamSpec]
 def test_interleaved_groups_are_ordered_by_depth_and_not_by_group() -> None:
     # decay / no-decay groups both span the whole model: neither may wait for the other's shallow end.
     params = [ParamSpec(f"{g}{i}", (64,), (1,), torch.float32, g, True, i / 3) for g in (0, 1) for i in range(3)]
-    segments = plan(params, 1)
+    segments = build_layout(params, 1)
     assert [segments[s].slots[b].spec.name for s, b in backward_order(segments)] == ["02", "12", "01", "11", "00", "10"]
