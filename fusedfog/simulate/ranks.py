@@ -178,7 +178,7 @@ class Ranks:
         """1 / (||row|| + 1e-8) of each rank, 0 for a zero row: [n, 1].
 
         The order in which torch adds up a norm depends on where elements lie, so each row is laid out as
-        `layout.plan` lays out the parameters of a real rank.
+        `layout.build_layout` lays out the parameters of a real rank.
         """
         pieces = [
             nn.functional.pad(piece, (0, align(piece.shape[1]) - piece.shape[1]))

@@ -290,7 +290,7 @@ def test_buckets_are_those_of_torch_and_of_our_layout(blocks: list[int], cap_mb:
     assert [bucket.size for bucket in workload.ddp_buckets(cap_mb)] == want
 
     specs = [layout.ParamSpec(str(i), (size,), (1,), torch.float32, 0, True, i) for i, size in enumerate(sizes)]
-    (segment,) = layout.plan(specs, cap_mb * 2**20)
+    (segment,) = layout.build_layout(specs, cap_mb * 2**20)
     ordered = [segment.buckets[b] for _, b in layout.backward_order([segment])]
     got = [(bucket.size, bucket.ready_s) for bucket in workload.buckets(cap_mb)]
     assert got == [(4 * (bucket.stop - bucket.start), len(sizes) - bucket.first) for bucket in ordered]
