@@ -152,14 +152,19 @@ class Exchanges:
         """Start this step's exchange of buckets for which none was started ahead."""
         self.start([bucket for bucket in buckets if bucket.transfer is None], self.clock.steps, self.clock.exchanges)
 
-    def receive(self, pass_group: PassGroup) -> Inbox:
-        """What has come for this step's pass over a pass group, waited for; with push-sum, and its weights."""
+    def receive(self, pass_group: PassGroup, *, passes_alone_write: bool = False) -> Inbox:
+        """What has come for this step's pass over a pass group, waited for; with push-sum, and its weights.
+
+        `passes_alone_write` is as for `Mailbox.receive`.
+        """
         if not pass_group.segment.layout.mix:
             return EMPTY
         inbox = EMPTY
         if self.due(self.clock.steps):
             assert self.mailbox is not None
-            inbox, *others = [self.mailbox.receive(bucket) for bucket in pass_group.buckets]
+            inbox, *others = [
+                self.mailbox.receive(bucket, passes_alone_write=passes_alone_write) for bucket in pass_group.buckets
+            ]
             # Buckets of a segment travel in the same round, into the same flat buffers.
             assert all(other.weights == inbox.weights for other in others)
         shares = self._shares_of_step()

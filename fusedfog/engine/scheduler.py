@@ -225,7 +225,8 @@ class Scheduler:
             self.make_pass(pass_group, self.algorithm.before, grads, self.exchanges.own_share(pass_group), target)
         else:
             target = self.exchanges.following()
-            self.make_pass(pass_group, self.algorithm.after, grads, self.exchanges.receive(pass_group), target)
+            inbox = self.exchanges.receive(pass_group, passes_alone_write=target is not None)
+            self.make_pass(pass_group, self.algorithm.after, grads, inbox, target)
         if target is not None:
             self.exchanges.start(pass_group.buckets, *target)
         if self.schedule.fused_backward:

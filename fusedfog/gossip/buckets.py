@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fusedfog.comm.transfer import Transfer
 from fusedfog.kernels import CompressedChannel, Region
-from fusedfog.params.flat import FlatSegment
+from fusedfog.params.flat import MANY, PARTS, FlatSegment
 from fusedfog.params.layout import Bucket, backward_order
 
 
@@ -17,7 +17,7 @@ from fusedfog.params.layout import Bucket, backward_order
 class Inbox:
     """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent.
 
-    Compressed messages are codes, with `scales`, and belong to `wires`, this rank's own ends. With `numbers`, what counts is
+    Compressed messages are codes, with `scales`, and belong to `channels`, this rank's own ends. With `numbers`, what counts is
     what they hold when the pass is made; see `kernels.Pass`.
     """
 
@@ -38,7 +38,8 @@ class BucketState:
 
     Attributes:
         inbox, sources: where what the message brings will be, and from whom it comes.
-        versions: the sum of the bucket's version counters that there would be without edits since it was sent.
+        versions: the sums of the bucket's version counters that there would be without edits since it was sent: one of all
+            its parameters, or of many one of every fourth, from the first, the second and so on.
         counted: `versions` is up to date: it was read in this step, in which only passes have written.
         ready: how many of its gradients have come in this step, under fused_backward.
     """
@@ -49,24 +50,54 @@ class BucketState:
     transfer: Transfer | None = None
     inbox: Inbox = EMPTY
     sources: Iterable[object] = ()
-    versions: int = 0
+    versions: list[int] = field(default_factory=list)
     counted: bool = False
     ready: int = 0
+    _next_part: int = 0
+
+    def __post_init__(self) -> None:
+        many = self.layout.last - self.layout.first >= MANY
+        self.versions = [0] * (PARTS if many else 1)
 
     @property
     def whole(self) -> slice:
         """The bucket's elements in its segment's flat tensors."""
         return slice(self.layout.start, self.layout.stop)
 
+    def _read_versions(self) -> list[int]:
+        parts = len(self.versions)
+        return [self.segment.versions(self.layout, part, parts) for part in range(parts)]
+
     def edits(self) -> int:
         """In-place edits of the bucket's parameters since it was sent."""
-        return self.segment.versions(self.layout) - self.versions
+        return sum(self._read_versions()) - sum(self.versions)
 
     def count_edits(self) -> int:
         """The same, forgetting them."""
-        edits = self.edits()
-        self.versions, self.counted = self.versions + edits, True
+        before, self.versions, self.counted = self.versions, self._read_versions(), True
+        return sum(self.versions) - sum(before)
+
+    def count_some_edits(self) -> int:
+        """The same of every fourth of many parameters, others at each call; what is not seen now is seen by a later call.
+
+        Only where nobody but passes writes between this call and the next message: `count_edits` there forgets all.
+        """
+        part, parts = self._next_part, len(self.versions)
+        self._next_part = (part + 1) % parts
+        found = self.segment.versions(self.layout, part, parts)
+        edits, self.versions[part], self.counted = found - self.versions[part], found, True
         return edits
+
+    def expect_edits(self, count: int) -> None:
+        """Have `edits` find that many."""
+        self.versions = self._read_versions()
+        self.versions[0] -= count
+
+    def count_own_writes(self) -> None:
+        """A pass has written every parameter once."""
+        first, last, parts = self.layout.first, self.layout.last, len(self.versions)
+        for part in range(parts):
+            self.versions[part] += len(range(first + part, last, parts))
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ class PassGroup:
         """Tell autograd that the parameters were written, which is no edit."""
         self.segment.bump_versions(self.first, self.last)
         for bucket in self.buckets:
-            bucket.versions += bucket.layout.last - bucket.layout.first
+            bucket.count_own_writes()
 
     def drop_gradients(self) -> None:
         """Free the parameters' gradients."""
@@ -139,7 +170,7 @@ class Buckets:
     def forget_edits(self, counts: Sequence[int]) -> None:
         """Set `count_edits` back, after edits that undid themselves."""
         for bucket, count in zip(self.all, counts, strict=True):
-            bucket.versions += bucket.edits() - count
+            bucket.expect_edits(count)
 
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""

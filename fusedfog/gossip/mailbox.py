@@ -77,8 +77,11 @@ class Mailbox:
             bucket.count_edits()
         self.in_flight.append(transfer)
 
-    def receive(self, bucket: BucketState) -> Inbox:
+    def receive(self, bucket: BucketState, *, passes_alone_write: bool = False) -> Inbox:
         """What came in the bucket's exchange, waited for.
+
+        Args:
+            passes_alone_write: until the bucket is sent again; edits of many parameters may then be found a little later.
 
         Raises:
             PeerTimeout, ExchangeError: it did not come.
@@ -86,7 +89,8 @@ class Mailbox:
         self.wait(bucket)
         bucket.transfer = None
         # Codes are no part of the parameters, so edits of these cannot tear them.
-        if bucket.count_edits() and not bucket.inbox.channels:
+        edits = bucket.count_some_edits() if passes_alone_write else bucket.count_edits()
+        if edits and not bucket.inbox.channels:
             self._report_torn(bucket)
         return bucket.inbox
 

@@ -22,8 +22,9 @@ from fusedfog.params.layout import Bucket, Segment, Slot, block_table
 from fusedfog.params.pages import zeros
 from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
 
-# Looking at 300 storages takes 12 us of a step's 150.
-_MANY = 256
+# Looking at 300 storages, or version counters, takes 12 us of a step's 150.
+MANY, PARTS = 256, 4
+"""Of so many parameters, what only has to be noticed is looked for in one of so many parts at a time."""
 
 _version_of = attrgetter("_version")
 
@@ -244,17 +245,18 @@ class FlatSegment(GradientReader):
             step: look at a part of many parameters only, another one in each of four steps in a row; None at all of them.
         """
         part = slice(None)
-        if step is not None and len(self._placed) >= _MANY:
-            part = slice(step % 4, None, 4)
+        if step is not None and len(self._placed) >= MANY:
+            part = slice(step % PARTS, None, PARTS)
         homes = list(map(Tensor.data_ptr, self._placed[part]))
         if homes != self._homes[part]:
             slots = [slot for slot in self.layout.slots if slot.spec.numel][part]
             pairs = zip(homes, self._homes[part], slots, strict=True)
             raise storage_replaced(next(slot for at, home, slot in pairs if at != home))
 
-    def versions(self, bucket: Bucket) -> int:
-        """Sum of autograd's version counters over a bucket; it grows with every in-place edit."""
-        return sum(map(_version_of, self.between(bucket.first, bucket.last)))
+    def versions(self, bucket: Bucket, part: int = 0, parts: int = 1) -> int:
+        """Sum of autograd's version counters over one of `parts` parts of a bucket; it grows with every in-place edit."""
+        params = self.between(bucket.first, bucket.last)
+        return sum(map(_version_of, params if parts == 1 else params[part::parts]))
 
     def bump_versions(self, first: int, last: int) -> None:
         """Tell autograd that a pass wrote parameters `[first, last)`, so that it still catches use of stale values."""

@@ -84,9 +84,10 @@ class GradientReader:
         found = self.found_gradients(first, last)
         if self.gradient_table is not None:
             self._show_addresses(self.gradient_table, found, first, last)
-        elsewhere: list[Tensor | None] = [None]
-        tensors = elsewhere * first + found + elsewhere * (len(self.params) - last)
-        return Gradients(tensors, self.gradient_table, self.layout.dtype)
+        if len(found) < len(self.params):
+            elsewhere: list[Tensor | None] = [None]
+            found = elsewhere * first + found + elsewhere * (len(self.params) - last)
+        return Gradients(found, self.gradient_table, self.layout.dtype)
 
     def found_gradients(self, first: int, last: int) -> list[Tensor | None]:
         """The gradients of parameters `[first, last)` alone, which count as touched from now on."""

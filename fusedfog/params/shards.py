@@ -295,9 +295,9 @@ class ShardSegment(FlatSegment):
         alike = local.shape == slot.spec.shape and local.dtype == self.param.dtype and local.device == self.param.device
         return alike and slot.spec.room > slot.spec.numel and self._held[position] is not None
 
-    def versions(self, bucket: Bucket) -> int:
+    def versions(self, bucket: Bucket, part: int = 0, parts: int = 1) -> int:
         """As `FlatSegment.versions`; operations on a DTensor count there, not on its local tensor."""
-        return sum(owner._version for owner in self.owners[bucket.first : bucket.last])
+        return sum(owner._version for owner in self.owners[bucket.first + part : bucket.last : parts])
 
     def bump_versions(self, first: int, last: int) -> None:
         """Tell autograd that parameters `[first, last)` were written, and FSDP that what it has gathered of them is stale."""
