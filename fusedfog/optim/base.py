@@ -7,22 +7,18 @@ messages travel under the next forward and backward.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fusedfog.comm.registry import leave
 from fusedfog.engine.capture import CapturableScheduler, recording
-from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim import ddp as data_parallel
 from fusedfog.optim import parameters
-from fusedfog.optim.averaged import averaged, distance_of
+from fusedfog.optim.controls import Controls
 from fusedfog.optim.options import Options
 from fusedfog.optim.state_dict import (
     carry_clock,
@@ -33,12 +29,11 @@ from fusedfog.optim.state_dict import (
     saved_clock,
     show_states,
 )
-from fusedfog.topology import Topology
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class DecentralizedOptimizer(torch.optim.Optimizer):
+class DecentralizedOptimizer(Controls):
     """What `SGD`, `Adam` and `AdamW` share; not built by itself.
 
     Keyword arguments of every optimizer, beside torch's own:
@@ -100,7 +95,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         PeerTimeout: another rank never came to build its optimizer.
     """
 
-    _family: str
     _data_parallel_checked = False
     # torch.amp.GradScaler then hands over its scale and flag instead of skipping step(), and the exchange with it.
     _step_supports_amp_scaling = True
@@ -112,11 +106,6 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if self._build().sharding is not None:
             make_room_for_clock(self.param_groups)
             self._show_states()
-
-    @property
-    def _kind(self) -> str:
-        """What ranks must agree on, and errors call it."""
-        return type(self).__name__
 
     def _build(self) -> Scheduler:
         for group in self.param_groups:
@@ -259,141 +248,3 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         load_states(self._kind, self._engine, saved, own)
         self._show_states()
-
-    # -- decentralized -----------------------------------------------------------------------------------------------
-
-    def averaged(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
-        """Inside, parameters are the average over all ranks; afterwards they are exactly what they were. Collective.
-
-        Args:
-            model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
-        """
-        return averaged(self._engine, self._options, model)
-
-    def consensus_distance(self) -> float:
-        """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
-        return distance_of(self._engine, self._options)
-
-    def stats(self) -> dict[str, float]:
-        """Running totals of this rank since construction. Local, no synchronization.
-
-        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
-        part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
-        torn_messages, buckets edited by the user while they were being sent (of 256 parameters or more, noticed within four
-        steps).
-
-        With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
-        was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all
-        mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
-        """
-        engine = self._engine
-        halves = engine.algorithm.before is not None
-        measured = measured_norms(engine.segments, halves) if engine.schedule.measure else {}
-        return {
-            "steps": engine.clock.steps,
-            "exchanges": engine.clock.exchanges,
-            **vars(engine.stats),
-            **measured,
-        }
-
-    def drain(self) -> None:
-        """Wait for all messages in flight; what arrived is kept for the next step. Local.
-
-        Raises:
-            PeerTimeout, ExchangeError: a message did not come or could not be delivered.
-        """
-        self._engine.drain()
-
-    def leave(self) -> None:
-        """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.
-
-        What it has sent is delivered, and used by the neighbours' next step. Whoever needs more of it raises `RankLeft` at
-        once instead of waiting for the timeout, and then in turn those who wait for that rank. All ranks may leave, in any
-        order. Afterwards `state_dict()` works and `step()` raises RuntimeError; whatever else exchanges among the same
-        ranks has ended too. On NCCL the others see it, within seconds, when they next call `step()`; a stream that waits
-        already is only freed by torch's own timeout, and the log says who left.
-
-        Ranks stop at different steps, so those that go on together without the clock of the saved state:
-
-            except fusedfog.RankLeft as left:
-                rest = [rank for rank in range(n) if rank not in left.ranks]
-                group = fusedfog.new_group(rest)
-                saved = opt.state_dict(); del saved["fusedfog"]
-                opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
-        """
-        engine = self._engine
-        if engine.communicator is not None:
-            leave(engine.communicator, engine.clock.steps)
-            engine.discard()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, nothing is in flight and parameters may be edited freely. Collective; discards messages.
-
-        The next step starts its own exchange, with the edited values, and waits for it.
-        """
-        engine = self._engine
-        engine.discard()
-        with engine.block_steps("paused()"):
-            yield
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Around each replay of a CUDA graph in which a `step()` was captured; needs `capturable=True`.
-
-            side = torch.cuda.Stream()                                   # a few eager steps first
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    opt.zero_grad(); loss_of(static_input).backward(); opt.step()
-            torch.cuda.current_stream().wait_stream(side)
-            opt.zero_grad()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                loss = loss_of(static_input); loss.backward(); opt.step()       # recorded, not made: this is no step
-            for batch in data:
-                static_input.copy_(batch)
-                with opt.replaying():
-                    graph.replay()
-                schedule.step()
-
-        On entry the current stream waits for the neighbours' messages, and this step's learning rate, mixing weights and
-        seeds are written to the device; on exit the new parameters are sent and the clock ticks. So a replay equals an eager
-        `step()`, and the two may alternate. `replaying` is collective in effect, as `step` is. To keep in mind:
-
-        - One `step()` a capture, one replay a block, on the stream that is current on entry. Ranks need not replay at the same
-          steps, nor all of them capture.
-        - Gradients are read where they were at the capture. Those that the captured backward made belong to the graph: set
-          them to None before the capture. If backward is not captured, keep them where they are
-          (`zero_grad(set_to_none=False)`).
-        - What else `step()` sees is as it was at the capture: which parameters have gradients; clipping by `max_grad_norm`; a
-          GradScaler, whose step and update belong inside the capture (and into the eager steps before it), where its flag and
-          scale have fixed addresses. Step hooks and closures run at the capture alone.
-        - After `add_param_group`, other momentum or amsgrad switches, or a `set_topology` to rounds of more neighbours than
-          ever, make an eager step and capture again. Loading a checkpoint keeps graphs valid.
-
-        Raises:
-            RuntimeError: built without `capturable=True`, nothing was captured, or what was is out of date.
-            PeerTimeout, ExchangeError, RankLeft, StorageReplacedError: as `step`.
-        """
-        engine = self._engine
-        if not isinstance(engine, CapturableScheduler):
-            raise RuntimeError("replaying() needs an optimizer that was built with capturable=True")
-        with engine.replaying():
-            yield
-        self._show_states()
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
-        return self._engine.hooks.accumulate()
-
-    def set_topology(self, topology: Topology | str | None) -> None:
-        """Use another topology from the next step on. Collective, discards messages in flight.
-
-        Raises:
-            ValueError: as at construction.
-            MismatchError: ranks were given different topologies; the old one stays.
-        """
-        engine = self._engine
-        construction.change_topology(self._kind, self._family, engine, topology, self._options)
-        self._options = dataclasses.replace(self._options, topology=topology)
