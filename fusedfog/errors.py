@@ -37,11 +37,18 @@ class StorageReplacedError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """Parameters are not finite, and compressed messages (`wire_dtype`) cannot carry them; names rank and parameters."""
+    """Values that are not finite, where leaving them out is no way on; names the rank that they come from.
+
+    Compressed messages (`wire_dtype`) cannot carry them, and methods whose sums over ranks must be conserved have lost a part.
+    """
 
 
 class ForeignCheckpointWarning(UserWarning):
     """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A rank's values were not finite, and others went on without them; names the rank."""
 
 
 class TornMessageWarning(UserWarning):

@@ -65,6 +65,12 @@ class DecentralizedOptimizer(Controls):
         state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
             all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
+        nonfinite: what becomes of values that are not finite. "contain": a neighbour's counts as this rank's own, so that they
+            stay where they arise; `stats()` tells from whom, and a warning names the rank once. "skip": a step whose own
+            gradients are not finite also makes no update, as with a GradScaler, and only mixes. "heal": own parameters that
+            are not finite also become the neighbours' finite mean, and own states zero. "propagate": they spread, as in torch.
+            push_sum, exact_diffusion, extra and the tracking methods raise `NonFiniteError` where they would have to leave
+            values out.
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
             does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.

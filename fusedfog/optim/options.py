@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from fusedfog.algorithms import Outer
 from fusedfog.kernels.wire import wire_format
 from fusedfog.params.precision import WAYS, Storage, Way
 from fusedfog.topology import Topology
+
+NonFinite: TypeAlias = Literal["contain", "skip", "heal", "propagate"]
+"""What becomes of values that are not finite; `DecentralizedOptimizer` explains them."""
 
 
 class Keywords(TypedDict, total=False):
@@ -34,6 +37,7 @@ class Keywords(TypedDict, total=False):
     low_precision: Way | None
     state_dtype: torch.dtype
     max_grad_norm: float | None
+    nonfinite: NonFinite
     cpu_compile: bool
     capturable: bool
     measure: bool
@@ -59,6 +63,7 @@ class Options:
     low_precision: Way | None = None
     state_dtype: torch.dtype = torch.float32
     max_grad_norm: float | None = None
+    nonfinite: NonFinite = "contain"
     cpu_compile: bool = False
     capturable: bool = False
     measure: bool = False
@@ -85,6 +90,9 @@ class Options:
         sms = options.comm_sms
         if sms is not None and not (isinstance(sms, int) and not isinstance(sms, bool) and 1 <= sms <= 64):
             raise ValueError(f"comm_sms must be a whole number of 1 to 64, or None for NCCL's own choice, got {sms!r}")
+        if options.nonfinite not in get_args(NonFinite):
+            ways = ", ".join(map(repr, get_args(NonFinite)))
+            raise ValueError(f"nonfinite is one of {ways}, got {options.nonfinite!r}")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
