@@ -1,12 +1,18 @@
 """fusedfog: decentralized training for PyTorch, neighbour averaging fused with the optimizer step."""
 
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
 from fusedfog import ops, topology
 from fusedfog.algorithms import Outer
-from fusedfog.comm.group import init
+from fusedfog.comm.group import is_main, rank, world_size
+from fusedfog.comm.join import init
 from fusedfog.comm.subgroup import new_group
 from fusedfog.errors import (
     ExchangeError,
     ForeignCheckpointWarning,
+    LaunchError,
     MismatchError,
     NonFiniteError,
     NonFiniteWarning,
@@ -26,11 +32,15 @@ from fusedfog.ops import (
     neighbor_allreduce,
     pair_gossip,
 )
+from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.checkpoint import load_checkpoint, save_checkpoint
 from fusedfog.optim.ddp import local_gradients
 from fusedfog.optim.optimizers import SGD, AccumAdamW, Adam, AdamW
 from fusedfog.optim.wrapper import Decentralized
 from fusedfog.topology import Topology
+
+if TYPE_CHECKING:
+    from fusedfog import plan, simulate
 
 __all__ = [
     "SGD",
@@ -38,8 +48,10 @@ __all__ = [
     "Adam",
     "AdamW",
     "Decentralized",
+    "DecentralizedOptimizer",
     "ExchangeError",
     "ForeignCheckpointWarning",
+    "LaunchError",
     "MismatchError",
     "NonFiniteError",
     "NonFiniteWarning",
@@ -56,6 +68,7 @@ __all__ = [
     "broadcast_parameters",
     "hierarchical_neighbor_allreduce",
     "init",
+    "is_main",
     "load_checkpoint",
     "local_gradients",
     "neighbor_allgather",
@@ -63,6 +76,33 @@ __all__ = [
     "new_group",
     "ops",
     "pair_gossip",
+    "plan",
+    "rank",
     "save_checkpoint",
+    "simulate",
     "topology",
+    "world_size",
 ]
+
+_AT_FIRST_USE = ("plan", "simulate")
+"""Training needs neither, so `import fusedfog` does not wait for them."""
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fusedfog")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"  # a source tree that was never installed
+
+
+__version__ = _version()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _AT_FIRST_USE:
+        return importlib.import_module(f"fusedfog.{name}")
+    raise AttributeError(f"module 'fusedfog' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from fusedfog.errors import did_you_mean
 from fusedfog.kernels import COMPILED_RULES, adam_hyper, sgd_hyper
 
 Group: TypeAlias = Mapping[str, Any]
@@ -372,10 +373,12 @@ def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorit
         *most, last = map(repr, rows)
         raise ValueError(
             f"Decentralized runs algorithm {', '.join(most)} or {last}, not {name!r}: other methods change the update itself "
-            f"and are built into fusedfog.SGD and fusedfog.AdamW"
+            f"and are built into fusedfog.SGD and fusedfog.AdamW{did_you_mean(name, rows)}"
         )
     if name not in rows:
-        raise ValueError(f"unknown algorithm {name!r} for {family}; there are {', '.join(rows)}")
+        raise ValueError(
+            f"unknown algorithm {name!r} for {family}; there are {', '.join(rows)}{did_you_mean(name, rows)}"
+        )
     row = rows[name]
     if outer is None or not row.takes_outer:
         return row

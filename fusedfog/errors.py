@@ -1,4 +1,9 @@
-"""What can go wrong between ranks, one exception for each way out."""
+"""What can go wrong between ranks, one exception for each way out; and what to say of a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 class MismatchError(ValueError):
@@ -7,6 +12,10 @@ class MismatchError(ValueError):
 
 class UnsupportedEnvironment(ValueError):
     """The software or GPU of this machine cannot do what was asked; names what is missing and the way out."""
+
+
+class LaunchError(RuntimeError, ValueError):
+    """The launcher's variables do not say which rank this is, or where the ranks meet; names what is missing or wrong."""
 
 
 class PeerTimeout(TimeoutError, RuntimeError):
@@ -53,3 +62,15 @@ class NonFiniteWarning(UserWarning):
 
 class TornMessageWarning(UserWarning):
     """A parameter was edited in place while its value was being sent; wrap such edits in `with opt.paused():`."""
+
+
+def did_you_mean(given: object, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """ "; did you mean 'ring'?" if one of the known names resembles what was given, or is its alias; otherwise nothing."""
+    if not isinstance(given, str):
+        return ""
+    word, by_case = given.lower(), {name.lower(): name for name in known}
+    alias = (aliases or {}).get(word)
+    begins = [name for name in by_case if len(word) > 2 and name.startswith(word)]
+    close = [*begins, *difflib.get_close_matches(word, by_case, n=1, cutoff=0.6)]
+    found = alias if alias in by_case.values() else by_case[close[0]] if close else None
+    return f"; did you mean {found!r}?" if found is not None else ""

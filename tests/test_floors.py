@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
-    ("topology", "kernels", "errors", "environment"),
+    ("topology", "kernels", "errors", "log", "environment"),
     ("algorithms",),
     ("comm",),
     ("params", "ops"),

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.comm.group import find_group, init
+from fusedfog.comm.group import find_group
+from fusedfog.comm.join import init
 from fusedfog.plan.links import Links
 from fusedfog.plan.network import Link, Network, allreduce_seconds
 from fusedfog.plan.units import show_bytes, show_rate, show_time

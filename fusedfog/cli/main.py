@@ -1,4 +1,4 @@
-"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan``, ``calibrate`` and ``trace``."""
+"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan``, ``calibrate``, ``trace``, and ``--version``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from fusedfog import __version__
 from fusedfog.cli.calibrate import add_calibrate
 from fusedfog.cli.plan import add_plan
 from fusedfog.cli.topology import add_topologies, add_topology
@@ -24,6 +25,7 @@ COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for input that no command can use)."""
     parser = argparse.ArgumentParser(prog="fusedfog", description="Decentralized training for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fusedfog {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(commands)

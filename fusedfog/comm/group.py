@@ -1,9 +1,9 @@
-"""Who is here: the process group an optimizer or operation works in, and how to join one."""
+"""Who is here: the process group an optimizer or operation works in, and this process' place in it."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.errors import UnsupportedEnvironment
+from fusedfog.comm.launchers import Launch, read_launch, tasks_of_shell
+from fusedfog.errors import LaunchError
 from fusedfog.kernels import device
+from fusedfog.log import warn_user
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,97 @@ def find_group(group: dist.ProcessGroup | None = None) -> GroupView:
     """The given process group, or the default one, or a group of one process.
 
     Raises:
-        RuntimeError: no process group exists although `WORLD_SIZE` says that there are other ranks.
+        RuntimeError: no process group exists although RANK and WORLD_SIZE say that there are other ranks.
+        LaunchError: the launcher's variables are incomplete, or wrong.
         ValueError: this rank is not a member of `group`.
+
+    Warns:
+        RuntimeWarning: once, in a process without a process group that a launcher or `multiprocessing` started.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if group is None and size == 1:
-            return GroupView(0, 1, None)
-        raise RuntimeError(
-            f"torch.distributed is not initialized but WORLD_SIZE is {size}: every rank would train alone. "
-            f"Call fusedfog.init() (or torch.distributed.init_process_group) before building the optimizer"
-        )
+        _check_alone(group)
+        return GroupView(0, 1, None)
     group = group if group is not None else dist.distributed_c10d._get_default_group()
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"global rank {dist.get_rank()} is not a member of the process group it was given")
     return GroupView(rank, dist.get_world_size(group), group)
+
+
+def _check_alone(group: dist.ProcessGroup | None) -> None:
+    """Whether this process, which has no process group, is to work alone; raises, or warns, as `find_group` does."""
+    try:
+        launch = read_launch(os.environ)
+    except LaunchError as error:
+        raise LaunchError(f"{error}. All of that comes before fusedfog.init()") from None
+    if launch is not None and launch.size > 1 and launch.by_torchrun:
+        raise RuntimeError(
+            f"torch.distributed is not initialized but WORLD_SIZE is {launch.size}: every rank would train alone. "
+            f"Call fusedfog.init() (or torch.distributed.init_process_group) before building the optimizer"
+        )
+    if group is not None:
+        raise RuntimeError(
+            "torch.distributed is not initialized, so the process group that was given cannot be used: call fusedfog.init() "
+            "first, or leave group= out"
+        )
+    why = _doubts(launch)
+    if why and not _Warned.alone:
+        _Warned.alone = True
+        warn_user(f"{why}, or pass algorithm='local' if it is meant to", RuntimeWarning)
+
+
+class _Warned:
+    alone = False
+
+
+def _doubts(launch: Launch | None) -> str:
+    """Why this process, which has no process group, is probably not meant to be alone, and what to do; nothing if it is."""
+    if launch is not None:
+        here = f"{launch.launcher} started this process as rank {launch.rank} of {launch.size}, but no process group exists"
+        return f"{here}, so it trains alone. Call fusedfog.init() first" if launch.size > 1 else ""
+    tasks = tasks_of_shell(os.environ) or 1
+    if tasks > 1:
+        return (
+            f"this process is the shell of a Slurm job of {tasks} tasks and none of the tasks, so it trains alone. Start it "
+            f"with srun (srun python train.py) and call fusedfog.init()"
+        )
+    if multiprocessing.parent_process() is not None:
+        return (
+            "multiprocessing started this process, but no process group exists, so it trains alone. Set RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT in it (os.environ) before fusedfog.init(), or call init_process_group with its rank"
+        )
+    return ""
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process' rank in `group`, or in the default group; before there is one, as the launcher's variables say; alone, 0.
+
+    Raises:
+        RuntimeError: `group` is given, and torch.distributed is not initialized.
+        LaunchError: the launcher's variables are incomplete, or wrong.
+        ValueError: this process is not a member of `group`.
+    """
+    return _place(group)[0]
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """How many ranks `group`, or the default group, has; otherwise, and what is raised, as `rank`. Alone, 1."""
+    return _place(group)[1]
+
+
+def is_main(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether this process is rank 0, the one that prints and saves what all ranks have alike; see `rank`."""
+    return rank(group) == 0
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        view = find_group(group)
+        return view.rank, view.size
+    if group is not None:
+        raise RuntimeError("torch.distributed is not initialized, so no process has a rank in the group that was given")
+    launch = read_launch(os.environ)
+    return (launch.rank, launch.size) if launch is not None else (0, 1)
 
 
 def check_mesh(mesh: DeviceMesh, view: GroupView) -> None:
@@ -102,48 +179,3 @@ def unbound() -> Iterator[None]:
         yield
     finally:
         default.bound_device_id = bound
-
-
-def init(backend: str | None = None, timeout: timedelta | float | None = None) -> torch.device:
-    """Join the torchrun world if no process group exists yet, and pick this rank's device.
-
-    Args:
-        backend: as in `torch.distributed.init_process_group`; None takes NCCL on GPUs and gloo otherwise.
-        timeout: how long an operation waits for its peers, as a timedelta or in seconds; None is torch's default.
-
-    Returns:
-        `cuda:LOCAL_RANK` (made the current device) where a GPU is there for every local rank and gloo was not asked for,
-        else `cpu`. Outside torchrun nothing is initialized: a world of one rank needs no process group.
-
-    Raises:
-        ValueError: `timeout` is not positive.
-        UnsupportedEnvironment: GPUs are to be used by several ranks and this torch was built without NCCL.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = backend != "gloo" and torch.cuda.is_available()
-    on_gpu = on_gpu and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    joining = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if on_gpu and joining and backend is None and not dist.is_nccl_available():
-        raise UnsupportedEnvironment(
-            f"rank {os.environ['RANK']}: ranks on GPUs talk by NCCL, and this torch ({torch.__version__}) was built without it: "
-            f"install a build that has it (the CUDA wheels for Linux do), or train on the CPU with fusedfog.init('gloo')"
-        )
-    if on_gpu:
-        torch.cuda.set_device(device)
-    if isinstance(timeout, (int, float)):
-        timeout = timedelta(seconds=timeout)
-    if timeout is not None and timeout <= timedelta(0):
-        raise ValueError(f"timeout must be positive, got {timeout}")
-    if joining:
-        # Control traffic and CPU tensors need gloo even where gradients and parameters are on GPUs.
-        chosen = backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        dist.init_process_group(chosen, timeout=timeout, device_id=device if on_gpu else None)
-        atexit.register(_leave, dist.distributed_c10d._get_default_group())
-    return device
-
-
-def _leave(view: dist.ProcessGroup) -> None:
-    # A process that exits with a gloo group alive aborts now and then, in plain torch too: what init joined, it leaves.
-    if dist.is_initialized() and dist.distributed_c10d._get_default_group() is view:
-        dist.destroy_process_group()

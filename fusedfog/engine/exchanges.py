@@ -27,6 +27,7 @@ class Exchanges:
 
     Attributes:
         topology: where exchanges go; see `use_topology`.
+        hierarchy: this rank's place on a mesh, if there is one.
         mailbox, channels: how they go, and this rank's ends of compressed messages; None where there are none.
     """
 
@@ -41,6 +42,7 @@ class Exchanges:
         codes: torch.dtype | None,
     ) -> None:
         self.communicator, self.schedule, self._algorithm = communicator, schedule, algorithm
+        self.hierarchy = hierarchy
         self.clock, self.stats = Clock(), ExchangeStats()
         self.topology: Topology | None = None
         self.mailbox: Mailbox | None = None

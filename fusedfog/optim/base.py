@@ -18,7 +18,9 @@ from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim import ddp as data_parallel
 from fusedfog.optim import parameters
+from fusedfog.optim.arguments import check_group_parameters, given_parameters, warn_of_unknown_keys
 from fusedfog.optim.controls import Controls
+from fusedfog.optim.description import announce
 from fusedfog.optim.options import Options
 from fusedfog.optim.state_dict import (
     carry_clock,
@@ -108,8 +110,10 @@ class DecentralizedOptimizer(Controls):
     def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
         self._scheduler: Scheduler | None = None
         self._options = options
-        super().__init__(params, {**defaults, "mix": True})
-        if self._build().sharding is not None:
+        super().__init__(given_parameters(self._kind, params), {**defaults, "mix": True})
+        engine = self._build()
+        announce(self._kind, engine, self._options)
+        if engine.sharding is not None:
             make_room_for_clock(self.param_groups)
             self._show_states()
 
@@ -176,8 +180,12 @@ class DecentralizedOptimizer(Controls):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
+        number = len(self.param_groups)
+        if isinstance(param_group, dict):
+            check_group_parameters(self._kind, param_group, number)
         self._append_group(param_group)
         if self._scheduler is None:
+            self._warn_of_unknown_keys(self.param_groups[-1], number)
             return
         try:
             self._check_group(self.param_groups[-1])
@@ -185,6 +193,10 @@ class DecentralizedOptimizer(Controls):
         except Exception:
             self.param_groups.pop()
             raise
+        self._warn_of_unknown_keys(self.param_groups[-1], number)
+
+    def _warn_of_unknown_keys(self, group: dict[str, Any], number: int) -> None:
+        warn_of_unknown_keys(self._kind, group, number, self.defaults)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -14,6 +14,7 @@ from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim.averaged import averaged, distance_of
+from fusedfog.optim.description import brief, without_clock
 from fusedfog.optim.options import Options
 from fusedfog.topology import Topology
 
@@ -37,6 +38,12 @@ class Controls(torch.optim.Optimizer):
     def _show_states(self) -> None:
         """Let `self.state[p]` show the states of every parameter that has had a gradient."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        # As it is: a copied or unpickled optimizer builds its scheduler together with the other ranks.
+        engine: Scheduler | None = getattr(self, "_scheduler", None)
+        _, _, groups = super().__repr__().partition("(")
+        return brief(self._kind, engine, self._options) + without_clock(groups)
 
     def averaged(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
         """Inside, parameters are the average over all ranks; afterwards they are exactly what they were. Collective.

@@ -15,6 +15,10 @@ from fusedfog.topology import Topology
 _CPU = torch.device("cpu")
 
 
+_KEYWORDS = ("capturable",)
+"""Keywords that param groups of torch.optim have too."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """Plain facts about one optimizer that is to be built, or changed.
@@ -53,6 +57,8 @@ class Setup:
     def value(self, name: str) -> Any:
         """A keyword's or hyper-parameter's value; of param groups, the first that has one."""
         given = self.options.get(name)
+        if name in _KEYWORDS:
+            return given  # Groups of torch.optim's checkpoints may have another optimizer's.
         return given or next((group[name] for group in self.groups if group.get(name)), given)
 
 

@@ -12,12 +12,42 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from fusedfog.optim.arguments import check_keywords, spelled_out
 from fusedfog.optim.base import DecentralizedOptimizer, Params
 from fusedfog.optim.options import Keywords, Options
 from fusedfog.optim.parameters import check_finite
 
 
-class SGD(DecentralizedOptimizer):
+class _Fused(DecentralizedOptimizer):
+    """What the fused optimizers share of torch.optim's arguments: hints, and what their in-place pass cannot do."""
+
+    def _options_of(self, keywords: Keywords) -> Options:
+        check_keywords(type(self), keywords)
+        return Options.of(keywords)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["differentiable"]:
+            raise ValueError(
+                f"differentiable=True: {type(self).__name__} updates parameters in place, outside of autograd, so no gradient "
+                f"can flow through its step; leave it out, or use torch.optim.{type(self).__name__.removeprefix('Accum')}"
+            )
+
+        if group.get("capturable") and not self._options.capturable:
+            raise ValueError(
+                f"capturable=True in a param group: a step is recorded as a whole, so give it to {type(self).__name__} itself"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Loaded groups have those of whoever saved them; here the whole optimizer has them, or has not.
+        for group in self.param_groups:
+            group["differentiable"] = False
+            if "capturable" in group:
+                group["capturable"] = self._options.capturable
+
+
+@spelled_out
+class SGD(_Fused):
     """`torch.optim.SGD` that averages parameters with neighbours; see `DecentralizedOptimizer` for the other keywords.
 
     The inner step is torch's: d = g + weight_decay x; buf = momentum buf + (1 - dampening) d (buf = d the first time);
@@ -33,10 +63,13 @@ class SGD(DecentralizedOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **decentralized: Unpack[Keywords],
     ) -> None:
         defaults = {
@@ -46,16 +79,21 @@ class SGD(DecentralizedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
         }
-        super().__init__(params, defaults, Options.of(decentralized))
+        super().__init__(params, defaults, self._options_of(decentralized))
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_finite(group, ("lr", "momentum", "weight_decay"), ("dampening",))
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
-class Adam(DecentralizedOptimizer):
+@spelled_out
+class Adam(_Fused):
     """`torch.optim.Adam` that averages parameters with neighbours; see `DecentralizedOptimizer` for the other keywords.
 
     The inner step is torch's, with `weight_decay` added to the gradient of the rank's own unmixed parameters.
@@ -63,7 +101,6 @@ class Adam(DecentralizedOptimizer):
     """
 
     _family = "Adam"
-    _decoupled = False
 
     def __init__(
         self,
@@ -74,9 +111,14 @@ class Adam(DecentralizedOptimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
         **decentralized: Unpack[Keywords],
     ) -> None:
+        options = self._options_of(decentralized)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -84,27 +126,31 @@ class Adam(DecentralizedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "decoupled_weight_decay": self._decoupled,
+            "foreach": foreach,
+            "capturable": options.capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, self._defaults(defaults), Options.of(decentralized))
+        super().__init__(params, self._defaults(defaults), options)
 
     def _defaults(self, defaults: dict[str, Any]) -> dict[str, Any]:
         return defaults
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         check_finite(group, ("lr", "eps", "weight_decay"))
         for beta in group["betas"]:
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
 
 
+@spelled_out
 class AdamW(Adam):
     """`torch.optim.AdamW` that averages parameters with neighbours: `Adam` with decoupled decay, x *= 1 - lr weight_decay.
 
     Decay acts on the rank's own unmixed parameters. The other keywords are `DecentralizedOptimizer`'s.
     """
-
-    _decoupled = True
 
     def __init__(
         self,
@@ -116,11 +162,28 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **decentralized: Unpack[Keywords],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **decentralized)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            **decentralized,
+        )
 
 
+@spelled_out
 class AccumAdamW(AdamW):
     """AdamW whose moments average `accum_steps` gradients, for small local batches (Wang et al. 2025, Decent-DP).
 
@@ -141,13 +204,29 @@ class AccumAdamW(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         accum_steps: int = 1,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **decentralized: Unpack[Keywords],
     ) -> None:
         self._accum_steps = accum_steps
-        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, **decentralized)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            **decentralized,
+        )
 
     def _defaults(self, defaults: dict[str, Any]) -> dict[str, Any]:
         return {**defaults, "accum_steps": self._accum_steps}

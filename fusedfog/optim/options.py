@@ -13,12 +13,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Outer
+from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format
 from fusedfog.params.precision import WAYS, Storage, Way
 from fusedfog.topology import Topology
 
 NonFinite: TypeAlias = Literal["contain", "skip", "heal", "propagate"]
 """What becomes of values that are not finite; `DecentralizedOptimizer` explains them."""
+
+
+_WIRES = {"bfloat16": "bf16", "float8": "fp8", "e4m3": "fp8", "i8": "int8", "uint8": "int8"}
 
 
 class Keywords(TypedDict, total=False):
@@ -84,7 +88,12 @@ class Options:
             raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
         if options.low_precision not in (None, *WAYS):
             ways = ", ".join(map(repr, WAYS))
-            raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}")
+            meant = did_you_mean(options.low_precision, WAYS)
+            raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}{meant}")
+        try:
+            wire_format(options.wire_dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}{did_you_mean(options.wire_dtype, ('bf16', 'fp8', 'int8'), _WIRES)}") from None
         if options.state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
         sms = options.comm_sms
@@ -92,7 +101,9 @@ class Options:
             raise ValueError(f"comm_sms must be a whole number of 1 to 64, or None for NCCL's own choice, got {sms!r}")
         if options.nonfinite not in get_args(NonFinite):
             ways = ", ".join(map(repr, get_args(NonFinite)))
-            raise ValueError(f"nonfinite is one of {ways}, got {options.nonfinite!r}")
+            raise ValueError(
+                f"nonfinite is one of {ways}, got {options.nonfinite!r}{did_you_mean(options.nonfinite, get_args(NonFinite))}"
+            )
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")

@@ -21,6 +21,10 @@ Groups: TypeAlias = list[dict[str, Any]]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_NOT_AGREED = ("params", "param_names", "foreach", "fused", "differentiable", "fusedfog")
+"""Of param groups: parameters have entries of their own, and hints change nothing."""
+
+
 def check_finite(group: Mapping[str, Any], non_negative: Iterable[str], finite: Iterable[str] = ()) -> None:
     """Raise ValueError unless the named hyper-parameters are finite numbers, and the first ones not negative."""
     bounded = list(non_negative)
@@ -130,7 +134,7 @@ def fields_of(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Op
         fields[f"parameter {i} ({spec.name})"] = f"shape {spec.shape} {dtype} in group {spec.group}"
     for g, group in enumerate(groups):
         for name, value in group.items():
-            if name not in ("params", "param_names"):
+            if name not in _NOT_AGREED:
                 plain = value.tolist() if isinstance(value, Tensor) else value
                 # Whatever prints its address, as functions do, would differ on every rank.
                 known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
+from fusedfog.optim.arguments import check_keywords, spelled_out, warn_of_misspelt_mix
 from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.options import Keywords, Options
 from fusedfog.optim.state_dict import carry_clock, loaded_clock, make_room_for_clock, saved_clock
@@ -20,6 +21,7 @@ from fusedfog.optim.state_dict import carry_clock, loaded_clock, make_room_for_c
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
+@spelled_out
 class Decentralized(DecentralizedOptimizer):
     """Any `torch.optim.Optimizer`, its parameters averaged with neighbours at every step.
 
@@ -51,6 +53,7 @@ class Decentralized(DecentralizedOptimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, **decentralized: Unpack[Keywords]) -> None:
         _check_inner(optimizer)
+        _check_keywords(optimizer, decentralized)
         self.inner = optimizer
         super().__init__(optimizer.param_groups, optimizer.defaults, Options.of(decentralized))
 
@@ -78,6 +81,9 @@ class Decentralized(DecentralizedOptimizer):
             engine.groups = self.param_groups
         assert isinstance(engine, AroundScheduler)
         engine.step_around(self.inner, grad_scale, found_inf)
+
+    def _warn_of_unknown_keys(self, group: dict[str, Any], number: int) -> None:
+        warn_of_misspelt_mix(self._kind, group, number)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups is not self.inner.param_groups:
@@ -123,7 +129,19 @@ class Decentralized(DecentralizedOptimizer):
         """See `_show_states`."""
 
 
+def _check_keywords(inner: torch.optim.Optimizer, keywords: Keywords) -> None:
+    for name in keywords.keys() - Keywords.__annotations__.keys():
+        if name in inner.defaults:
+            raise TypeError(f"Decentralized() takes no {name!r}: give it to the {type(inner).__name__} that it wraps")
+    check_keywords(Decentralized, keywords)
+
+
 def _check_inner(inner: object) -> None:
+    if isinstance(inner, torch.nn.Module):
+        raise TypeError(
+            f"Decentralized was given a torch.nn.Module, {type(inner).__name__}, in place of an optimizer: pass one that was "
+            f"built on model.parameters(), Decentralized(torch.optim.RMSprop(model.parameters()), topology=...)"
+        )
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(
             f"Decentralized wraps a torch.optim.Optimizer, got {type(inner).__name__}; build that first: "

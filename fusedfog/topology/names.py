@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fusedfog.errors import did_you_mean
 from fusedfog.topology.base import Topology
 from fusedfog.topology.circulant import (
     equi_dynamic,
@@ -58,4 +59,6 @@ def named(name: str, n: int) -> Topology:
         raise ValueError(
             f"{name!r} needs to know the machines: pass fusedfog.topology.{name}(machines, local) instead of its name"
         )
-    raise ValueError(f"unknown topology {name!r}; known are {', '.join(BY_SIZE)}")
+    raise ValueError(
+        f"unknown topology {name!r}; known are {', '.join(BY_SIZE)}{did_you_mean(name, [*BY_SIZE, *BY_MACHINES])}"
+    )
