@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import Transfer, unrecorded
-from fusedfog.engine.gradient_scale import multiplier
+from fusedfog.engine.gradient_scale import gradients_of, multiplier
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import EMPTY, BucketState, PassGroup
 from fusedfog.kernels import Gradients, device
@@ -98,13 +98,15 @@ class GradientAverage:
 class AllReduceScheduler(Scheduler):
     """A scheduler that all-reduces the gradients of each bucket before the bucket's pass."""
 
-    def rebuild_buckets(self) -> None:
+    def rebuild_buckets(self, *, local: bool = False) -> None:
         """See `Scheduler.rebuild_buckets`."""
-        super().rebuild_buckets()
+        super().rebuild_buckets(local=local)
         assert self.communicator is not None
-        self._averages = [
-            GradientAverage(bucket.segment, bucket.layout, self.communicator) for bucket in self.buckets.all
-        ]
+        self._averages = {
+            bucket.number: GradientAverage(bucket.segment, bucket.layout, self.communicator)
+            for bucket in self.buckets.all
+            if bucket.segment.layout.mix
+        }
 
     def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
         """Wait for all averages first: the factor of the gradients is that of their means."""
@@ -116,7 +118,9 @@ class AllReduceScheduler(Scheduler):
         return self.buckets.singles[first:]
 
     def before_exchange(self, pass_group: PassGroup) -> None:
-        """Start the average of a bucket's gradients; no pass is made."""
+        """Start the average of a bucket's gradients, if others have it too; no pass is made."""
+        if not pass_group.segment.layout.mix:
+            return
         self._start_average(pass_group.buckets[0], pass_group.segment.gradients(pass_group.first, pass_group.last))
         if self.schedule.fused_backward:
             pass_group.drop_gradients()
@@ -133,15 +137,41 @@ class AllReduceScheduler(Scheduler):
 
     def _after_averages(self, grad_scale: Tensor | None) -> None:
         begin = time.perf_counter()
-        reduced = []
-        for number, average in enumerate(self._averages):
+        reduced = {}
+        for number, average in self._averages.items():
             with span("wait", (number,), sources=("all",)):
-                reduced.append(average.finish())
+                reduced[number] = average.finish()
         self.stats.blocked_s += time.perf_counter() - begin
-        self.inputs.grad_scale = multiplier(
-            [average.tensors() for average in self._averages], grad_scale, self.schedule.max_grad_norm, self.sharding
+        limit, inputs = self.schedule.max_grad_norm, self.inputs
+        inputs.grad_scale = multiplier(
+            [average.tensors() for average in self._averages.values()], grad_scale, limit, self.sharding
         )
-        scaled = self.inputs.found_inf is not None
-        for pass_group, (grads, found_inf) in zip(self.buckets.singles, reduced, strict=True):
-            self.inputs.found_inf = found_inf if scaled else None
-            self.make_pass(pass_group, self.algorithm.after, grads, EMPTY)
+        own_flag = inputs.found_inf
+        for pass_group in self.buckets.singles:
+            (number,) = pass_group.numbers
+            if number in reduced:
+                grads, found_inf = reduced[number]
+                inputs.found_inf = found_inf if own_flag is not None else None
+                self.make_pass(pass_group, self.algorithm.after, grads, EMPTY)
+        self._pass_unmixed(grad_scale, own_flag, [found_inf for _, found_inf in reduced.values()])
+
+    def _pass_unmixed(self, grad_scale: Tensor | None, own_flag: Tensor | None, flags: Sequence[Tensor]) -> None:
+        """The passes over what other ranks do not have, with this rank's gradients as they are.
+
+        Clipped by their own norm: what is shared would otherwise be clipped differently on every rank, and no longer be equal.
+        A step that any rank skips is skipped for them too.
+        """
+        unmixed = [segment for segment in self.segments if not segment.layout.mix]
+        if not unmixed:
+            return
+        limit, inputs = self.schedule.max_grad_norm, self.inputs
+        own = gradients_of(unmixed) if limit is not None else []
+        inputs.grad_scale = multiplier(own, grad_scale, limit, self.sharding)
+        inputs.found_inf = own_flag if own_flag is None or not flags else flags[0]
+        for pass_group in self.buckets.singles:
+            segment = pass_group.segment
+            if not segment.layout.mix:
+                grads = segment.gradients(pass_group.first, pass_group.last)
+                self.make_pass(pass_group, self.algorithm.after, grads, EMPTY)
+                if self.schedule.fused_backward:
+                    pass_group.drop_gradients()

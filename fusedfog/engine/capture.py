@@ -80,7 +80,8 @@ class CapturableScheduler(Scheduler):
     def _record(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.begin_step()
         layout = self._layout()
-        if self._warm != (layout, grad_scale is None, found_inf is None) or self._counts is None:
+        fresh = self._warm != (layout, grad_scale is None, found_inf is None) or self._counts is None
+        if fresh or self.has_unfrozen():
             raise RuntimeError(
                 "step() in a CUDA graph's capture, but no step like it was made before: states and connections would have to be "
                 "made, and kernels loaded, inside the capture. Make a few eager steps first, on a side stream (with a "
@@ -92,11 +93,12 @@ class CapturableScheduler(Scheduler):
                 "where they are (zero_grad(set_to_none=False))"
             )
         # Nobody may read these: they are not the replay's.
-        self.inputs.numbers = {key: (math.nan,) * count for key, count in self._counts.items()}
+        self.inputs.numbers = {key: (math.nan,) * count for key, count in (self._counts or {}).items()}
         try:
             self._make_passes(grad_scale, found_inf, record=True)
         finally:
             self.inputs = StepInputs()
+            self.hooks.unfrozen = None
         self._recorded = layout
 
     @contextmanager
@@ -110,10 +112,10 @@ class CapturableScheduler(Scheduler):
             raise RuntimeError(
                 "replaying() before any step() was captured: call step() inside torch.cuda.graph(...) first"
             )
-        if self._recorded != self._layout():
+        if self._recorded != self._layout() or self.has_unfrozen():
             raise RuntimeError(
                 "the captured step is out of date: param groups, momentum or amsgrad, or the topology's number of neighbours "
-                "have changed since. Make an eager step and capture again"
+                "have changed since, or a frozen parameter is to be trained. Make an eager step and capture again"
             )
         with self._around_passes():
             yield
@@ -194,15 +196,15 @@ class CapturableScheduler(Scheduler):
     def _write(self, passes: Sequence[Sequence[float]]) -> None:
         """Have the device read these numbers in the passes that follow on its current stream."""
         self._counts = {key: len(hyper) for key, hyper in self.inputs.numbers.items()}
-        blocks = self.segments[0].whole.blocks
+        on_gpu = any(segment.whole.blocks is not None for segment in self.segments)
         starts = list(accumulate((align_table(len(numbers), TABLE_ALIGNMENT) for numbers in passes), initial=0))
         values = [0.0] * starts[-1]
         self._places = [slice(start, start + len(numbers)) for start, numbers in zip(starts, passes, strict=False)]
         for place, numbers in zip(self._places, passes, strict=True):
             values[place] = numbers
         if self._numbers is None or len(self._numbers) != len(values):
-            dtype = torch.float64 if blocks is None else torch.float32
-            self._numbers = torch.zeros(len(values), dtype=dtype, device=self.segments[0].param.device)
+            dtype = torch.float32 if on_gpu else torch.float64
+            self._numbers = torch.zeros(len(values), dtype=dtype, device=self.place)
             self._written = ()
         if values != self._written:
             device.upload(values, self._numbers)

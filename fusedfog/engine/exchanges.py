@@ -115,7 +115,7 @@ class Exchanges:
 
     def adopt_channels(self, buckets: list[BucketState], known: bool) -> None:
         """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective."""
-        if self.channels is None:
+        if self.channels is None or not self.channels.segments:
             return
         if self.channels.all_ranks(known):
             self.channels.resume(buckets, self.clock.exchanges, self.clock.encoded)
@@ -135,9 +135,10 @@ class Exchanges:
 
     def end_step(self, rates: list[float]) -> None:
         """The step is over, at these learning rates of the groups."""
+        self._shares_of_step()  # Push-sum's scalars move on where this rank has nothing to pass over, too.
         self.clock.tick(self.schedule, self.due(self.clock.steps), rates)
         self._shares = None
-        if self.channels is not None:
+        if self.channels is not None and self.channels.segments:
             self.channels.report()
 
     # -- messages ----------------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict
     Args:
         in_two_halves: whether gradients are used in the pass before the exchange.
     """
+    if not segments:
+        return {"gradient_norm": 0.0, "disagreement": 0.0}
     mixing = [segment.norm_sums(False) for segment in segments]
     updating = [segment.norm_sums(in_two_halves) for segment in segments]
     sums = [

@@ -27,8 +27,12 @@ class PassMaker(Protocol):
         """Whether a bucket's pass can be made now without the host waiting."""
         ...
 
-    def pass_bucket(self, number: int) -> None:
-        """Make bucket number `number`'s pass before the exchange, or the only one, and start what follows it."""
+    def pass_bucket(self, place: int) -> None:
+        """Make the pass before the exchange, or the only one, of the bucket in place `place`, and start what follows it."""
+        ...
+
+    def has_unfrozen(self) -> bool:
+        """Whether `step` has to take in parameters that were frozen before it makes any pass."""
         ...
 
 
@@ -42,6 +46,7 @@ class BackwardHooks:
     Attributes:
         passed: how many buckets have had their pass in this step.
         accumulating: inside `no_sync()`.
+        unfrozen: the answer of `Scheduler.has_unfrozen` in this step, once somebody has asked.
     """
 
     def __init__(self, maker: PassMaker, *, clips: bool) -> None:
@@ -51,6 +56,7 @@ class BackwardHooks:
         self._buckets: Sequence[BucketState] = ()
         self.passed = 0
         self.accumulating = False
+        self.unfrozen: bool | None = None
 
     def attach(self, buckets: Sequence[BucketState]) -> None:
         """Hook all parameters of these buckets, and let go of those hooked before."""
@@ -75,7 +81,7 @@ class BackwardHooks:
 
     def begin_step(self) -> None:
         """No bucket has had its pass."""
-        self.passed = 0
+        self.passed, self.unfrozen = 0, None
         for bucket in self._buckets:
             bucket.ready = 0
 
@@ -84,7 +90,7 @@ class BackwardHooks:
         maker = self._maker()
         if maker is None or self.accumulating or self._wait_for_step(maker):
             return
-        if bucket.number < self.passed:
+        if bucket.place < self.passed:
             raise RuntimeError(
                 f"a second gradient arrived for {name} after fused_backward had already applied its bucket. Wrap all but the "
                 f"last backward of a step in `with opt.no_sync():`, and use non-reentrant checkpointing; or "
@@ -103,7 +109,7 @@ class BackwardHooks:
         """Whether passes must wait for `step`: clipping needs all gradients, a GradScaler's factor comes with `step`."""
         if self._holds is None:
             self._holds = grad_scaler_exists()
-        return self._holds or maker.blocked_by is not None
+        return self._holds or maker.blocked_by is not None or maker.has_unfrozen()
 
 
 class _Hook:

@@ -23,6 +23,9 @@ from fusedfog.kernels.rounding import seed_of
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.shards import Sharding
 
+_UNMIXED = 1 << 20
+"""Seeds of segments that are not mixed are counted from here."""
+
 
 @dataclass
 class StepInputs:
@@ -127,7 +130,10 @@ def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
 
 def seed_of_pass(engine: Engine, segment: FlatSegment, first_half: bool) -> int:
     """Of a pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
-    return seed_of(engine.rank, engine.clock.steps, 2 * engine.segments.index(segment) + first_half)
+    mix = segment.layout.mix
+    # What a rank does not mix may be there on that rank alone, and changes nothing for the others.
+    place = [one for one in engine.segments if one.layout.mix == mix].index(segment) + (0 if mix else _UNMIXED)
+    return seed_of(engine.rank, engine.clock.steps, 2 * place + first_half)
 
 
 def _inverse_norm(engine: Engine, segment: FlatSegment, name: str) -> Tensor:

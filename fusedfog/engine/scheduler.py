@@ -44,8 +44,11 @@ from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.kernels import CompressedChannel, Gradients, device, run_pass, warm_pass
 from fusedfog.params.flat import FlatSegment
+from fusedfog.params.layout import is_trained
 from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
+
+_CPU = torch.device("cpu")
 
 
 class Scheduler:
@@ -72,6 +75,8 @@ class Scheduler:
         hierarchy: this rank's place on a mesh, where `topology` is between machines.
         codes: dtype of compressed messages; None sends the flat tensors themselves.
         sharding: how the parameters are sharded, if they are.
+        frozen: the groups' parameters that have no place in segments, since nothing trains them.
+        place: the device of all segments, where there are none yet too.
 
     Attributes:
         buckets: in their order, with what is in flight.
@@ -94,11 +99,15 @@ class Scheduler:
         hierarchy: Hierarchy | None = None,
         codes: torch.dtype | None = None,
         sharding: Sharding | None = None,
+        frozen: Sequence[Tensor] = (),
+        place: torch.device = _CPU,
     ) -> None:
         self.groups, self.segments = groups, segments
+        self.frozen, self.place = list(frozen), place
         self.algorithm, self.communicator, self.schedule = algorithm, communicator, schedule
         self.sharding = sharding
         self.blocked_by: str | None = None
+        self.warned_of_buffers = False
         # Not with fused_backward: how many buckets the hooks have passed differs by rank, and with it the order of pass
         # groups, in which messages are started and NCCL matches them.
         self._by_segment = not schedule.fused_backward
@@ -120,11 +129,16 @@ class Scheduler:
 
     # -- construction and change -------------------------------------------------------------------------------------
 
-    def rebuild_buckets(self) -> None:
-        """Order all buckets of all segments, and hook their parameters; call again after adding segments."""
-        self.discard()
-        self.exchanges.forget_buckets()
-        self.buckets = Buckets(self.segments)
+    def rebuild_buckets(self, *, local: bool = False) -> None:
+        """Order all buckets of all segments, and hook their parameters; call again after adding segments.
+
+        Args:
+            local: only segments that are not mixed were added, perhaps on this rank alone: what is in flight stays so.
+        """
+        if not local:
+            self.discard()
+            self.exchanges.forget_buckets()
+        self.buckets = Buckets(self.segments, self.buckets if local else None)
         self.hooks.attach(self.buckets.all if self.schedule.fused_backward else ())
         for segment in self.segments if self.algorithm.outer else ():
             if "outer_param" not in segment.states:
@@ -136,12 +150,23 @@ class Scheduler:
 
     def warm_up(self) -> None:
         """On GPUs, compile the kernels of all rounds, so that none is compiled in mid-training."""
-        if not device.on_gpu(self.segments[0].param):
+        if not device.on_gpu(self.place):
             return
         counts = self.exchanges.inbox_counts()
         for pass_group in self.buckets.wholes:
             for work in passes_to_warm(self, pass_group, counts):
                 warm_pass(work)
+
+    def has_unfrozen(self) -> bool:
+        """Whether parameters that were frozen are to be trained now, as torch.optim does with whatever has a gradient.
+
+        Asked once a step, at its first gradient or in `step`: hooks come at other moments on each rank.
+        """
+        if not self.frozen:
+            return False
+        if self.hooks.unfrozen is None:
+            self.hooks.unfrozen = any(map(is_trained, self.frozen))
+        return self.hooks.unfrozen
 
     def discard(self) -> None:
         """Wait for what is in flight and forget it: the next step starts its own exchange."""
@@ -176,6 +201,10 @@ class Scheduler:
         self.inputs.found_inf = found_inf
         self.passes_around_exchange(grad_scale)
         self.end_step()
+
+    def may_step(self) -> bool:
+        """Whether `begin_step` will let a step be made."""
+        return self.blocked_by is None and (self.communicator is None or self.communicator.ended is None)
 
     def begin_step(self) -> None:
         """Raise if no step may be made; states of algorithms that go on without gradients count as begun."""
@@ -267,9 +296,9 @@ class Scheduler:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def pass_bucket(self, number: int) -> None:
+    def pass_bucket(self, place: int) -> None:
         """See `hooks.PassMaker`."""
-        self.before_exchange(self.buckets.singles[number])
+        self.before_exchange(self.buckets.singles[place])
 
     def may_pass(self, bucket: BucketState) -> bool:
         """See `hooks.PassMaker`."""

@@ -157,7 +157,7 @@ class Decentralized:
     def __init__(self, model: nn.Module, settings: Settings, algorithm: str, topology: str, **more: Any) -> None:
         self.model = model
         keywords: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, **more}
-        optimizer = fusedfog.SGD(model.parameters(), algorithm=algorithm, topology=topology, **keywords)
+        optimizer = fusedfog.SGD(model.parameters(), algorithm=algorithm, topology=topology, model=model, **keywords)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.averaged, self.consensus_distance, self._stats = (
             optimizer.averaged,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class BucketState:
     """One bucket: its place in the order of buckets, and its message in flight.
 
     Attributes:
+        number: its place among the mixed buckets, the same on all ranks; of one that is not mixed, a number behind all those.
+        place: its place among all buckets.
         inbox, sources: where what the message brings will be, and from whom it comes.
         versions: the sums of the bucket's version counters that there would be without edits since it was sent: one of all
             its parameters, or of many one of every fourth, from the first, the second and so on.
@@ -45,6 +48,7 @@ class BucketState:
     """
 
     number: int
+    place: int
     segment: FlatSegment
     layout: Bucket
     transfer: Transfer | None = None
@@ -137,19 +141,30 @@ class PassGroup:
 class Buckets:
     """All buckets of an optimizer.
 
+    Args:
+        before: how they were laid out before segments were added; buckets that are there already stay what they are.
+
     Attributes:
-        all: in the order of backward, which all ranks share.
+        all: in the order of backward, which all ranks share as far as mixed ones are concerned.
         singles: the pass groups over each of them.
         wholes: the pass groups over whole segments.
     """
 
-    def __init__(self, segments: Sequence[FlatSegment]) -> None:
+    def __init__(self, segments: Sequence[FlatSegment], before: Buckets | None = None) -> None:
         self.all: list[BucketState] = []
         self.singles: list[PassGroup] = []
         members: dict[int, list[BucketState]] = {}
-        for number, (s, b) in enumerate(backward_order([segment.layout for segment in segments])):
+        known = {id(bucket.layout): bucket for bucket in before.all} if before is not None else {}
+        # Numbers tell messages apart, so ranks that have different unmixed parameters must not number them differently.
+        numbers = {
+            True: count(),
+            False: count(sum(len(one.layout.buckets) for one in segments if one.layout.mix)),
+        }
+        for place, (s, b) in enumerate(backward_order([segment.layout for segment in segments])):
             segment, layout = segments[s], segments[s].layout.buckets[b]
-            bucket = BucketState(number, segment, layout)
+            number = next(numbers[segment.layout.mix])
+            bucket = known.get(id(layout)) or BucketState(number, place, segment, layout)
+            bucket.number, bucket.place = number, place
             self.all.append(bucket)
             self.singles.append(PassGroup(segment, (bucket,), segment.regions[b], layout.first, layout.last))
             members.setdefault(s, []).append(bucket)
@@ -169,8 +184,8 @@ class Buckets:
 
     def forget_edits(self, counts: Sequence[int]) -> None:
         """Set `count_edits` back, after edits that undid themselves."""
-        for bucket, count in zip(self.all, counts, strict=True):
-            bucket.expect_edits(count)
+        for bucket, edits in zip(self.all, counts, strict=True):
+            bucket.expect_edits(edits)
 
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""

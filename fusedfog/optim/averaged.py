@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fusedfog.comm.averaging import average_in_place, consensus_distance
 from fusedfog.comm.communicator import Communicator
@@ -15,6 +18,7 @@ from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim.build import ranks_to_mix_with
 from fusedfog.optim.options import Options
+from fusedfog.optim.shared import shared_with_model
 from fusedfog.params.shards import sharding_of
 
 
@@ -29,14 +33,16 @@ def measuring_communicator(engine: Scheduler, options: Options) -> Communicator 
         return None
     options, _ = ranks_to_mix_with(sharding_of(engine.groups, options.model), options, alone=False)
     view = find_group(options.group)
-    return communicator_for(view, engine.segments[0].param.device) if view.size > 1 else None
+    return communicator_for(view, engine.place) if view.size > 1 else None
 
 
 @contextmanager
 def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None) -> Iterator[None]:
     """Inside, parameters and `model`'s floating-point buffers are averages; afterwards they are exactly what they were."""
     model = model if model is not None else options.model
-    buffers = [b for b in model.buffers() if b.is_floating_point()] if model is not None else []
+    buffers = _float_buffers(model, engine) if model is not None else []
+    if model is None and not engine.warned_of_buffers:
+        _warn_of_buffers(engine)
     tensors = [*_mixed(engine), *buffers]  # Parameters elsewhere would not be the average inside.
     engine.drain(keep_failures=True)
     edits = engine.buckets.count_edits()
@@ -60,9 +66,58 @@ def distance_of(engine: Scheduler, options: Options) -> float:
     flats = _mixed(engine)
     distance = consensus_distance(flats, measuring_communicator(engine, options))
     if engine.sharding is not None:
-        own = torch.tensor(distance, dtype=torch.float64, device=engine.segments[0].param.device)
+        own = torch.tensor(distance, dtype=torch.float64, device=engine.place)
         distance = engine.sharding.norm(own).item()
     return distance
+
+
+def _float_buffers(model: nn.Module, engine: Scheduler) -> list[torch.Tensor]:
+    """The floating-point buffers of a model but those of modules that only this rank trains."""
+    own = set(map(id, model.buffers()))
+    beside = shared_with_model(model, engine.groups).values()
+    return [tensor for tensor in beside if id(tensor) in own and tensor.is_floating_point()]
+
+
+def _warn_of_buffers(engine: Scheduler) -> None:
+    """Warn, once, if the parameters are in a module with buffers that the average will not have."""
+    engine.warned_of_buffers = True
+    params = {id(param) for segment in engine.segments if segment.layout.mix for param in segment.owners}
+    for module in _roots_of(params):
+        constant = {
+            f"{path}.{name}" for path, one in module.named_modules() for name in one._non_persistent_buffers_set
+        }
+        names = [name for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+        names = [name for name in names if name not in constant and f".{name}" not in constant]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warnings.warn(
+                f"rank {engine.rank}: averaged() averages the parameters, but not {names[0]}{more}: {type(module).__name__} has "
+                f"floating-point buffers (running statistics), which stay this rank's own beside averaged weights. Pass the "
+                f"model, averaged(model), or build the optimizer with model=",
+                UserWarning,
+                stacklevel=5,
+            )
+            return
+
+
+def _roots_of(params: set[int]) -> list[nn.Module]:
+    """The modules that hold any of these parameters and are in no other module; one look through all objects."""
+    # isinstance would wake up weak proxies.
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module.__dict__.get("_modules", {}).values():
+            parents.setdefault(id(child), []).append(module)
+    reached = [one for one in modules if any(id(p) in params for p in one.__dict__.get("_parameters", {}).values())]
+    seen, roots = set(map(id, reached)), []
+    while reached:
+        module = reached.pop()
+        above = parents.get(id(module), [])
+        if not above:
+            roots.append(module)
+        reached += [one for one in above if id(one) not in seen]
+        seen.update(map(id, above))
+    return roots
 
 
 def _mixed(engine: Scheduler) -> list[torch.Tensor]:

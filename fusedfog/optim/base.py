@@ -24,7 +24,9 @@ from fusedfog.optim.description import announce
 from fusedfog.optim.options import Options
 from fusedfog.optim.state_dict import (
     carry_clock,
+    clone_state,
     load_states,
+    load_states_of,
     loaded_clock,
     make_room_for_clock,
     original_states,
@@ -86,10 +88,12 @@ class DecentralizedOptimizer(Controls):
             peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
         measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
             disagreement.
-        sync_init: broadcast rank 0's parameters, and `model`'s buffers, at construction.
-        model: the module being trained: names parameters in errors, orders buckets, has its buffers broadcast.
+        sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
+        model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
+            buffers and the parameters that this optimizer does not hold.
 
-    A param group may set `mix=False`: updated, never communicated.
+    A param group may set `mix=False`: updated, never communicated, each rank's own in number and shape. Frozen parameters have
+    no states and are not sent until they require gradients, or have one, on all ranks before the same step.
 
     Raises (at construction, before anything is sent or changed):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
@@ -154,6 +158,7 @@ class DecentralizedOptimizer(Controls):
             PeerTimeout, ExchangeError: a neighbour's message did not come.
             RankLeft: another rank has called `leave()`.
             NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
+            MismatchError, PeerTimeout: parameters were unfrozen, but not the same on every rank before the same step.
             StorageReplacedError: a parameter was moved or given a new storage; of 256 or more, a step looks at every fourth.
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
@@ -166,6 +171,8 @@ class DecentralizedOptimizer(Controls):
                 loss = closure()
         if not self._data_parallel_checked:
             self._check_data_parallel(engine)
+        if engine.has_unfrozen():
+            self._train_unfrozen(engine)
         # A GradScaler sets these two for the duration of a step.
         self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
@@ -173,6 +180,12 @@ class DecentralizedOptimizer(Controls):
     def _update(self, engine: Scheduler, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         engine.step(grad_scale, found_inf)
         self._show_states()
+
+    def _train_unfrozen(self, engine: Scheduler) -> None:
+        if engine.may_step():
+            loaded = dict(self.state)
+            for segment in construction.train_unfrozen(self._kind, engine, self._options):
+                load_states_of(engine, segment, loaded)
 
     def _check_data_parallel(self, engine: Scheduler) -> None:
         data_parallel.check(self._kind, engine, construction.running_setup(self._family, engine, self._options))
@@ -265,4 +278,7 @@ class DecentralizedOptimizer(Controls):
         """
         self.state.clear()
         load_states(self._kind, self._engine, saved, own)
+        # As torch does, for the day they are trained again.
+        kept = {param: saved[param] for param in self._engine.frozen if param in saved}
+        self.state.update({param: clone_state(state) for param, state in kept.items()})
         self._show_states()

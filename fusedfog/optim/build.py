@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Algorithm, algorithm_for
@@ -21,14 +23,16 @@ from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
+from fusedfog.errors import PeerTimeout
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.kernels import device
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
-from fusedfog.optim.parameters import Groups, describe, fields_of
+from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of, place_of
+from fusedfog.optim.shared import fields_of_shared, make_equal, shared_with_model
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.layout import ParamSpec, Segment, build_layout
+from fusedfog.params.layout import ParamSpec, Segment, build_layout, is_trained
 from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
@@ -43,15 +47,18 @@ def name_topology(topology: Topology | None) -> str:
 
 def setup_of(family: str, groups: Groups, options: Options, specs: Sequence[ParamSpec], *, sharded: bool) -> Setup:
     """What `compatibility` is asked about, as far as one rank knows it by itself."""
-    place = groups[0]["params"][0].device
-    used: dict[str, torch.dtype | None] = {f"parameters ({spec.name})": spec.dtype for spec in specs}
+    place = place_of(groups, options.group)
+    trained = [spec for spec in specs if spec.trained]
+    used: dict[str, torch.dtype | None] = {f"parameters ({spec.name})": spec.dtype for spec in trained}
+    # Frozen 16-bit parameters are a reason for low_precision, as they may be trained later.
+    later = [spec for spec in specs if not spec.trained and spec.dtype in (torch.bfloat16, torch.float16)]
     return Setup(
         family,
         algorithm_for(options.algorithm, family, options.outer),
         vars(options),
         groups,
         sharded=sharded,
-        dtypes={spec.name: spec.dtype for spec in specs},
+        dtypes={spec.name: spec.dtype for spec in [*trained, *later]},
         place=place,
         lacking=missing_instructions(place, {**used, "states": options.state_dtype, "messages": options.codes}),
     )
@@ -75,10 +82,12 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
     check_backend(view, place)
     layouts = build_layout(specs, _bucket_bytes(options, algorithm))
     communicator, channel, hierarchy = None, 0, None
+    beside = shared_with_model(options.model, groups) if options.model is not None and options.sync_init else {}
     if view.size > 1:
-        fields = fields_of(kind, groups, specs, options) | _fields_of_ranks(options.mesh, topology)
-        if sharding is not None and everyone is not None:
-            fields |= sharding.fields(groups, specs, given)
+        sharded = _fields_of_shards(sharding, groups, specs, given) if everyone is not None else {}
+        fields = fields_of(kind, groups, specs, options, sharded) | fields_of_shared(beside)
+        fields |= _fields_of_ranks(options.mesh, topology, place)
+        fields |= {name: value for name, value in sharded.items() if name not in fields}
         agree(everyone or view, next_agreement(everyone or view), fields, group_timeout(view, place), kind)
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
@@ -86,8 +95,9 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
             hierarchy = Hierarchy(options.mesh, place, options.comm_sms)
     compiled = _compile(kind, algorithm, groups, layouts, topology, view, communicator, options)
     segments = _adopt(groups, layouts, options, communicator, compiled=compiled)
+    frozen = _frozen(groups, specs)
     if options.sync_init:
-        broadcast([b.detach() for b in options.model.buffers()] if options.model is not None else [], communicator)
+        make_equal([*_mixed_of(groups, frozen), *beside.values()], communicator)
     engine = _scheduler_for(algorithm, family, options)(
         groups,
         segments,
@@ -99,6 +109,8 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         hierarchy,
         options.codes,
         sharding,
+        frozen,
+        place,
     )
     engine.exchanges.open_connections()
     return engine
@@ -117,8 +129,31 @@ def ranks_to_mix_with(sharding: Sharding | None, options: Options, *, alone: boo
     return dataclasses.replace(options, group=group, mesh=None), everyone
 
 
-def _fields_of_ranks(mesh: DeviceMesh | None, topology: Topology | None) -> dict[str, str]:
-    return {"topology": name_topology(topology), "mesh": "none" if mesh is None else str(mesh.mesh.tolist())}
+def _fields_of_ranks(mesh: DeviceMesh | None, topology: Topology | None, place: torch.device) -> dict[str, str]:
+    return {
+        "topology": name_topology(topology),
+        "mesh": "none" if mesh is None else str(mesh.mesh.tolist()),
+        "device": place.type,
+    }
+
+
+def _fields_of_shards(
+    sharding: Sharding | None, groups: Groups, specs: Sequence[ParamSpec], mesh: DeviceMesh | None
+) -> dict[str, str]:
+    """What ranks must agree on of mixed shards; nothing for plain parameters."""
+    if sharding is None:
+        return {}
+    return sharding.fields([group for group in groups if group["mix"]], [spec for spec in specs if spec.mix], mesh)
+
+
+def _frozen(groups: Groups, specs: Sequence[ParamSpec]) -> list[Tensor]:
+    return [param for param, spec in zip(parameters_of(groups), specs, strict=True) if not spec.trained]
+
+
+def _mixed_of(groups: Groups, params: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `params` that are in groups which are mixed, in the groups' order."""
+    own = set(map(id, params))
+    return [param for param in parameters_of([group for group in groups if group["mix"]]) if id(param) in own]
 
 
 def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
@@ -134,14 +169,19 @@ def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
 def _adopt(
     groups: Groups, layouts: Sequence[Segment], options: Options, communicator: Communicator | None, *, compiled: bool
 ) -> list[FlatSegment]:
-    """Move the parameters of `groups` into flat segments, and start them from rank 0's values."""
-    params = [param for group in groups for param in group["params"]]
+    """Move parameters of `groups` into flat segments, and start those that are mixed from rank 0's values."""
+    params = parameters_of(groups)
     segments = [
-        segment_of(layout, [params[slot.index] for slot in layout.slots], compiled=compiled, storage=options.storage)
+        segment_of(
+            layout,
+            [cast(nn.Parameter, params[slot.index]) for slot in layout.slots],
+            compiled=compiled,
+            storage=options.storage,
+        )
         for layout in layouts
     ]
     if options.sync_init:
-        broadcast([segment.param for segment in segments], communicator)
+        broadcast([segment.param for segment in segments if segment.layout.mix], communicator)
     return segments
 
 
@@ -174,16 +214,17 @@ def _compile(
     options: Options,
 ) -> bool:
     """Whether the passes are compiled; all ranks together."""
-    if not options.cpu_compile or device.on_gpu(groups[0]["params"][0].device):
+    if not options.cpu_compile or device.on_gpu(place_of(groups, options.group)):
         return False
     neighbours = {1}
     if options.mesh is None:
         averaging, pausing = options.global_average_every is not None, options.communicate_every > 1
         neighbours = numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
-    return bool(passes) and compile_everywhere(
-        view, passes, communicator.timeout if communicator is not None else None, kind
-    )
+    if view.size == 1 and not passes:
+        return False
+    # With a group together, whatever each rank has to compile: unmixed parameters differ.
+    return compile_everywhere(view, passes, communicator.timeout if communicator is not None else None, kind)
 
 
 def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
@@ -200,37 +241,89 @@ def check_groups(family: str, engine: Scheduler, groups: Groups, options: Option
 
 
 def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
-    """Take the last of `groups` into a running scheduler; all ranks together."""
+    """Take the last of `groups` into a running scheduler; all ranks together, unless it is not mixed."""
     group = groups[-1]
     check_groups(family, engine, groups, options)
     specs = describe([group], len(groups) - 1, options.model)
-    place = engine.segments[0].param.device
-    if specs and group["params"][0].device != place:
-        raise ValueError(
-            f"the new group is on {group['params'][0].device} but the optimizer's parameters are on {place}"
-        )
-    if sharding_of([group], options.model) != engine.sharding:
+    own = next((param.device for param in filter(is_trained, group["params"])), engine.place)
+    if own != engine.place:
+        raise ValueError(f"the new group is on {own} but the optimizer's parameters are on {engine.place}")
+    if group["params"] and sharding_of([group], options.model) != engine.sharding:
         raise ValueError(
             "the new group is not sharded as the optimizer's parameters are: give it an optimizer of its own"
         )
-    if engine.communicator is not None:
-        fields = fields_of(kind, groups[-1:], specs, options)
-        if engine.sharding is not None:
-            fields |= engine.sharding.fields(groups[-1:], specs, None)
-        agree(
-            engine.communicator.view,
-            next_agreement(engine.communicator.view),
-            fields,
-            engine.communicator.timeout,
-            f"{kind}.add_param_group",
-        )
+    if engine.communicator is not None and group["mix"]:
+        sharded = _fields_of_shards(engine.sharding, groups[-1:], specs, None)
+        fields = fields_of(kind, groups[-1:], specs, options, sharded)
+        fields |= {name: value for name, value in sharded.items() if name not in fields}
+        view = engine.communicator.view
+        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.add_param_group")
+    _grow(engine, [group], specs, options, sync=options.sync_init)
+    frozen = _frozen([group], specs)
+    engine.frozen.extend(frozen)
+    if options.sync_init:
+        make_equal(_mixed_of([group], frozen), engine.communicator)
+
+
+def train_unfrozen(kind: str, engine: Scheduler, options: Options) -> list[FlatSegment]:
+    """Give those parameters a place that were frozen and are to be trained now; all ranks together, for those that are mixed.
+
+    Returns:
+        The new segments.
+
+    Raises:
+        MismatchError, PeerTimeout: not every rank unfreezes the same ones before the same step.
+        ValueError: as at construction, for what nobody trained until now.
+    """
+    wanted = {id(param) for param in engine.frozen if is_trained(param)}
+    given, groups = parameters_of(engine.groups), engine.groups
+    try:
+        specs = [
+            dataclasses.replace(spec, trained=id(param) in wanted)
+            for param, spec in zip(given, describe(groups, 0, options.model), strict=True)
+        ]
+        mixed = [spec for spec in specs if spec.mix and spec.trained]
+        if mixed and engine.communicator is not None:
+            _agree_to_unfreeze(kind, engine.communicator, groups, mixed)
+    finally:
+        engine.hooks.unfrozen = None
+    segments = _grow(engine, groups, specs, options, sync=False)
+    engine.frozen = [param for param in engine.frozen if id(param) not in wanted]
+    return segments
+
+
+def _agree_to_unfreeze(kind: str, communicator: Communicator, groups: Groups, mixed: Sequence[ParamSpec]) -> None:
+    numbers = {g: place for place, g in enumerate(g for g, group in enumerate(groups) if group["mix"])}
+    what = f"{kind}: unfreezing {mixed[0].name}" + (f" and {len(mixed) - 1} more" if len(mixed) > 1 else "")
+    fields = {
+        f"parameter {spec.name} of group {numbers[spec.group]}": f"trained from now on, shape {spec.shape}"
+        for spec in mixed
+    }
+    try:
+        agree(communicator.view, next_agreement(communicator.view), fields, communicator.timeout, what)
+    except PeerTimeout as error:
+        raise PeerTimeout(
+            f"{error}. Every rank has to unfreeze the same parameters (requires_grad_(True), or a gradient) before the same "
+            f"step, or none; parameters of a group with mix=False each rank may unfreeze as it likes"
+        ) from error
+
+
+def _grow(
+    engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, *, sync: bool
+) -> list[FlatSegment]:
+    """Give the trained ones of `specs`, those of all parameters of `groups`, a place in a running scheduler."""
     layouts = build_layout(specs, _bucket_bytes(options, engine.algorithm))
-    compiled = any(region.compiled for region in engine.segments[0].regions)
-    segments = _adopt([group], layouts, options, engine.communicator, compiled=compiled)
-    engine.discard()
-    engine.segments.extend(segments)
-    engine.rebuild_buckets()
-    engine.warm_up()
+    compiled = any(region.compiled for segment in engine.segments for region in segment.regions)
+    options = dataclasses.replace(options, sync_init=sync)
+    segments = _adopt(groups, layouts, options, engine.communicator, compiled=compiled)
+    if segments:
+        local = not any(segment.layout.mix for segment in segments)
+        if not local:
+            engine.discard()
+        engine.segments.extend(segments)
+        engine.rebuild_buckets(local=local)
+        engine.warm_up()
+    return segments
 
 
 def change_topology(

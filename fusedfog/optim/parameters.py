@@ -9,11 +9,14 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from fusedfog.comm.group import check_backend, find_group
 from fusedfog.optim.options import Options
 from fusedfog.params.flat import dense_stride
-from fusedfog.params.layout import ParamSpec
+from fusedfog.params.layout import ParamSpec, is_trained
 from fusedfog.params.shards import room, stand_in
 
 Groups: TypeAlias = list[dict[str, Any]]
@@ -37,7 +40,7 @@ def check_finite(group: Mapping[str, Any], non_negative: Iterable[str], finite: 
 
 
 def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch.nn.Module | None) -> list[ParamSpec]:
-    """The layout's view of the parameters of `groups`, checked.
+    """The layout's view of the parameters of `groups`, checked as far as they are trained.
 
     Raises:
         ValueError: a dtype, memory layout or device that cannot be trained here, or parameters that share memory.
@@ -45,10 +48,15 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
     known = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())} if model is not None else {}
     specs: list[ParamSpec] = []
     seen: list[Tensor] = []
+    # Beside others, parameters that cannot be trained may be frozen (a quantised base). Alone they are a mistake.
+    trainable = any(is_trained(param) or param.dtype in _DTYPES for param in parameters_of(groups))
     for offset, group in enumerate(groups):
-        names = group.get("param_names") or [f"{len(specs) + i}" for i in range(len(group["params"]))]
+        names = group.get("param_names") or _numbered(len(group["params"]), specs, bool(group["mix"]))
         for i, (param, given) in enumerate(zip(group["params"], names, strict=True)):
             depth, name = known.get(id(param), (i / len(group["params"]), given))
+            if not is_trained(param) and trainable:
+                specs.append(_frozen_spec(param, name, first_group + offset, bool(group["mix"]), depth))
+                continue
             local = stand_in(param)
             _check_parameter(local, name)
             specs.append(
@@ -64,14 +72,47 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
                 )
             )
             seen.append(local)
-    places = {param.device: spec.name for param, spec in zip(seen, specs, strict=True)}
+    trained = [spec for spec in specs if spec.trained]
+    places = {param.device: spec.name for param, spec in zip(seen, trained, strict=True)}
     if len(places) > 1:
         found = ", ".join(f"{name} on {place}" for place, name in places.items())
         raise ValueError(
             f"all parameters of an optimizer must be on one device, but there is {found}; move the model first"
         )
-    _check_disjoint(seen, specs)
+    _check_disjoint(seen, trained)
     return specs
+
+
+def _numbered(count: int, before: Sequence[ParamSpec], mix: bool) -> list[str]:
+    """Names for parameters without: their places among the mixed ones, which ranks compare, or among the others."""
+    first = sum(spec.mix == mix for spec in before)
+    return [f"{first + i}{'' if mix else ' (mix=False)'}" for i in range(count)]
+
+
+def _frozen_spec(param: Tensor, name: str, group: int, mix: bool, depth: float) -> ParamSpec:
+    """What ranks agree on of a parameter that has no place yet; it may be of a kind that cannot be trained."""
+    shape = () if is_lazy(param) else tuple(param.shape)
+    return ParamSpec(name, shape, (), param.dtype, group, mix, depth, trained=False)
+
+
+def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [param for group in groups for param in group["params"]]
+
+
+def place_of(groups: Sequence[Mapping[str, Any]], group: dist.ProcessGroup | None) -> torch.device:
+    """Where the first trained parameter is, or the first one that there is; without any, where ranks exchange."""
+    params = parameters_of(groups)
+    found = [param.device for param in [*filter(is_trained, params), *params] if param.device.type != "meta"]
+    if found:
+        return found[0]
+    try:
+        # Other ranks may have some: all must meet on one kind of device.
+        here = torch.device("cuda", torch.cuda.current_device())
+        check_backend(find_group(group), here)
+    except (ValueError, RuntimeError, AssertionError):
+        return torch.device("cpu")
+    return here
 
 
 def _check_parameter(param: Tensor, name: str) -> None:
@@ -126,13 +167,23 @@ def check_states(groups: Groups, state_dict: Mapping[str, Any]) -> None:
                 )
 
 
-def fields_of(kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Options) -> dict[str, str]:
-    """What ranks must agree on, in a reader's words."""
-    fields = {"optimizer": kind, "number of parameters": str(len(specs))}
-    for i, spec in enumerate(specs):
-        dtype = str(spec.dtype).removeprefix("torch.")
-        fields[f"parameter {i} ({spec.name})"] = f"shape {spec.shape} {dtype} in group {spec.group}"
-    for g, group in enumerate(groups):
+def fields_of(
+    kind: str, groups: Groups, specs: Sequence[ParamSpec], options: Options, sharded: Mapping[str, str] = {}
+) -> dict[str, str]:
+    """What ranks must agree on, in a reader's words. Groups that are not mixed are each rank's own, and are not counted.
+
+    Args:
+        groups: whose hyper-parameters are compared; `specs` are of the parameters of these, or of some.
+        sharded: what `Sharding.fields` says of the mixed ones.
+    """
+    mixed = [spec for spec in specs if spec.mix]
+    places = {g: place for place, g in enumerate(dict.fromkeys(spec.group for spec in mixed))}
+    fields = {"optimizer": kind, "number of parameters": str(len(mixed))}
+    for i, spec in enumerate(mixed):
+        dtype, name = str(spec.dtype).removeprefix("torch."), f"parameter {i} ({spec.name})"
+        about = f"shape {spec.shape} {dtype} in group {places[spec.group]}"
+        fields[name] = sharded.get(name, about) + ("" if spec.trained else ", frozen")
+    for g, group in enumerate(group for group in groups if group["mix"]):
         for name, value in group.items():
             if name not in _NOT_AGREED:
                 plain = value.tolist() if isinstance(value, Tensor) else value

@@ -146,9 +146,19 @@ def load_states(kind: str, engine: Scheduler, saved: Mapping[Any, Mapping[str, A
         own: this rank saved them, on the topology that it has.
     """
     for segment in engine.segments:
-        segment.load_states(state_names(engine, segment), [saved.get(param) or {} for param in segment.owners])
+        load_states_of(engine, segment, saved)
     if engine.channels is not None:
         engine.exchanges.adopt_channels(engine.buckets.all, own and has_messages(kind, engine, saved))
+
+
+def clone_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state, in tensors of its own."""
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def load_states_of(engine: Scheduler, segment: FlatSegment, saved: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Copy the states of one segment's parameters in, or have them start anew."""
+    segment.load_states(state_names(engine, segment), [saved.get(param) or {} for param in segment.owners])
 
 
 def carry_clock(saved: dict[str, Any]) -> None:

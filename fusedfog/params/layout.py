@@ -1,7 +1,7 @@
 """Where each parameter lives: flat offsets, buckets and kernel blocks, as pure data.
 
-Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer. Inside it every parameter starts at
-a multiple of `ALIGNMENT` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
+Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer, in which frozen ones
+have no place. Inside it every parameter starts at a multiple of `ALIGNMENT` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
 unit of exchange; a bucket is cut into *blocks* of at most `BLOCK` elements that never cross a parameter, the unit of work
 of one kernel program. The same inputs give the same layout on every rank; nothing here is traced at run time.
 """
@@ -23,7 +23,8 @@ class ParamSpec:
     """What the layout needs to know of a parameter.
 
     `depth` orders parameters by when the forward pass meets them (0 first); backward finishes them in the reverse order.
-    `room` is how many elements to keep for it, if that is more than it has (`shards`).
+    `room` is how many elements to keep for it, if that is more than it has (`shards`). Of one that is not `trained`, being
+    frozen, only what ranks must agree on is told.
     """
 
     name: str
@@ -34,11 +35,17 @@ class ParamSpec:
     mix: bool
     depth: float
     room: int = 0
+    trained: bool = True
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def is_trained(param: torch.Tensor) -> bool:
+    """Whether an optimizer is to update a parameter; torch.optim does so with whatever has a gradient, frozen or not."""
+    return param.requires_grad or param.grad is not None
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def build_layout(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment
     """Lay parameters out in segments and buckets.
 
     Args:
-        specs: one per parameter, in registration order; `Slot.index` counts in this order.
+        specs: one per parameter, in registration order; `Slot.index` counts in this order. Frozen ones get no place.
         bucket_bytes: a bucket is closed once it holds this much; a larger parameter is a bucket of its own.
 
     Raises:
@@ -92,7 +99,8 @@ def build_layout(specs: Sequence[ParamSpec], bucket_bytes: int) -> tuple[Segment
         raise ValueError(f"bucket size must be positive, got {bucket_bytes} bytes; 25 MB is a good bucket_mb")
     families: dict[tuple[int, torch.dtype, bool], list[tuple[int, ParamSpec]]] = {}
     for index, spec in enumerate(specs):
-        families.setdefault((spec.group, spec.dtype, spec.mix), []).append((index, spec))
+        if spec.trained:
+            families.setdefault((spec.group, spec.dtype, spec.mix), []).append((index, spec))
     return tuple(_segment(members, bucket_bytes) for members in families.values())
 
 
@@ -117,7 +125,8 @@ def backward_order(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     """Every (segment, bucket) in the order in which backward completes them.
 
     A bucket is complete when its shallowest parameter has its gradient, so buckets come by descending depth of that
-    parameter. All ranks pass over and exchange buckets in this one order: NCCL matches messages by order alone.
+    parameter. All ranks pass over and exchange buckets in this one order: NCCL matches messages by order alone. How mixed
+    buckets lie to each other does not depend on others, which may differ by rank.
     """
     keyed = [(-bucket.depth, s, b) for s, segment in enumerate(segments) for b, bucket in enumerate(segment.buckets)]
     return [(s, b) for _, s, b in sorted(keyed)]
