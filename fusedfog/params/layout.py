@@ -1,9 +1,10 @@
 """Where each parameter lives: flat offsets, buckets and kernel blocks, as pure data.
 
-Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer, in which frozen ones
-have no place. Inside it every parameter starts at a multiple of `ALIGNMENT` elements, in registration order. Consecutive parameters form *buckets* of about `bucket_mb`, the
-unit of exchange; a bucket is cut into *blocks* of at most `BLOCK` elements that never cross a parameter, the unit of work
-of one kernel program. The same inputs give the same layout on every rank; nothing here is traced at run time.
+Parameters of one param group, dtype and `mix` flag form a *segment*, one flat buffer, in which frozen ones have no place.
+Inside it every parameter starts at a multiple of `ALIGNMENT` elements, in registration order. Consecutive parameters form
+*buckets* of about `bucket_mb`, the unit of exchange; a bucket is cut into *blocks* of at most `BLOCK` elements that never
+cross a parameter, the unit of work of one kernel program. The same inputs give the same layout on every rank; nothing here
+is traced at run time.
 """
 
 from __future__ import annotations
