@@ -95,7 +95,7 @@ def bytes_of_exchange(engine: Scheduler) -> float:
         return 0.0
     if engine.algorithm.exchanges == "gradients":
         n = engine.communicator.view.size
-        return sum(2.0 * segment.param.nbytes * (n - 1) / n for segment in engine.segments)
+        return sum(2.0 * segment.param.nbytes * (n - 1) / n for segment in engine.segments if segment.layout.mix)
     mixed = [segment for segment in engine.segments if segment.layout.mix]
     messages = sum(_message_bytes(engine, segment, name) for segment in mixed for name in engine.algorithm.messages)
     rounds = Rounds(exchanges.hierarchy.machine if exchanges.hierarchy is not None else engine.communicator.view.rank)
