@@ -16,6 +16,7 @@ from fusedfog.optim import build as construction
 from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.description import brief, without_clock
 from fusedfog.optim.options import Options
+from fusedfog.optim.swapped import Values, pairs_of, swapped
 from fusedfog.topology import Topology
 
 
@@ -119,6 +120,28 @@ class Controls(torch.optim.Optimizer):
         engine.discard()
         with engine.block_steps("paused()"):
             yield
+
+    def swapped(self, values: Values) -> AbstractContextManager[None]:
+        """Inside, the parameters have other values, an EMA's say; afterwards they are what they were, to the last bit. Local.
+
+            with opt.swapped(ema.shadow_params), torch.no_grad():
+                evaluate(model)
+
+        Messages are not disturbed, and nothing is torn; they are waited for on entry. `step()` inside raises. Changes made
+        to the parameters inside are lost.
+
+        Args:
+            values: tensors in the order of the parameters in `param_groups`, frozen ones too; or a mapping from some of these
+                parameters to tensors; or a module such as `torch.optim.swa_utils.AveragedModel`, whose parameters are taken by
+                name where this optimizer knows names (`model=`, or it was given `named_parameters()`) and else in order. With
+                `model=`, an AveragedModel that was built with `use_buffers=True` gives its buffers too.
+
+        Raises (at the call, before anything changes):
+            ValueError: a wrong number of values, unknown parameters, another shape or dtype, or DTensors sharded otherwise.
+            TypeError: they are no tensors.
+        """
+        engine = self._engine
+        return swapped(engine, pairs_of(self._kind, engine, self._options, values))
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
