@@ -17,9 +17,10 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from fusedfog.kernels import cpu_pass, device
 from support.fake_cuda import kernel_by_the_cpu
 from support.stub_driver import stub_gpu
+
+from fusedfog.kernels import cpu_pass, device
 
 Way = Literal["stub", "passes", "cpu"]
 

@@ -20,7 +20,6 @@ from typing import Any
 import common  # noqa: F401 (makes fusedfog and the tests' table of rules importable)
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import BLOCK, Mixing, Pass, Region, run_pass
 from gpu_notes import Notes, Run
 from support.recorded import record
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import fusedfog
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.transfer import Transfer
+from fusedfog.kernels import BLOCK, Mixing, Pass, Region, run_pass
 
 STEPS, WARM = 20, 3
 METHODS = [

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import measure, ratio
-from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
-from fusedfog.kernels import device as place
 from support.kernel_rules import ROWS, SHAPES
 from support.passes import make_pass
 from torch import Tensor
 
+from fusedfog.kernels import BLOCK, Gradients, Region, run_pass
+from fusedfog.kernels import device as place
 from fusedfog.params.pages import zeros
 
 TORCH: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer] | None] = {

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 from common import measure, ratio, save, table
-from fusedfog.kernels import compile_now
 from kernel_cases import TORCH, USES, Pass, rows, silent_world, torch_runs
 from torch import Tensor
+
+from fusedfog.kernels import compile_now
 
 TARGET_NUMEL = 25_000_000
 TARGETS = {"default": 0.92, "compiled": 0.75}

@@ -19,11 +19,23 @@ class LaunchError(RuntimeError, ValueError):
 
 
 class PeerTimeout(TimeoutError, RuntimeError):
-    """A peer did not arrive, or its message did not, within the process group's timeout; names the peer."""
+    """A peer did not arrive, or its message did not, within the process group's timeout; names the peer, and who is where.
+
+    Attributes:
+        explained: the text says which call each rank is in.
+    """
+
+    explained = False
 
 
 class ExchangeError(RuntimeError):
-    """A message was lost because its peer exited or the connection broke; names the peer, the step and the bucket."""
+    """A message was lost because its peer exited or the connection broke; names the peer, the step and the bucket.
+
+    Attributes:
+        explained: the text says which call each rank is in.
+    """
+
+    explained = False
 
 
 class RankLeft(ExchangeError):
@@ -58,6 +70,10 @@ class ForeignCheckpointWarning(UserWarning):
 
 class NonFiniteWarning(UserWarning):
     """A rank's values were not finite, and others went on without them; names the rank."""
+
+
+class MismatchWarning(UserWarning):
+    """Ranks train with different numbers in their param groups, as learning rates; names group and entry, ranks and values."""
 
 
 class TornMessageWarning(UserWarning):

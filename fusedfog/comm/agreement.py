@@ -1,21 +1,25 @@
-"""Do all ranks mean the same? A check of named fields across ranks, over the default store.
+"""Do all ranks mean the same? Values that all ranks give in the same call, judged by one of them, over the default store.
 
-Every rank writes its fields, the group's rank 0 compares them with its own and writes a verdict, every rank reads it: O(n)
-keys, no process group and no assumption about who hosts the store. A rank that does not come is named in the verdict.
+Every rank writes the call that it is in and its value, the group's rank 0 judges them and writes a verdict, every rank reads
+it: O(n) keys, no process group and no assumption about who hosts the store. A rank that does not come, or is in another
+call, is named in the verdict. Nothing has been posted to the process group meanwhile, where two ranks in different collective
+operations wait for each other until the timeout, or worse: gloo ends the process over a message of another size.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from fusedfog.comm import calls
 from fusedfog.comm.group import GroupView, unbound
+from fusedfog.comm.membership import is_timeout
+from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchError, PeerTimeout
 
 _SHOWN = 6
@@ -43,7 +47,9 @@ def _next_agreement(ranks: tuple[int, ...]) -> str:
     return f"fusedfog/{members}/{number}"
 
 
-def agree(view: GroupView, prefix: str, fields: Mapping[str, str], timeout: timedelta, what: str) -> None:
+def agree(
+    view: GroupView, prefix: str, fields: Mapping[str, str], timeout: timedelta, what: str, call: str = ""
+) -> None:
     """Return once every rank of `view` has given the same `fields`.
 
     Args:
@@ -51,55 +57,113 @@ def agree(view: GroupView, prefix: str, fields: Mapping[str, str], timeout: time
         fields: name -> value, both as a user would want to read them in an error.
         timeout: how long to wait for the other ranks.
         what: who asks, for errors ("AdamW").
+        call: what all ranks must be in; `what` by default.
 
     Raises:
-        MismatchError: on every rank, naming each differing rank and field with both values (the first few).
+        MismatchError: on every rank, naming each differing rank and field with both values (the first few), or who is in
+            which other call.
         PeerTimeout: a rank did not come to this check within `timeout`; names it.
     """
-    store = dist.distributed_c10d._get_default_store()
+    differences = confer(view, prefix, dict(fields), _differences, timeout, what, call)
+    if differences:
+        raise MismatchError(f"rank {view.rank}: {what} differs between ranks: {differences}")
+
+
+def _differences(fields: Sequence[Mapping[str, str]]) -> str:
+    own, *others = fields
+    found = [
+        f"{name} is {theirs.get(name, 'missing')} on rank {rank} but {own.get(name, 'missing')} on rank 0"
+        for rank, theirs in enumerate(others, 1)
+        for name in dict.fromkeys([*own, *theirs])
+        if own.get(name) != theirs.get(name)
+    ]
+    more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more
+
+
+def confer(
+    view: GroupView,
+    prefix: str,
+    value: Any,
+    judge: Callable[[Sequence[Any]], Any],
+    timeout: timedelta,
+    what: str,
+    call: str = "",
+) -> Any:
+    """What `judge` makes of all ranks' values, on every rank.
+
+    Args:
+        prefix, timeout, what, call: as for `agree`.
+        value: this rank's; whatever JSON can write, NaN included.
+        judge: called on the group's rank 0, with the values in rank order; returns what JSON can write.
+
+    Raises:
+        MismatchError: another rank is in another call; names both.
+        PeerTimeout: a rank did not come within `timeout`; names it.
+    """
+    calls.enter_world(timeout.total_seconds())
+    store, own = dist.distributed_c10d._get_default_store(), [call or what, value]
     if view.rank:
-        store.set(f"{prefix}/{view.rank}", json.dumps(dict(fields)))
+        store.set(f"{prefix}/{view.rank}", json.dumps(own))
     else:
-        store.set(f"{prefix}/verdict", json.dumps(_judge(store, view, prefix, dict(fields), timeout)))
-    if not _await(store, f"{prefix}/verdict", timeout):
+        store.set(f"{prefix}/verdict", json.dumps(_collect(store, view, prefix, own, judge, timeout)))
+    if absent(store, [f"{prefix}/verdict"], timeout):
         raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 of the group did not come within {timeout}")
-    kind, text = json.loads(store.get(f"{prefix}/verdict"))
+    kind, verdict = json.loads(store.get(f"{prefix}/verdict"))
     if store.add(f"{prefix}/readers", 1) == view.size:
         store.delete_key(f"{prefix}/verdict")
         store.delete_key(f"{prefix}/readers")
     if kind == "absent":
-        raise PeerTimeout(f"rank {view.rank}: {what}: {text}")
-    if kind == "differ":
-        raise MismatchError(f"rank {view.rank}: {what} differs between ranks: {text}")
+        raise PeerTimeout(f"rank {view.rank}: {what}: {verdict}")
+    if kind == "elsewhere":
+        raise MismatchError(f"rank {view.rank}: {what}: {verdict}")
+    return verdict
 
 
-def _await(store: Store, key: str, timeout: timedelta) -> bool:
+def absent(store: Store, keys: Sequence[str], timeout: timedelta) -> list[int]:
+    """The places of those keys that nobody writes within `timeout`.
+
+    Raises:
+        RuntimeError: the store cannot be reached.
+    """
     try:
-        store.wait([key], timeout)
-    except RuntimeError:
-        return False
-    return True
+        store.wait(list(keys), timeout)
+    except RuntimeError as error:
+        if not is_timeout(error):
+            raise
+        return [place for place, key in enumerate(keys) if not store.check([key])]
+    return []
 
 
-def _judge(store: Store, view: GroupView, prefix: str, own: dict[str, str], timeout: timedelta) -> tuple[str, str]:
-    differences: list[str] = []
+def _collect(
+    store: Store,
+    view: GroupView,
+    prefix: str,
+    own: list[Any],
+    judge: Callable[[Sequence[Any]], Any],
+    timeout: timedelta,
+) -> tuple[str, Any]:
+    keys = [f"{prefix}/{rank}" for rank in range(1, view.size)]
     # The others stop waiting for this verdict after `timeout`; a name that comes after that helps nobody.
-    deadline = time.monotonic() + 0.8 * timeout.total_seconds()
-    for rank in range(1, view.size):
-        key = f"{prefix}/{rank}"
-        if not _await(store, key, timedelta(seconds=max(0.01, deadline - time.monotonic()))):
-            return "absent", f"rank {rank} did not come within {timeout}; it failed earlier, or builds fewer optimizers"
-        theirs = json.loads(store.get(key))
+    missing = [place + 1 for place in absent(store, keys, 0.8 * timeout)]
+    if missing:
+        return "absent", f"{name_ranks(missing)} did not come within {timeout}"
+    found = [own, *(json.loads(text) for text in _read(store, keys))]
+    for key in keys:
         store.delete_key(key)
-        differences += [
-            f"{name} is {theirs.get(name, 'missing')} on rank {rank} but {own.get(name, 'missing')} on rank 0"
-            for name in dict.fromkeys([*own, *theirs])
-            if own.get(name) != theirs.get(name)
-        ]
-    if not differences:
-        return "agree", ""
-    more = f" (and {len(differences) - _SHOWN} more)" if len(differences) > _SHOWN else ""
-    return "differ", "; ".join(differences[:_SHOWN]) + more
+    names: dict[str, list[int]] = {}
+    for rank, (name, _) in enumerate(found):
+        names.setdefault(name, []).append(rank)
+    if len(names) > 1:
+        parts = [f"{name_ranks(ranks)} {'are' if len(ranks) > 1 else 'is'} in {name}" for name, ranks in names.items()]
+        return "elsewhere", f"{', '.join(parts)}: every rank must call the same"
+    return "judged", judge([value for _, value in found])
+
+
+def _read(store: Any, keys: Sequence[str]) -> list[bytes]:
+    if keys and store.has_extended_api():
+        return list(store.multi_get(list(keys)))
+    return [store.get(key) for key in keys]
 
 
 def level_group_counts(ranks: tuple[int, ...], timeout: timedelta) -> None:
@@ -107,13 +171,22 @@ def level_group_counts(ranks: tuple[int, ...], timeout: timedelta) -> None:
 
     torch names a locally synchronized group after its ranks and the number of groups the process already has, so members
     with different numbers would wait for each other under different names until the timeout.
+
+    Raises:
+        PeerTimeout: a member did not come within `timeout`; names it.
     """
+    calls.enter_world(timeout.total_seconds())
     store, prefix = dist.distributed_c10d._get_default_store(), _next_agreement(ranks)
     own = len(dist.distributed_c10d._world.pg_names)
     me = dist.get_rank()
     store.set(f"{prefix}/{ranks.index(me)}", str(own))
     keys = [f"{prefix}/{place}" for place in range(len(ranks))]
-    store.wait(keys, timeout)
+    missing = absent(store, keys, timeout)
+    if missing:
+        raise PeerTimeout(
+            f"rank {ranks.index(me)}: a new group of global ranks {list(ranks)}: {name_ranks(missing)} of it did not come "
+            f"within {timeout}"
+        )
     with unbound():
         for _ in range(max(int(store.get(key)) for key in keys) - own):
             dist.new_group([me], backend="gloo", use_local_synchronization=True)

@@ -28,20 +28,22 @@ def average_in_place(flats: Sequence[Tensor], communicator: Communicator | None)
     """Replace each floating-point tensor by its mean over the ranks (fp32 sums for 16-bit tensors)."""
     if communicator is None:
         return
-    for flat in flats:
-        for chunk in _chunks(flat):
-            total = _accumulator(chunk)
-            dist.all_reduce(total, group=communicator.group)
-            chunk.copy_(total.div_(communicator.view.size))
+    with communicator.waiting("averaging with all ranks"):
+        for flat in flats:
+            for chunk in _chunks(flat):
+                total = _accumulator(chunk)
+                dist.all_reduce(total, group=communicator.group)
+                chunk.copy_(total.div_(communicator.view.size))
 
 
 def broadcast(flats: Sequence[Tensor], communicator: Communicator | None, src: int = 0) -> None:
     """Replace each tensor by group rank `src`'s."""
     if communicator is None:
         return
-    for flat in flats:
-        if flat.numel():
-            dist.broadcast(flat, group=communicator.group, group_src=src)
+    with communicator.waiting(f"taking rank {src}'s values, with all ranks"):
+        for flat in flats:
+            if flat.numel():
+                dist.broadcast(flat, group=communicator.group, group_src=src)
 
 
 def consensus_distance(flats: Sequence[Tensor], communicator: Communicator | None) -> float:
@@ -49,10 +51,11 @@ def consensus_distance(flats: Sequence[Tensor], communicator: Communicator | Non
     if communicator is None or not flats:
         return 0.0
     square = torch.zeros(1, dtype=torch.float64, device=flats[0].device)
-    for flat in flats:
-        for chunk in _chunks(flat):
-            mean = _accumulator(chunk)
-            dist.all_reduce(mean, group=communicator.group)
-            square += mean.div_(communicator.view.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
-    dist.all_reduce(square, group=communicator.group)
+    with communicator.waiting("averaging with all ranks"):
+        for flat in flats:
+            for chunk in _chunks(flat):
+                mean = _accumulator(chunk)
+                dist.all_reduce(mean, group=communicator.group)
+                square += mean.div_(communicator.view.size).sub_(chunk).pow_(2).sum(dtype=torch.float64)
+        dist.all_reduce(square, group=communicator.group)
     return math.sqrt(square.item() / communicator.view.size)

@@ -27,13 +27,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fusedfog.comm.agreement import next_agreement
+from fusedfog.comm import calls
+from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
 from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.comm.watchdog import Watchdog
-from fusedfog.errors import RankLeft
+from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 from fusedfog.kernels import device
 
 LAST_MOMENT = 5.0
@@ -74,6 +75,7 @@ class Communicator:
         self.on_gpu = device.on_gpu(place)
         check_backend(view, place)
         self.timeout = group_timeout(view, place)
+        calls.enter_world(self.timeout.total_seconds())
         if self.on_gpu:
             check_one_rank_per_gpu(view, place, self.timeout)
         options = nccl_options(view, place, self.timeout, comm_sms) if self.on_gpu else None
@@ -87,7 +89,9 @@ class Communicator:
         self._warm: tuple[set[int], set[int]] = (set(), set())
         self._watchdog = Watchdog(self) if self.on_gpu else None
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
-        dist.all_reduce(torch.zeros(1, device=place), group=self.group)
+        with self.waiting("opening the communicator, with all ranks"):
+            dist.all_reduce(torch.zeros(1, device=place), group=self.group)
+        calls.remember_addresses(view)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -95,6 +99,30 @@ class Communicator:
         if self._group is None or self.ended is not None:
             raise self.ended or RuntimeError("the process is ending")
         return self._group
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside, torch's errors of the network become `failure`'s; `what` says what is done, and with whom."""
+        try:
+            yield
+        except (PeerTimeout, ExchangeError):
+            raise
+        except RuntimeError as error:
+            if not calls.is_network_error(error):
+                raise
+            found = self.failure(error, what)
+            self.give_up(found)
+            raise found from found.__cause__
+
+    def meet(self, call: str) -> None:
+        """Return once every rank has come to this call; nothing has been posted to the group until then.
+
+        Raises:
+            MismatchError: another rank is in another call; names both.
+            PeerTimeout: a rank did not come; names it.
+        """
+        _ = self.group  # Raises why the communicator has ended, if it has.
+        confer(self.view, next_agreement(self.view), None, lambda _: None, self.timeout, call)
 
     def open_channel(self) -> int:
         """A number that keeps one user's tags apart from the others'; ranks open channels in the same order."""

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.comm.launchers import Launch, read_launch, tasks_of_shell
@@ -141,10 +142,24 @@ def check_mesh(mesh: DeviceMesh, view: GroupView) -> None:
 
 
 def group_timeout(view: GroupView, device: torch.device) -> timedelta:
-    """How long this world's operations on tensors of `device` wait for their peers."""
+    """How long this world's operations on tensors of `device` wait for their peers: the group's timeout.
+
+    Groups that were made without one, as those of a `DeviceMesh`, have torch's default of half an hour; they wait as long
+    as the default group, if that is less.
+    """
     assert view.group is not None
     timeout: timedelta = view.group._get_backend(device).options._timeout
+    default = dist.distributed_c10d._get_default_group()
+    if view.group is not default and timeout in (default_pg_timeout, default_pg_nccl_timeout):
+        with contextlib.suppress(RuntimeError):  # The default group may have no backend for this device.
+            timeout = min(timeout, default._get_backend(device).options._timeout)
     return timeout
+
+
+def store_timeout(view: GroupView) -> timedelta:
+    """How long what travels through the store waits: the timeout of the group's first backend."""
+    assert view.group is not None
+    return group_timeout(view, view.group._device_types[0])
 
 
 def check_backend(view: GroupView, place: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,8 +14,8 @@ from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether torch says that a peer did not come in time: gloo "Timed out", the store "wait timeout", NCCL either."""
-    return "imed out" in str(error) or "wait timeout" in str(error)
+    """Whether torch says that a peer did not come in time: gloo "Timed out", stores "wait timeout", NCCL either."""
+    return re.search("timed out|timeout", str(error), re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

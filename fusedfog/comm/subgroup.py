@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fusedfog.comm.agreement import level_group_counts, next_agreement
+from fusedfog.comm.agreement import absent, level_group_counts, next_agreement
+from fusedfog.comm.calls import Call
 from fusedfog.comm.group import GroupView, unbound
+from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import PeerTimeout
 
 
@@ -28,6 +31,7 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.Pr
         timeout: how long its operations wait; None is the default group's own.
 
     Raises:
+        PeerTimeout: one of these ranks did not call within the timeout; names it.
         RuntimeError: there is no default process group.
         ValueError: no ranks, one of them twice or not in the world, or this rank is none of them.
     """
@@ -42,7 +46,16 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.Pr
         raise ValueError(f"rank {me} is none of {list(members)}: only members make the group, so it must not call")
     if timeout is None:
         timeout = default._get_backend(default.bound_device_id or default._device_types[0]).options._timeout
-    return dedicated_group(members, timeout)
+    with Call("new_group()", Members(members.index(me), members)):
+        return dedicated_group(members, timeout)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The ranks of a group that is yet to be made, and this one's place among them."""
+
+    rank: int
+    ranks: tuple[int, ...]
 
 
 def dedicated_group(ranks: tuple[int, ...], timeout: timedelta, options: Any = None) -> dist.ProcessGroup:
@@ -96,14 +109,12 @@ def check_one_rank_per_gpu(view: GroupView, place: torch.device, timeout: timede
         store.set(f"{prefix}/clash", f"ranks {store.get(other).decode()} and {view.rank} are both on GPU {identity}")
     else:
         store.set(f"{prefix}/on/{identity}/first", str(view.rank))
-    if store.add(f"{prefix}/came", 1) == view.size:
-        store.set(f"{prefix}/all", "")
-    try:
-        store.wait([f"{prefix}/all"], timeout)
-    except RuntimeError as error:
+    store.set(f"{prefix}/came/{view.rank}", "")
+    missing = absent(store, [f"{prefix}/came/{rank}" for rank in range(view.size)], timeout)
+    if missing:
         raise PeerTimeout(
-            f"rank {view.rank}: another rank of the group did not come to open its communicator within {timeout}"
-        ) from error
+            f"rank {view.rank}: {name_ranks(missing)} of the group did not come to open its communicator within {timeout}"
+        )
     if store.check([f"{prefix}/clash"]):
         raise ValueError(
             f"rank {view.rank}: {store.get(f'{prefix}/clash').decode()}, and NCCL needs a GPU for each rank. Call "

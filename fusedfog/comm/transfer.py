@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class Owner(Protocol):
     def timeout(self) -> timedelta:
         """How long a wait may last."""
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group."""
+
     def register(self, transfer: Transfer) -> None:
         """Know of a transfer, for when the communicator is closed."""
 
@@ -66,6 +70,17 @@ class Transfer:
         self.failure: Exception | None = None
         self.waiter: threading.Thread | None = None
         communicator.register(self)
+
+    def add(self, operation: Callable[..., dist.Work | None], peers: object) -> None:
+        """Start a collective operation, given the `group`; if it cannot be, only the wait for it complains."""
+        group = self.communicator.group
+        try:
+            work = operation(group=group)
+        except RuntimeError as error:
+            self.fail(error, peers)
+            return
+        assert work is not None
+        self.pending.append((work, peers))
 
     def done(self) -> bool:
         """Whether `wait` would return (or raise) at once; on gloo, asking for the first time starts a thread that finds out.

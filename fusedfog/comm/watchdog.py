@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from fusedfog.comm.calls import where
 from fusedfog.comm.membership import Membership
 
 log = logging.getLogger("fusedfog")
@@ -61,7 +62,7 @@ class Watchdog:
         self._lock = threading.Lock()
         # Half the group's timeout: torch aborts the process at the whole of it.
         self._patience = communicator.timeout.total_seconds() / 2
-        self._rank = communicator.membership.view.rank
+        self._view = communicator.membership.view
         self._device = communicator.device
         threading.Thread(
             target=self._run, args=(weakref.ref(communicator),), daemon=True, name="fusedfog-watchdog"
@@ -80,7 +81,15 @@ class Watchdog:
             del living
             time.sleep(min(1.0, self._patience / 4))
             for label, peers in self._overdue():
-                log.error("rank %d: %s: %s: still waiting after %.0f s", self._rank, label, peers, self._patience)
+                who = where(self._view)
+                log.error(
+                    "rank %d: %s: %s: still waiting after %.0f s. %s",
+                    self._view.rank,
+                    label,
+                    peers,
+                    self._patience,
+                    who,
+                )
 
     def _settle_in(self) -> None:
         """Make this thread one that disturbs nobody.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -57,8 +58,7 @@ class GradientAverage:
         else:
             self.buffer[-1].zero_()
         self._transfer = Transfer(self.communicator, "gradients")
-        work = dist.all_reduce(self.buffer, group=self.communicator.group, async_op=True)
-        self._transfer.pending.append((work, "averaging with all ranks"))
+        self._transfer.add(partial(dist.all_reduce, self.buffer, async_op=True), "averaging with all ranks")
 
     def _pack(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         # Divided before they are summed, as DistributedDataParallel does: the sum of fp16 gradients may overflow.

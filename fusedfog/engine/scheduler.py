@@ -38,6 +38,7 @@ from fusedfog.engine.exchanges import Exchanges
 from fusedfog.engine.gradient_scale import own_multiplier
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
+from fusedfog.engine.same_numbers import SameNumbers
 from fusedfog.gossip.buckets import Buckets, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels, own_states
@@ -117,6 +118,7 @@ class Scheduler:
         self.clock: Clock = self.exchanges.clock
         self.stats: ExchangeStats = self.exchanges.stats
         self.channels = self.exchanges.channels
+        self._same_numbers = SameNumbers(communicator, channel) if communicator is not None else None
         self.buckets = Buckets(())
         self.rebuild_buckets()
         self.use_topology(topology)
@@ -179,6 +181,11 @@ class Scheduler:
         if self.exchanges.mailbox is not None:
             self.exchanges.mailbox.drain(self.buckets.all, keep_failures=keep_failures)
 
+    def meet(self, call: str) -> None:
+        """Return once every rank has come to this call; see `Communicator.meet`. At once for a rank that is alone or has left."""
+        if self.communicator is not None and self.communicator.ended is None:
+            self.communicator.meet(call)
+
     @contextmanager
     def block_steps(self, where: str) -> Iterator[None]:
         """Inside, no step may be made and hooks do nothing; `where` names the with-block in the error."""
@@ -227,6 +234,9 @@ class Scheduler:
     def end_step(self) -> None:
         """The clock ticks."""
         self.exchanges.end_step([float(group.get("lr") or 0.0) for group in self.groups])
+        if self._same_numbers is not None:
+            clock = self.clock
+            self._same_numbers.look(self.groups, clock.steps if self.exchanges.topology is None else clock.exchanges)
         self.inputs = StepInputs()
         self.hooks.begin_step()
         self.buckets.begin_step()

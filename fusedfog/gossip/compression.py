@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
@@ -214,9 +214,9 @@ class CompressedChannels:
 
     def all_ranks(self, agree: bool) -> bool:
         """Whether `agree` is true on all ranks: if only some kept their replicas, neighbours' copies would differ. Collective."""
-        vote = torch.tensor(int(agree), device=self.segments[0].param.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self.communicator.group)
-        return bool(vote)
+        communicator = self.communicator
+        prefix = next_agreement(communicator.view)
+        return bool(confer(communicator.view, prefix, agree, all, communicator.timeout, "load_state_dict()"))
 
     def resume(self, buckets: Sequence[BucketState], exchange: int, pending: bool) -> None:
         """Go on with the replicas that were loaded into the states; `pending` codes are sent by the next exchange."""

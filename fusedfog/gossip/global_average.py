@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -48,8 +49,7 @@ class GlobalAverage:
                 buffer = mean[here]
                 torch.mul(bucket.segment.tensor(name)[here], 1.0 / size, out=buffer)
                 with unrecorded():
-                    work = dist.all_reduce(buffer, group=self.communicator.group, async_op=True)
-                transfer.pending.append((work, "averaging with all ranks"))
+                    transfer.add(partial(dist.all_reduce, buffer, async_op=True), "averaging with all ranks")
                 transfer.keep_alive.append(buffer)
                 self.stats.bytes_sent += 2 * buffer.nbytes * (size - 1) // size
                 self.stats.bytes_received += 2 * buffer.nbytes * (size - 1) // size

@@ -12,14 +12,17 @@ then raise, and none hangs. With `check=False` it is left out, on all ranks or o
 from fusedfog.ops.hierarchical import hierarchical_neighbor_allreduce
 from fusedfog.ops.neighbors import neighbor_allgather, neighbor_allreduce, pair_gossip
 from fusedfog.ops.state import allreduce_parameters, broadcast_optimizer_state, broadcast_parameters
+from fusedfog.ops.together import agree, mean
 from fusedfog.ops.work import Work
 
 __all__ = [
     "Work",
+    "agree",
     "allreduce_parameters",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "hierarchical_neighbor_allreduce",
+    "mean",
     "neighbor_allgather",
     "neighbor_allreduce",
     "pair_gossip",

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusedfog.comm.calls import collective
 from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines
 from fusedfog.ops.edges import read_topology
 from fusedfog.ops.meeting import Report, confer
@@ -43,6 +44,7 @@ def hierarchical_neighbor_allreduce(
     async_op: Literal[True],
     check: bool = True,
 ) -> Work: ...
+@collective("hierarchical_neighbor_allreduce()")
 def hierarchical_neighbor_allreduce(
     x: Tensor,
     machine_topology: Topology | str | None = None,

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusedfog.comm.communicator import Communicator
-from fusedfog.comm.membership import is_timeout
-from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout
+from fusedfog.errors import MismatchError
 from fusedfog.ops import control
 
 _SHOWN = 6
@@ -51,16 +50,15 @@ def confer(links: Sequence[Communicator], own: Report) -> Report:
     """
     undecided = own.problem is not None or own.recv is None or own.send is None
     balance = [*_balance(own), int(undecided)]
-    try:
-        for communicator in links:
+    for communicator in links:
+        with communicator.waiting(f"{own.operation}, with all ranks"):
             balance = control.add_up(communicator, balance)
-        if not any(balance):
-            return own
-        reports = [own]
-        for communicator in links:
+    if not any(balance):
+        return own
+    reports = [own]
+    for communicator in links:
+        with communicator.waiting(f"{own.operation}, with all ranks"):
             reports = [report for part in control.gather(communicator, reports) for report in part]
-    except RuntimeError as error:
-        raise _missing(own, links[0], error) from error
     reports = complete(sorted(reports, key=lambda report: report.rank))
     faults = judge(reports)
     if own.problem is not None:
@@ -113,14 +111,3 @@ def _balance(own: Report) -> tuple[int, int]:
         first += sign * int.from_bytes(digest[:_HASH_BYTES])
         second += sign * int.from_bytes(digest[_HASH_BYTES:])
     return first, second
-
-
-def _missing(own: Report, communicator: Communicator, error: RuntimeError) -> RuntimeError:
-    where = f"rank {own.rank}: {own.operation}"
-    if is_timeout(error):
-        return PeerTimeout(
-            f"{where}: another rank of the group did not come to this call within "
-            f"{communicator.timeout.total_seconds():g} s; all "
-            f"ranks must call the same operations in the same order, with the same check="
-        )
-    return ExchangeError(f"{where}: another rank of the group has gone ({error})")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedfog.comm.calls import collective
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, find_group
 from fusedfog.comm.mixing import mix, room_for
@@ -55,6 +56,7 @@ def neighbor_allreduce(
     residual: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Work: ...
+@collective("neighbor_allreduce()")
 def neighbor_allreduce(
     x: Tensor,
     topology: Topology | str | None = None,
@@ -160,6 +162,7 @@ def pair_gossip(
     check: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> Work: ...
+@collective("pair_gossip()")
 def pair_gossip(
     x: Tensor,
     peer: int | None,
@@ -215,6 +218,7 @@ def neighbor_allgather(
     check: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> Work: ...
+@collective("neighbor_allgather()")
 def neighbor_allgather(
     x: Tensor,
     topology: Topology | str | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import average_in_place, broadcast
+from fusedfog.comm.calls import collective
 from fusedfog.comm.group import GroupView, check_backend, find_group, group_timeout
 from fusedfog.ops.edges import read_rank
 from fusedfog.ops.neighbors import open_communicator
@@ -25,6 +26,7 @@ _SMALL = 1024
 """Optimizer states of up to this many elements travel with the structure they are in."""
 
 
+@collective("allreduce_parameters()")
 @torch.no_grad()
 def allreduce_parameters(module_or_params: Tensors, group: dist.ProcessGroup | None = None) -> None:
     """Replace every floating-point (or complex) tensor by its mean over all ranks, in place. Collective.
@@ -51,6 +53,7 @@ def allreduce_parameters(module_or_params: Tensors, group: dist.ProcessGroup | N
         _unpack(members, flat)
 
 
+@collective("broadcast_parameters()")
 @torch.no_grad()
 def broadcast_parameters(module_or_state_dict: Tensors, src: int = 0, group: dist.ProcessGroup | None = None) -> None:
     """Replace every tensor, of whatever dtype, by group rank `src`'s, in place. Collective.
@@ -76,6 +79,7 @@ def broadcast_parameters(module_or_state_dict: Tensors, src: int = 0, group: dis
         _unpack(members, flat)
 
 
+@collective("broadcast_optimizer_state()")
 @torch.no_grad()
 def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: dist.ProcessGroup | None = None) -> None:
     """Give every rank group rank `src`'s optimizer state and hyper-parameters. Collective; no step is taken.
@@ -107,7 +111,8 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
     # Local. On ranks other than `src` it only waits for what may be in flight.
     state = opt.state_dict()
     box: list[Any] = [_without_tensors(state, big) if view.rank == src else None]
-    dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device)
+    with communicator.waiting(f"taking rank {src}'s state, with all ranks"):
+        dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device)
     if view.rank != src:
         big = [torch.empty(hole.shape, dtype=hole.dtype, device=device) for hole in _holes(box[0])]
     for tensor in big:
@@ -190,7 +195,7 @@ def _agree_on_tensors(
         fields[name] = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device.type}"
     place = next((tensor.device for tensor in named.values()), torch.device("cpu"))
     check_backend(view, place)
-    agree(view, next_agreement(view), fields, group_timeout(view, place), what)
+    agree(view, next_agreement(view), fields, group_timeout(view, place), what, f"{what}()")
 
 
 def _packed(tensors: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.kernels import device
@@ -43,9 +44,10 @@ class Work:
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
         """
-        while self._transfer is not None:
-            self._transfer.wait()
-            self._advance()
+        with Call("Work.wait()"):
+            while self._transfer is not None:
+                self._transfer.wait()
+                self._advance()
         assert self._output is not None
         if self._done is not None:
             stream = torch.cuda.current_stream(self._output.device)

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from fusedfog.comm.averaging import average_in_place, consensus_distance
+from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim.build import ranks_to_mix_with
+from fusedfog.optim.calls import ranks_of
 from fusedfog.optim.options import Options
 from fusedfog.optim.shared import shared_with_model
 from fusedfog.params.shards import sharding_of
@@ -44,12 +46,14 @@ def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None)
     if model is None and not engine.warned_of_buffers:
         _warn_of_buffers(engine)
     tensors = [*_mixed(engine), *buffers]  # Parameters elsewhere would not be the average inside.
-    engine.drain(keep_failures=True)
+    with Call("averaged()", ranks_of(engine)):
+        communicator = _meet(engine, options, "averaged()")
+        engine.drain(keep_failures=True)
     edits = engine.buckets.count_edits()
     before = [tensor.clone() for tensor in tensors]
     try:
-        with torch.no_grad():
-            average_in_place(tensors, measuring_communicator(engine, options))
+        with torch.no_grad(), Call("averaged()", ranks_of(engine)):
+            average_in_place(tensors, communicator)
         engine.buckets.bump_versions()
         with engine.block_steps("averaged()"):
             yield
@@ -64,7 +68,7 @@ def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None)
 def distance_of(engine: Scheduler, options: Options) -> float:
     """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now."""
     flats = _mixed(engine)
-    distance = consensus_distance(flats, measuring_communicator(engine, options))
+    distance = consensus_distance(flats, _meet(engine, options, "consensus_distance()"))
     if engine.sharding is not None:
         own = torch.tensor(distance, dtype=torch.float64, device=engine.place)
         distance = engine.sharding.norm(own).item()
@@ -118,6 +122,14 @@ def _roots_of(params: set[int]) -> list[nn.Module]:
         reached += [one for one in above if id(one) not in seen]
         seen.update(map(id, above))
     return roots
+
+
+def _meet(engine: Scheduler, options: Options, call: str) -> Communicator | None:
+    """`measuring_communicator`, once all of its ranks are in this call."""
+    communicator = measuring_communicator(engine, options)
+    if communicator is not None:
+        communicator.meet(call)
+    return communicator
 
 
 def _mixed(engine: Scheduler) -> list[torch.Tensor]:

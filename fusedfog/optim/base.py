@@ -13,14 +13,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fusedfog.comm.calls import Call
 from fusedfog.engine.capture import CapturableScheduler, recording
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim import ddp as data_parallel
 from fusedfog.optim import parameters
 from fusedfog.optim.arguments import check_group_parameters, given_parameters, warn_of_unknown_keys
+from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.controls import Controls
 from fusedfog.optim.description import announce
+from fusedfog.optim.lazy_states import make_states, wants_states_only
 from fusedfog.optim.options import Options
 from fusedfog.optim.state_dict import (
     carry_clock,
@@ -124,7 +127,8 @@ class DecentralizedOptimizer(Controls):
     def _build(self) -> Scheduler:
         for group in self.param_groups:
             self._check_group(group)
-        self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options)
+        with Call(f"{self._kind}()"):
+            self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options)
         return self._scheduler
 
     @property
@@ -163,6 +167,8 @@ class DecentralizedOptimizer(Controls):
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
         engine = self._engine
+        if not self.state and wants_states_only():
+            return self._make_states(engine)
         if not isinstance(engine, CapturableScheduler) and recording():
             raise RuntimeError("step() in a CUDA graph's capture: build the optimizer with capturable=True")
         loss = None
@@ -171,11 +177,16 @@ class DecentralizedOptimizer(Controls):
                 loss = closure()
         if not self._data_parallel_checked:
             self._check_data_parallel(engine)
-        if engine.has_unfrozen():
-            self._train_unfrozen(engine)
-        # A GradScaler sets these two for the duration of a step.
-        self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        with Call("step()", ranks_of(engine), engine.clock.steps):
+            self._announce_step(engine)
+            if engine.has_unfrozen():
+                self._train_unfrozen(engine)
+            # A GradScaler sets these two for the duration of a step.
+            self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
+
+    def _make_states(self, engine: Scheduler) -> None:
+        make_states(engine, self.state)
 
     def _update(self, engine: Scheduler, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         engine.step(grad_scale, found_inf)
@@ -191,6 +202,7 @@ class DecentralizedOptimizer(Controls):
         data_parallel.check(self._kind, engine, construction.running_setup(self._family, engine, self._options))
         self._data_parallel_checked = True
 
+    @announced("add_param_group()")
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
         number = len(self.param_groups)
@@ -214,6 +226,7 @@ class DecentralizedOptimizer(Controls):
     def _append_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
 
+    @announced("state_dict()")
     def state_dict(self) -> dict[str, Any]:
         """torch's format (loads into the torch.optim namesake) plus `"fusedfog"`: the clock. Local; waits for messages.
 
@@ -231,6 +244,7 @@ class DecentralizedOptimizer(Controls):
             carry_clock(saved)
         return saved
 
+    @announced("load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the torch.optim namesake. Collective, discards messages in flight.
 
@@ -243,6 +257,7 @@ class DecentralizedOptimizer(Controls):
                 Compressed messages then begin anew from rank 0's values, as they do if any rank's replicas are missing.
         """
         engine = self._engine
+        engine.meet("load_state_dict()")
         clock, own = loaded_clock(self._kind, engine, self._options.algorithm, state_dict)
         parameters.check_states(self.param_groups, state_dict)
         construction.check_groups(self._family, engine, state_dict["param_groups"], self._options)

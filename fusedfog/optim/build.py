@@ -36,6 +36,9 @@ from fusedfog.params.layout import ParamSpec, Segment, build_layout, is_trained
 from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
+_CALL = "the construction of an optimizer"
+"""What all ranks must be in; that they construct the same kind is one of the fields they agree on."""
+
 _WHOLE_MB = 256
 """Large enough that a call of NCCL or gloo costs nothing beside it, small enough for their own chunks to overlap."""
 
@@ -88,7 +91,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         fields = fields_of(kind, groups, specs, options, sharded) | fields_of_shared(beside)
         fields |= _fields_of_ranks(options.mesh, topology, place)
         fields |= {name: value for name, value in sharded.items() if name not in fields}
-        agree(everyone or view, next_agreement(everyone or view), fields, group_timeout(view, place), kind)
+        agree(everyone or view, next_agreement(everyone or view), fields, group_timeout(view, place), kind, _CALL)
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
         if options.mesh is not None and topology is not None:
@@ -257,7 +260,8 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
         fields = fields_of(kind, groups[-1:], specs, options, sharded)
         fields |= {name: value for name, value in sharded.items() if name not in fields}
         view = engine.communicator.view
-        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.add_param_group")
+        what = f"{kind}.add_param_group"
+        agree(view, next_agreement(view), fields, engine.communicator.timeout, what, "add_param_group()")
     _grow(engine, [group], specs, options, sync=options.sync_init)
     frozen = _frozen([group], specs)
     engine.frozen.extend(frozen)
@@ -335,7 +339,7 @@ def change_topology(
     if engine.communicator is not None:
         view = engine.communicator.view
         fields = {"topology": name_topology(chosen)}
-        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology")
+        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology", "set_topology()")
     engine.discard()
     engine.use_topology(chosen)
     engine.exchanges.open_connections()

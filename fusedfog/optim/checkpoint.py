@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from fusedfog.comm.calls import collective
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.gossip.compression import is_wire_state
 from fusedfog.optim import state_dict as origin
@@ -35,6 +36,7 @@ from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.params.precision import COMPENSATION
 
 
+@collective("save_checkpoint()")
 def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, **extra: Any) -> None:
     """Write this rank's model, optimizer states and clock. Collective over the default process group.
 
@@ -62,6 +64,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     )
 
 
+@collective("load_checkpoint()")
 def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote into a model and its optimizer. Collective; discards messages in flight.
 

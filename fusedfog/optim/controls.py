@@ -8,22 +8,26 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from fusedfog.comm.calls import Call
 from fusedfog.comm.registry import leave
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim import build as construction
 from fusedfog.optim.averaged import averaged, distance_of
+from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.description import brief, without_clock
 from fusedfog.optim.options import Options
 from fusedfog.optim.swapped import Values, pairs_of, swapped
+from fusedfog.optim.uneven import UnevenSteps
 from fusedfog.topology import Topology
 
 
-class Controls(torch.optim.Optimizer):
+class Controls(UnevenSteps):
     """The decentralized methods of `DecentralizedOptimizer`; not built by itself."""
 
     _family: str
+    _scheduler: Scheduler | None
     _options: Options
 
     @property
@@ -54,6 +58,7 @@ class Controls(torch.optim.Optimizer):
         """
         return averaged(self._engine, self._options, model)
 
+    @announced("consensus_distance()")
     def consensus_distance(self) -> float:
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
         return distance_of(self._engine, self._options)
@@ -80,6 +85,7 @@ class Controls(torch.optim.Optimizer):
             **measured,
         }
 
+    @announced("drain()")
     def drain(self) -> None:
         """Wait for all messages in flight; what arrived is kept for the next step. Local.
 
@@ -117,7 +123,9 @@ class Controls(torch.optim.Optimizer):
         The next step starts its own exchange, with the edited values, and waits for it.
         """
         engine = self._engine
-        engine.discard()
+        with Call("paused()", ranks_of(engine)):
+            engine.meet("paused()")
+            engine.discard()
         with engine.block_steps("paused()"):
             yield
 
@@ -185,14 +193,17 @@ class Controls(torch.optim.Optimizer):
         engine = self._engine
         if not isinstance(engine, CapturableScheduler):
             raise RuntimeError("replaying() needs an optimizer that was built with capturable=True")
-        with engine.replaying():
-            yield
+        with Call("step()", ranks_of(engine), engine.clock.steps):
+            self._announce_step(engine)
+            with engine.replaying():
+                yield
         self._show_states()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
         return self._engine.hooks.accumulate()
 
+    @announced("set_topology()")
     def set_topology(self, topology: Topology | str | None) -> None:
         """Use another topology from the next step on. Collective, discards messages in flight.
 

@@ -15,6 +15,7 @@ from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.optim.arguments import check_keywords, spelled_out, warn_of_misspelt_mix
 from fusedfog.optim.base import DecentralizedOptimizer
+from fusedfog.optim.calls import announced
 from fusedfog.optim.options import Keywords, Options
 from fusedfog.optim.state_dict import carry_clock, loaded_clock, make_room_for_clock, saved_clock
 
@@ -85,6 +86,12 @@ class Decentralized(DecentralizedOptimizer):
     def _warn_of_unknown_keys(self, group: dict[str, Any], number: int) -> None:
         warn_of_misspelt_mix(self._kind, group, number)
 
+    def _make_states(self, engine: Scheduler) -> None:
+        # lr is 0 and gradients are zero, so the wrapped optimizer only makes its states.
+        edits = engine.buckets.count_edits()
+        self.inner.step()
+        engine.buckets.forget_edits(edits)
+
     def _append_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups is not self.inner.param_groups:
             super()._append_group(param_group)  # torch.optim.Optimizer.__init__ is looking at the groups
@@ -92,6 +99,7 @@ class Decentralized(DecentralizedOptimizer):
         self.inner.add_param_group(param_group)
         self.param_groups[-1].setdefault("mix", True)
 
+    @announced("state_dict()")
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's `state_dict()`, which it can load, plus `"fusedfog"`: the clock. Local; waits for messages."""
         self._engine.drain(keep_failures=True)
@@ -100,6 +108,7 @@ class Decentralized(DecentralizedOptimizer):
             carry_clock(saved)
         return saved
 
+    @announced("load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`, or one of the wrapped optimizer. Collective, discards messages in flight.
 
@@ -107,6 +116,7 @@ class Decentralized(DecentralizedOptimizer):
             ValueError: groups differ from this optimizer's, or it was saved by another algorithm.
         """
         engine = self._engine
+        engine.meet("load_state_dict()")
         clock, _ = loaded_clock(self._kind, engine, self._options.algorithm, state_dict)
         mixed = [group["mix"] for group in self.param_groups]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fusedfog"})

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import device
 from torch import nn
 
 import fusedfog
 from fusedfog import environment
 from fusedfog.comm import mixing
+from fusedfog.kernels import device
 
 GPU = torch.device("cuda", 0)
 

@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import device
 from support import ordered_backend
 from support.pool import Pool
 from torch import nn
@@ -29,6 +28,7 @@ from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
 from fusedfog.gossip import by_machine as hierarchy
+from fusedfog.kernels import device
 from fusedfog.optim import build as construction
 from fusedfog.topology import Topology
 

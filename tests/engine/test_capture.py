@@ -26,8 +26,9 @@ from fusedfog.topology import Topology
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import fused_pass  # noqa: E402
 from support import codegen  # noqa: E402
+
+from fusedfog.kernels import fused_pass  # noqa: E402
 
 _fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names
 compiled_only = codegen.compiled_only

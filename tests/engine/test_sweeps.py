@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import Pass
 from support.pool import Pool
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import fusedfog
 from fusedfog.algorithms import TABLE
 from fusedfog.engine import scheduler
+from fusedfog.kernels import Pass
 
 TINY = 0.0004
 

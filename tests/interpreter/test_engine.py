@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusedfog.kernels import Pass, fused_pass, run_pass
 from support.gpu_checks import IRREGULAR, among_echoes
 from support.recorded import StandInGraph
 from torch import nn
 
 import fusedfog
 from fusedfog.engine import scheduler
+from fusedfog.kernels import Pass, fused_pass, run_pass
 from fusedfog.params.flat import FlatSegment
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass, reference, rules, torch_pass
 from support.kernel_rules import ROWS, Row
 from support.passes import make_pass
+
+from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass, reference, rules, torch_pass
 
 NUMELS = (1, 63, 64, 65, 1000, 1024, 1025, 2500)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,10 +15,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, rounding, torch_pass, wire
 from support.kernel_rules import ROWS
 from support.passes import make_pass, with_fields
 from test_fused_pass import DTYPES, NUMELS, TOLERANCE, Case
+
+from fusedfog.kernels import CompressedChannel, Pass, cpu_pass, fused_pass, lossy, rounding, torch_pass, wire
 
 WAYS, HALVES, FORMATS = ("master", "kahan", "stochastic"), DTYPES[1:], tuple(wire.FORMATS)
 SEED, FEW = 54321, (65, 1025)

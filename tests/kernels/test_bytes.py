@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from fusedfog.kernels import BLOCK, Pass
 from support.pool import Pool
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedfog
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine import scheduler
+from fusedfog.kernels import BLOCK, Pass
 
 triton = pytest.importorskip("triton")
 

@@ -20,10 +20,11 @@ from support.passes import make_pass
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass  # noqa: E402
 from support import codegen  # noqa: E402
 from support.codegen import full_block  # noqa: E402
 from support.kernel_rules import ROWS  # noqa: E402
+
+from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass  # noqa: E402
 
 _fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names
 pytestmark = codegen.compiled_only

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from fusedfog.kernels import Gradients, Region, compile_now, cpu_pass, run_pass, torch_pass
 from hypothesis import given
 from hypothesis import strategies as st
 from support.kernel_rules import ROWS
@@ -20,6 +19,7 @@ from torch._inductor.utils import run_and_get_cpp_code
 import fusedfog
 from fusedfog.comm.group import GroupView
 from fusedfog.engine import compile as compilation
+from fusedfog.kernels import Gradients, Region, compile_now, cpu_pass, run_pass, torch_pass
 
 SHORT = [name for name, row in ROWS.items() if row.rule in ("mix", "sgd", "adam")]
 SIZES = (1, 64, 700, 5, 129)

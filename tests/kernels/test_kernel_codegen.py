@@ -16,10 +16,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import BLOCK, Gradients, Region, rules  # noqa: E402
 from support import codegen  # noqa: E402
 from support.codegen import CAPABILITIES, NEIGHBOURS, Compiler, accesses, launch, resources  # noqa: E402
 from support.kernel_rules import ROWS, SHAPES, Row  # noqa: E402
+
+from fusedfog.kernels import BLOCK, Gradients, Region, rules  # noqa: E402
 
 pytestmark = codegen.compiled_only
 _fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fusedfog.kernels import adam_hyper, reference
 from support import oracle
+
+from fusedfog.kernels import adam_hyper, reference
 
 N, D, STEPS, MOMENTUM, DECAY = 5, 6, 40, 0.8, 0.05
 RATES = [0.0 if t in (0, 13) else 0.03 + 0.01 * math.sin(t) for t in range(STEPS)]

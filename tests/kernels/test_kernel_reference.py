@@ -7,11 +7,11 @@ from itertools import product
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Region, adam_hyper, reference, sgd_hyper, torch_pass
 from support.kernel_rules import ROWS
 from support.passes import make_pass
 
 from fusedfog import kernels
+from fusedfog.kernels import Gradients, Region, adam_hyper, reference, sgd_hyper, torch_pass
 
 SHAPES = ((1,), (3,), (8, 8), (5, 13), (2, 3, 5, 7), (1000,))
 NUMELS = tuple(math.prod(shape) for shape in SHAPES)

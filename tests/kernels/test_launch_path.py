@@ -17,7 +17,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass
 from support import triton_versions
 from support.gpu_checks import IRREGULAR, among_echoes
 from support.kernel_rules import ROWS
@@ -28,6 +27,7 @@ from torch import nn
 import fusedfog
 from fusedfog.engine import scheduler
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.kernels import BLOCK, CompressedChannel, Gradients, Pass, Region, fused_pass
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"launches were NOT tested: {unavailable()}")
 

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Region, rounding, run_pass
 from support.kernel_rules import ROWS
 from support.passes import make_pass, with_fields
+
+from fusedfog.kernels import Gradients, Region, rounding, run_pass
 
 HALVES = (torch.bfloat16, torch.float16)
 REPLICAS = 2**17

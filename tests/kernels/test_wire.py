@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from fusedfog.kernels import CompressedChannel, Gradients, Region, run_pass, wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.passes import make_pass
+
+from fusedfog.kernels import CompressedChannel, Gradients, Region, run_pass, wire
 
 FORMATS = tuple(wire.FORMATS)
 EIGHT = FORMATS[1:]

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Region, adam_hyper, cpu_pass, torch_pass
 from support.passes import make_pass
+
+from fusedfog.kernels import Gradients, Region, adam_hyper, cpu_pass, torch_pass
 
 # Shorter than a vector of torch's loops, some vectors, and some with a rest.
 NUMELS = (5, 64, 67)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fusedfog.kernels.region import ALIGNMENT, BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusedfog.kernels.region import ALIGNMENT, BLOCK
 from fusedfog.params.layout import ParamSpec, backward_order, block_table, build_layout
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass
 from triton.backends.compiler import GPUTarget
 
+from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass
 from support.kernel_rules import ROWS
 from support.passes import make_pass
 

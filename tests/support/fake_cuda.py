@@ -28,12 +28,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fusedfog.kernels import Gradients, Pass, Region, cpu_pass, device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedfog import environment
+from fusedfog.kernels import Gradients, Pass, Region, cpu_pass, device
 from support import ordered_backend
 from support.passes import with_fields
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from fusedfog.kernels import BLOCK, Gradients, Pass, Region, run_pass, torch_pass
 from torch import Tensor
 
+from fusedfog.kernels import BLOCK, Gradients, Pass, Region, run_pass, torch_pass
 from support.kernel_rules import ROWS, SHAPES
 from support.passes import make_pass, with_fields
 

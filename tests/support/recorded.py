@@ -14,10 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fusedfog.kernels import Pass
 from torch import Tensor
 
 from fusedfog.engine import capture, gradient_scale, scheduler
+from fusedfog.kernels import Pass
 from support.passes import with_fields
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import triton
+
 from fusedfog.kernels import cpu_pass, device, fused_pass
 
 SOURCE = Path(__file__).with_name("stub_driver.c")

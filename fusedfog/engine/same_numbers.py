@@ -1,0 +1,119 @@
+"""Numbers of param groups that should be the same on all ranks, learning rates above all: compared now and then, without a wait.
+
+Construction compares all of them once. What a schedule makes of them afterwards is each rank's own affair, and a run whose
+learning rates drift apart (ReduceLROnPlateau on each rank's own loss) looks healthy. So every 100 exchanges a rank writes
+its numbers into the store and reads what the others wrote then, or the last time: two small keys a rank, overwritten in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.whereabouts import name_ranks
+from fusedfog.errors import MismatchWarning
+
+EVERY = 100
+"""Exchanges from one comparison to the next; steps, where there are no exchanges."""
+
+_CLOSE = 1e-6
+"""Relative difference that schedules in floating point may have on different machines."""
+
+_MANY = 32
+"""Ranks up to which every rank reads all others'; of more, all but rank 0 read rank 0's and their two neighbours'."""
+
+_PRIVATE = ("params", "mix", "initial_lr")
+
+
+class SameNumbers:
+    """The comparisons of one optimizer."""
+
+    def __init__(self, communicator: Communicator, channel: int) -> None:
+        self._communicator = communicator
+        self._prefix = f"{communicator.name}/numbers/{channel}"
+        self._compared = 0
+        self._own: dict[int, dict[str, float]] = {}
+        self._warned: set[str] = set()
+        me, size = communicator.view.rank, communicator.view.size
+        near = range(size) if size <= _MANY or me == 0 else sorted({0, (me - 1) % size, (me + 1) % size})
+        self._others = [rank for rank in near if rank != me]
+        for slot in (0, 1):  # Whoever reads a key finds it there.
+            dist.distributed_c10d._get_default_store().set(self._key(me, slot), "")
+
+    def _key(self, rank: int, slot: int) -> str:
+        return f"{self._prefix}/{rank}/{slot}"
+
+    def look(self, groups: Sequence[Mapping[str, Any]], count: int) -> None:
+        """After exchange number `count`: if it is time, compare the groups' numbers with other ranks'.
+
+        Warns:
+            MismatchWarning: once for each entry of a group that differs.
+        """
+        if count % EVERY or count <= self._compared:
+            return
+        self._compared = count
+        turn = count // EVERY
+        self._own = {turn: numbers_of(groups), **{t: own for t, own in self._own.items() if t == turn - 1}}
+        # The store may have gone with the rank that hosted it, which is not for us to complain about.
+        with contextlib.suppress(RuntimeError):
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(self._key(self._communicator.view.rank, turn % 2), json.dumps([turn, self._own[turn]]))
+            keys = [self._key(rank, slot) for rank in self._others for slot in (0, 1)]
+            texts = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+            self._compare(
+                [rank for rank in self._others for _ in (0, 1)], [json.loads(text or "[0, {}]") for text in texts]
+            )
+
+    def _compare(self, ranks: Sequence[int], said: Sequence[tuple[int, dict[str, float]]]) -> None:
+        for turn, own in self._own.items():
+            theirs = {rank: numbers for rank, (theirs, numbers) in zip(ranks, said, strict=True) if theirs == turn}
+            for name, value in own.items():
+                by_rank = {rank: numbers[name] for rank, numbers in theirs.items() if name in numbers}
+                if name not in self._warned and not all(_close(value, other) for other in by_rank.values()):
+                    self._warn(name, {**by_rank, self._communicator.view.rank: value}, turn * EVERY)
+
+    def _warn(self, name: str, by_rank: Mapping[int, float], count: int) -> None:
+        self._warned.add(name)
+        ranks: dict[float, list[int]] = {}
+        for rank, value in sorted(by_rank.items()):
+            same = next((known for known in ranks if _close(known, value)), value)
+            ranks.setdefault(same, []).append(rank)
+        values = ", ".join(f"{value:g} on {name_ranks(members)}" for value, members in ranks.items())
+        warnings.warn(
+            f"rank {self._communicator.view.rank}: {name} is {values} after {count} exchanges, and should be the same on all "
+            f"ranks. If it follows a rank's own loss (ReduceLROnPlateau), give it fusedfog.mean(loss)",
+            MismatchWarning,
+            stacklevel=2,
+        )
+
+
+def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers of groups that are mixed: "lr of group 0" and so on; without tensors on GPUs, which hosts would wait for."""
+    found: dict[str, float] = {}
+    for g, group in enumerate(groups):
+        for name, value in group.items() if group.get("mix", True) else ():
+            if name not in _PRIVATE:
+                found |= {f"{part} of group {g}": number for part, number in _numbers(name, value)}
+    return found
+
+
+def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, (int, float)):
+        return [(name, float(value))]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        return [(name, float(value))]
+    if isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value):
+        return [(f"{name}[{i}]", float(part)) for i, part in enumerate(value)]
+    return []
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_CLOSE) or (math.isnan(one) and math.isnan(other))

@@ -1,0 +1,69 @@
+"""Numbers of param groups that drift apart are noticed within 200 exchanges, and named once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.pool import Pool
+from torch import nn
+
+import fusedfog
+
+
+def drift(keywords: dict[str, Any], change: str, steps: int, rank: int = 2) -> list[str]:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    keywords = dict(keywords)
+    kind = getattr(fusedfog, keywords.pop("kind", "AdamW"))
+    opt = kind([{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}], lr=0.1, **keywords)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            if step == 20 and dist.get_rank() == rank:
+                if change == "lr":
+                    opt.param_groups[1]["lr"] = 0.05
+                elif change == "betas":
+                    opt.param_groups[0]["betas"] = (0.8, 0.999)
+                elif change == "tensor":
+                    opt.param_groups[0]["lr"] = torch.tensor(0.05)
+                elif change == "rounding":
+                    opt.param_groups[0]["lr"] *= 1 + 1e-9
+            opt.step()
+    return [str(w.message) for w in caught if w.category is fusedfog.MismatchWarning]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "change", "text"),
+    [
+        ({}, "lr", "lr of group 1 is 0.1 on ranks 0-1,3, 0.05 on rank 2 after 100 exchanges"),
+        ({"algorithm": "atc"}, "betas", "betas[0] of group 0 is 0.9 on ranks 0-1,3, 0.8 on rank 2 after 100 exchanges"),
+        (
+            {"algorithm": "allreduce"},
+            "tensor",
+            "lr of group 0 is 0.1 on ranks 0-1,3, 0.05 on rank 2 after 100 exchanges",
+        ),
+        ({"capturable": True}, "lr", "lr of group 1 is 0.1 on ranks 0-1,3, 0.05 on rank 2 after 100 exchanges"),
+    ],
+)
+def test_every_rank_is_warned_once_with_ranks_and_values(
+    ranks: Pool, keywords: dict[str, Any], change: str, text: str
+) -> None:
+    for rank, texts in enumerate(ranks.run(4, drift, keywords, change, 410)):
+        assert len(texts) == 1
+        assert texts[0].startswith(f"rank {rank}: {text.split(' is ')[0]}")
+        # Whoever comes first knows a part of the others at 100, and all of them at 200.
+        assert "0.05 on rank 2" in texts[0] or "0.8 on rank 2" in texts[0]
+        assert "fusedfog.mean(loss)" in texts[0]
+    assert any(text in texts[0] for texts in ranks.run(4, drift, keywords, change, 410))
+
+
+def test_equal_numbers_and_the_last_digits_of_a_schedule_are_no_difference(ranks: Pool) -> None:
+    assert ranks.run(4, drift, {"kind": "SGD"}, "rounding", 410) == [[]] * 4
+
+
+def test_nothing_is_compared_between_the_hundreds(ranks: Pool) -> None:
+    assert ranks.run(4, drift, {}, "lr", 99) == [[]] * 4
