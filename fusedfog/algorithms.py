@@ -77,6 +77,7 @@ class Algorithm:
         normalized: a state whose inverse global norm the `before` pass takes as an extra number.
         waits_at_zero_lr: a step with lr = 0 does not count for bias correction.
         plain: its states are just torch.optim's, kept only for parameters that have had a gradient.
+        conserves: sums over ranks must be conserved, so no message may be left out.
         weighs: push-sum's scalars weigh what ranks hold, so row sums are not one.
         takes_outer: `outer=` may run over its steps.
         outer: an `Outer` does: the state "outer_param" is where the last exchange left the parameters.
@@ -94,6 +95,7 @@ class Algorithm:
     normalized: str | None = None
     waits_at_zero_lr: bool = False
     plain: bool = False
+    conserves: bool = False
     weighs: bool = False
     takes_outer: bool = False
     outer: bool = False
@@ -205,6 +207,7 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             passes_without_exchange=True,
             graph="any",
             weighs=True,
+            conserves=True,
             refuses={
                 "global_average_every": ("a full average would need the ranks' push-sum scalars", "use atc"),
                 "mesh": ("it works on the ranks' own edges and not on a mesh", "use awc or atc"),
@@ -273,6 +276,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             passes_without_exchange=True,
             graph="symmetric",
             lazy=True,
+            conserves=True,
             refuses=_STATIC,
         ),
         Algorithm(
@@ -280,6 +284,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             None,
             Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero", differences=True),
             graph="symmetric",
+            conserves=True,
             refuses=_STATIC,
         ),
         *_tracking_sgd(),
@@ -300,9 +305,12 @@ def _tracking_sgd() -> list[Algorithm]:
             None,
             tracking,
             messages=("param", "tracker"),
+            conserves=True,
             refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | _NO_NESTEROV,
         ),
-        Algorithm("momentum_tracking", None, tracking, messages=("param", "tracker"), refuses=_NO_NESTEROV),
+        Algorithm(
+            "momentum_tracking", None, tracking, messages=("param", "tracker"), conserves=True, refuses=_NO_NESTEROV
+        ),
     ]
 
 
@@ -338,6 +346,7 @@ def _adam_family() -> dict[str, Algorithm]:
                 missing="zero",
             ),
             messages=("param", "tracker"),
+            conserves=True,
         ),
     ]
     return _common(INNER["Adam"]) | {row.name: row for row in rows}

@@ -57,12 +57,26 @@ def load_gradient(address, offset, lanes, n, present, DTYPE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def mix_one(base, sent, inbox, weights, row_sum, FIRST: tl.constexpr, at, inside):
-    """`row_sum*base + sum_k weights[k]*(inbox[FIRST + k] - sent)` without the neighbours of weight zero."""
+def mix_one(
+    base, sent, inbox, weights, row_sum, alarm, FIRST: tl.constexpr, at, lanes, real, inside, BLOCK: tl.constexpr
+):
+    """`row_sum*base + sum_k weights[k]*(inbox[FIRST + k] - sent)` without neighbours of weight 0; see `Mixing.alarm`."""
     mixed = row_sum * base
+    tainted = 0.0
     for k in tl.static_range(len(weights)):
         received = tl.load(inbox[FIRST + k] + at, mask=inside).to(tl.float32)
-        mixed += tl.where(weights[k] != 0.0, weights[k] * (received - sent), 0.0)
+        difference = tl.where(weights[k] != 0.0, received - sent, 0.0)
+        if alarm is not None:
+            # NaN from the first difference on that is not finite: one store at the end, as one between loads would hold up
+            # those behind it, and one for each neighbour costs registers (AdamW in bf16 with two neighbours 62 for 48).
+            tainted += difference * 0.0
+            difference = tl.where(tl.abs(difference) < float("inf"), difference, 0.0)
+        mixed += weights[k] * difference
+    if alarm is not None:
+        # As wide as the parameters' own accesses, or the mask would go through shared memory.
+        WIDTH: tl.constexpr = 128 // alarm.dtype.element_ty.primitive_bitwidth
+        ones = tl.full([BLOCK], 1.0, tl.float32).to(alarm.dtype.element_ty)
+        tl.store(alarm + lanes % WIDTH, ones, mask=real & (tainted != tainted))
     return mixed
 
 
@@ -99,6 +113,7 @@ def fused_pass(
     inbox,
     weights,
     row_sum,
+    alarm,
     # `GradientInputs`.
     addresses,
     grad_scale,
@@ -176,7 +191,7 @@ def fused_pass(
             )
         else:
             got = stored.to(tl.float32) if OWN >> m & 1 else base
-            one = mix_one(base, got, inbox, weights, row_sum, m * K, at, inside)
+            one = mix_one(base, got, inbox, weights, row_sum, alarm, m * K, at, lanes, real, inside, BLOCK)
         mixed = mixed + (one,)  # noqa: RUF005
     old_states = ()
     for s in tl.static_range(len(states)):
@@ -251,8 +266,8 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, 
     Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
     through shared memory. It also needs registers, which a block keeps for every tensor loaded and above all for
     Adam's square root and division: measured with ptxas for sm_80, sm_90 and sm_100, it takes at most 60 with one state
-    at most and at most 8 bytes an element in tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126,
-    one state beside compensated parameters 80).
+    at most and at most 8 bytes an element in three tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126,
+    one state beside compensated parameters 80; four inboxes of bf16 spill the predicates of what is not finite).
 
     Args:
         param: dtype of the parameters.
@@ -261,7 +276,8 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, 
         states: how many of them are states or a remainder.
     """
     widths = {dtype.itemsize for dtype in (param, grad, *others)}
-    return 4 if len(widths) == 1 and states <= 1 and sum(dtype.itemsize for dtype in others) <= 8 else 8
+    light = len(others) <= 3 and sum(dtype.itemsize for dtype in others) <= 8
+    return 4 if len(widths) == 1 and states <= 1 and light else 8
 
 
 def launch(work: Pass) -> None:
@@ -316,6 +332,7 @@ def _arguments(work: Pass, sent: Tensors, received: Tensors) -> tuple[Any, ...]:
         received,
         tuple(map(float, mixing.weights)),
         float(mixing.row_sum),
+        mixing.alarm if received and not taken else None,
         # GradientInputs
         None if gradient.grads is None else gradient.grads.addresses,
         gradient.grad_scale,

@@ -28,12 +28,16 @@ class Mixing:
             the parameters alone, as some that come before an exchange do, takes none.
         weights: K floats.
         row_sum: sum of the mixing matrix's row; 1 is exact.
+        alarm: 16 bytes on the device, of param's dtype. With it a difference `inbox[m][k] - sent_m` that is not finite counts
+            as 0, and ones are written to `alarm`, and nothing else, if there is one of a weight that is not 0. None: they
+            spread. Not looked at where messages are compressed, which never bring such; see `wire`.
     """
 
     sent: Sequence[Tensor] = ()
     inbox: Sequence[Sequence[Tensor]] = ()
     weights: Sequence[float] = ()
     row_sum: float = 1.0
+    alarm: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -339,6 +339,7 @@ def mix_messages(
     weights: Sequence[float],
     row_sum: float = 1.0,
     sent: Tensor | None = None,
+    alarm: Tensor | None = None,
 ) -> Tensor:
     """`row_sum*base + sum_k weights[k]*(inbox[k] - sent)`, summed in the order given.
 
@@ -351,6 +352,7 @@ def mix_messages(
         weights: K floats.
         row_sum: the sum of a row of the mixing matrix, our own weight included.
         sent: what the neighbours got from us, if that is not base to the last bit.
+        alarm: as `Mixing.alarm`, on the CPU.
 
     Returns:
         A tensor like base; base itself if nothing is mixed in and row_sum is 1.
@@ -364,5 +366,18 @@ def mix_messages(
         if weight:
             # Not add(alpha=weight), which fuses multiplication and addition where the CPU can: this gives the kernel's
             # bits on every machine.
-            mixed = (received - own).mul_(weight).add_(mixed)
+            difference = received - own
+            if alarm is not None:
+                contain(difference, alarm)
+            mixed = difference.mul_(weight).add_(mixed)
     return mixed
+
+
+def contain(difference: Tensor, alarm: Tensor) -> None:
+    """Make elements that are not finite zero, in place, and write ones to `alarm` if there are some. On the CPU."""
+    # A sum tells in one look that all is well; one of finite values that overflows is looked at again.
+    if not math.isfinite(difference.sum().item()):
+        finite = difference.isfinite()
+        if not finite.all():
+            difference.masked_fill_(~finite, 0.0)
+            alarm.fill_(1)

@@ -131,7 +131,7 @@ def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tenso
             result = neighbor_delta + (base if mixing.row_sum == 1 else base * mixing.row_sum)
         else:
             own = work.param[here].to(x.dtype) if tensor is work.param and remainder is not None else base
-            result = mix_messages(base, arrived, mixing.weights, mixing.row_sum, own)
+            result = mix_messages(base, arrived, mixing.weights, mixing.row_sum, own, mixing.alarm)
         bases.append(base)
         # Not x itself, where nothing was mixed in: x as a result means that a rule leaves param and remainder alone.
         mixed.append(result.view_as(result) if result is x and remainder is not None else result)

@@ -139,11 +139,15 @@ class CapturableScheduler(Scheduler):
             if self.exchanges.due(self.clock.steps):
                 self.exchanges.start_missing(self.buckets.all)
             inboxes = [self.exchanges.receive(pass_group) for pass_group in self.buckets.wholes]
+            for pass_group, inbox in zip(self.buckets.wholes, inboxes, strict=True):
+                self._before_pass(pass_group, inbox)
             self._write([self._numbers_of(*pair) for pair in zip(self.buckets.wholes, inboxes, strict=True)])
             for tables in self._tables_of().values():
                 tables.fill_tables()
         yield
         with torch.no_grad():
+            for pass_group, inbox in zip(self.buckets.wholes, inboxes, strict=True):
+                self._after_pass(pass_group, inbox)
             target = self.exchanges.following()
             if target is not None:
                 self._start(*target)

@@ -39,13 +39,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Which steps exchange, when passes run, and whether they measure."""
+    """Which steps exchange, when passes run, whether they measure, and what becomes of values that are not finite."""
 
     communicate_every: int = 1
     global_average_every: int | None = None
     fused_backward: bool = False
     max_grad_norm: float | None = None
     measure: bool = False
+    nonfinite: str = "contain"
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step whose gradients are not finite makes no update."""
+        return self.nonfinite in ("skip", "heal")
 
     def is_global_average_step(self, step: int) -> bool:
         """Whether this step averages over all ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fusedfog.gossip.global_average import GlobalAverage
 from fusedfog.gossip.mailbox import Mailbox
 from fusedfog.gossip.neighbors import Neighbors
 from fusedfog.gossip.push_sum import PushSum, Shares
+from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -29,6 +31,7 @@ class Exchanges:
         topology: where exchanges go; see `use_topology`.
         hierarchy: this rank's place on a mesh, if there is one.
         mailbox, channels: how they go, and this rank's ends of compressed messages; None where there are none.
+        quarantine: what becomes of values that are not finite; None where they spread.
     """
 
     def __init__(
@@ -47,10 +50,20 @@ class Exchanges:
         self.topology: Topology | None = None
         self.mailbox: Mailbox | None = None
         self.channels: CompressedChannels | None = None
+        self.quarantine: Quarantine | None = None
         self._push_sum: PushSum | None = None
         self._shares: Shares | None = None
         if communicator is None:
             return
+        if schedule.nonfinite != "propagate":
+            self.quarantine = Quarantine(
+                communicator,
+                segments[0].param.device,
+                algorithm.messages,
+                self.stats,
+                heals=schedule.nonfinite == "heal",
+                conserves=algorithm.name if algorithm.conserves else None,
+            )
         inboxes = InboxTensors(algorithm.messages)
         if codes is not None and algorithm.exchanges == "parameters":
             ahead = algorithm.before is None
@@ -171,7 +184,7 @@ class Exchanges:
             # Buckets of a segment travel in the same round, into the same flat buffers.
             assert all(other.weights == inbox.weights for other in others)
         shares = self._shares_of_step()
-        return inbox if shares is None else Inbox(inbox.tensors, tuple(shares.recv.values()), shares.row_sum)
+        return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.engine.exchanges import Exchanges
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.kernels import CompressedChannel, Compression, GradientInputs, Gradients, Mixing, Pass, Precision
@@ -48,6 +49,7 @@ class Engine(Protocol):
     inputs: StepInputs
     channels: CompressedChannels | None
     sharding: Sharding | None
+    exchanges: Exchanges
 
     @property
     def rank(self) -> int:
@@ -84,6 +86,7 @@ def pass_of(
             inbox=inbox.tensors,
             weights=inbox.weights,
             row_sum=0.0 if stage.differences else inbox.row_sum,
+            alarm=_alarm(engine, segment, inbox),
         ),
         gradient=GradientInputs(
             grads=grads,
@@ -100,6 +103,12 @@ def pass_of(
         norm_sums=segment.norm_sums(first_half, region) if engine.schedule.measure else None,
         numbers=inbox.numbers,
     )
+
+
+def _alarm(engine: Engine, segment: FlatSegment, inbox: Inbox) -> Tensor | None:
+    """Where a pass that mixes says that something is not finite."""
+    quarantine = engine.exchanges.quarantine
+    return quarantine.alarm_for(segment.param) if quarantine is not None and inbox.tensors else None
 
 
 def _precision(engine: Engine, segment: FlatSegment, first_half: bool) -> Precision:

@@ -112,7 +112,7 @@ class Scheduler:
         # Not with fused_backward: how many buckets the hooks have passed differs by rank, and with it the order of pass
         # groups, in which messages are started and NCCL matches them.
         self._by_segment = not schedule.fused_backward
-        self.hooks = BackwardHooks(self, clips=schedule.max_grad_norm is not None)
+        self.hooks = BackwardHooks(self, clips=schedule.max_grad_norm is not None or schedule.skips)
         self.inputs = StepInputs()
         self.exchanges = Exchanges(segments, algorithm, communicator, channel, schedule, hierarchy, codes)
         self.clock: Clock = self.exchanges.clock
@@ -240,6 +240,8 @@ class Scheduler:
         self.inputs = StepInputs()
         self.hooks.begin_step()
         self.buckets.begin_step()
+        if self.exchanges.quarantine is not None:
+            self.exchanges.quarantine.end_step(self.clock.steps - 1)
 
     def pass_groups(self, first: int) -> Sequence[PassGroup]:
         """The passes that cover all buckets from number `first` on, in the order of passes and messages."""
@@ -291,11 +293,21 @@ class Scheduler:
     ) -> None:
         """Make a stage's pass over a pass group; `target` is the step and exchange of the messages it makes."""
         with span("pass", pass_group.numbers, stage.rule):
+            self._before_pass(pass_group, inbox)
             work = pass_of(self, pass_group, stage, grads, inbox, target)
             run_pass(work)
+            self._after_pass(pass_group, inbox)
         pass_group.bump_versions()
         if self.channels is not None and target is not None and work.compression.given:
             self.channels.encoded(pass_group.buckets, target[1])
+
+    def _before_pass(self, pass_group: PassGroup, inbox: Inbox) -> None:
+        if self.exchanges.quarantine is not None:
+            self.exchanges.quarantine.before_pass(pass_group, inbox)
+
+    def _after_pass(self, pass_group: PassGroup, inbox: Inbox) -> None:
+        if self.exchanges.quarantine is not None:
+            self.exchanges.quarantine.after_pass(pass_group, inbox)
 
     def codes_for(self, pass_group: PassGroup, following: tuple[int, int] | None) -> tuple[CompressedChannel, ...]:
         """Where a pass writes the codes of its messages; nowhere if they travel as they are, or not at all."""

@@ -45,6 +45,9 @@ class AroundScheduler(Scheduler):
         if not inbox.weights:
             return None
         (received,), param = inbox.tensors, pass_group.segment.param
+        self._before_pass(pass_group, inbox)
+        quarantine = self.exchanges.quarantine
+        alarm = quarantine.alarm_for(param) if quarantine is not None else None
         with span("pass", pass_group.numbers, "mix"):
             run_pass(
                 Pass(
@@ -53,7 +56,7 @@ class AroundScheduler(Scheduler):
                     (),
                     (),
                     pass_group.region,
-                    mixing=Mixing((param,), (received,), inbox.weights, row_sum=0.0),
+                    mixing=Mixing((param,), (received,), inbox.weights, row_sum=0.0, alarm=alarm),
                 )
             )
         return received[0]

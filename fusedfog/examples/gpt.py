@@ -198,7 +198,7 @@ class Trainer:
     def bytes_per_step(self, steps: int) -> float:
         """Sent by this rank in each of the `steps` made by this process; of an all-reduce, those of a ring."""
         if self.decentralized:
-            return self.decentralized.stats()["bytes_sent"] / max(1, steps)
+            return float(self.decentralized.stats()["bytes_sent"] / max(1, steps))
         size = place()[1]
         return 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in self.model.parameters())
 

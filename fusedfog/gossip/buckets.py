@@ -19,7 +19,7 @@ class Inbox:
     """What a pass mixes: for each message its K neighbours' tensors, their weights, and the weight of what was sent.
 
     Compressed messages are codes, with `scales`, and belong to `channels`, this rank's own ends. With `numbers`, what counts is
-    what they hold when the pass is made; see `kernels.Pass`.
+    what they hold when the pass is made; see `kernels.Pass`. `ranks` are the neighbours, by group rank; averages have none.
     """
 
     tensors: tuple[tuple[Tensor, ...], ...] = ()
@@ -28,6 +28,7 @@ class Inbox:
     scales: tuple[tuple[Tensor | None, ...], ...] = ()
     channels: tuple[CompressedChannel, ...] = ()
     numbers: Tensor | None = None
+    ranks: tuple[int, ...] = ()
 
 
 EMPTY = Inbox()

@@ -14,10 +14,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
 from fusedfog.gossip.buckets import BucketState
+from fusedfog.gossip.late_read import LateRead
 from fusedfog.kernels import CompressedChannel, device, wire
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
@@ -40,21 +38,6 @@ def own_states(segment: FlatSegment, channels: CompressedChannels | None) -> tup
     """States that are neither the algorithm's nor the inner optimizer's, and that parameters without gradients have too."""
     remainder = () if segment.remainder_name is None else (segment.remainder_name,)
     return (*remainder, *channels.names()) if channels is not None and segment.layout.mix else remainder
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A copy of a device's flag on its way to the host: its home in pinned memory, seen as numpy sees it, and its arrival."""
-
-    home: Tensor
-    seen: npt.NDArray[np.float32]
-    event: torch.cuda.Event
-
-    @staticmethod
-    def of(flag: Tensor) -> Answer:
-        """Room for one."""
-        home = torch.empty(len(flag), pin_memory=flag.is_cuda)
-        return Answer(home, home.numpy(), torch.cuda.Event())
 
 
 class CompressedChannels:
@@ -91,8 +74,7 @@ class CompressedChannels:
         self._replicas_agree = False
         self._wires: dict[tuple[FlatSegment, str, int], CompressedChannel] = {}
         self._encoded: dict[int, int] = {}
-        self._reports: list[Answer] = []
-        self._spare: list[Answer] = []
+        self._reports = LateRead()
 
     def use_topology(self, topology: Topology | None) -> None:
         """Forget all replicas, and keep one for each round of this topology from now on."""
@@ -119,7 +101,8 @@ class CompressedChannels:
         for segment in self.segments:
             for name in self.messages if segment.layout.mix else ():
                 first, *others = (self._wire(segment, name, number) for number in range(self.period))
-                first.replica.copy_(segment.tensor(name))
+                # Nobody could be told a difference from what is not finite.
+                first.replica.copy_(segment.tensor(name)).nan_to_num_(0.0, 0.0, 0.0)
                 broadcast([first.replica], self.communicator)
                 for other in others:
                     other.replica.copy_(first.replica)
@@ -174,19 +157,14 @@ class CompressedChannels:
         """
         if not device.on_gpu(self.flag):
             return
-        while self._reports and self._reports[0].event.query():
-            answer = self._reports.pop(0)
-            self._spare.append(answer)
-            if answer.seen.any():
+        for seen, _ in self._reports.answers():
+            if seen.any():
                 self._refuse()
-        answer = self._spare.pop() if self._spare else Answer.of(self.flag)
-        answer.home.copy_(self.flag, non_blocking=True)
-        answer.event.record(torch.cuda.current_stream(self.flag.device))
-        self._reports.append(answer)
+        self._reports.ask(self.flag)
 
     def _refuse(self) -> None:
         self.flag.zero_()
-        self._reports.clear()
+        self._reports.forget()
         slots = [(segment, slot) for segment in self.segments if segment.layout.mix for slot in segment.layout.slots]
         bad = [(slot.spec.name, int((~one.param[slot.start : slot.stop].isfinite()).sum())) for one, slot in slots]
         names = ", ".join(f"{name} ({count})" for name, count in bad if count) or "a message"

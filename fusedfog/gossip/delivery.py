@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,6 +31,14 @@ class ExchangeStats:
     bytes_across: int = 0
     blocked_s: float = 0.0
     torn_messages: int = 0
+    refused: int = 0
+    refused_from: dict[int, int] = field(default_factory=dict)
+    healed: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """The totals by name; who was refused, only if somebody was, so that healthy runs have nothing but numbers."""
+        found = dict(vars(self), refused_from=dict(self.refused_from))
+        return found if self.refused_from else {name: value for name, value in found.items() if name != "refused_from"}
 
 
 class Delivery(Protocol):

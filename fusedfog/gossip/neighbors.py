@@ -131,6 +131,7 @@ class Neighbors:
         round_, segment, here = self._rounds.of(exchange), bucket.segment, bucket.whole
         ends = self.channels.of(segment, exchange) if self.channels is not None else ()
         inbox = replace(self.inboxes.inbox(segment, len(round_.recv), ends), weights=tuple(round_.recv.values()))
+        inbox = replace(inbox, ranks=tuple(round_.recv))
         sends: list[PeerTensor] = []
         recvs: list[PeerTensor] = []
         for m, name in enumerate(self.inboxes.messages):

@@ -195,6 +195,7 @@ def _schedule(options: Options) -> StepSchedule:
         fused_backward=options.fused_backward,
         max_grad_norm=options.max_grad_norm,
         measure=options.measure,
+        nonfinite=options.nonfinite,
     )
 
 

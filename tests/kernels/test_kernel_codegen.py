@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,13 @@ def wide(width: int, dtype: torch.dtype) -> Counter[str]:
 
 
 def check(
-    kernel, folder: Path, loads: list[torch.dtype], stores: list[torch.dtype], grad: torch.dtype | None, most: int = 64
+    kernel,
+    folder: Path,
+    loads: list[torch.dtype],
+    stores: list[torch.dtype],
+    grad: torch.dtype | None,
+    most: int = 64,
+    alarms: Sequence[torch.dtype] = (),
 ) -> None:
     """Asserts resources and that flat tensors of these dtypes, and nothing else, are loaded and stored, widely."""
     usage, width = resources(kernel, folder), BLOCK // (32 * kernel.metadata.num_warps)
@@ -80,6 +87,9 @@ def check(
     if grad:
         # The gradient of a last block, which ends where it ends.
         expected["ld b32" if grad == torch.float32 else "ld b16"] += width
+    for dtype in alarms:
+        # One for each message and element, which no healthy thread makes.
+        expected[f"st b{8 * dtype.itemsize}"] += width
     found = accesses(kernel)
     # The block's row, the address, found_inf, the scale, the step, read and counted, and the extra number.
     scalars = found - expected
@@ -106,7 +116,9 @@ def check_pass(
     # What is stored is read a second time, in last blocks, for the padding behind the values.
     loads = read + neighbours * averaged + written
     most = REGISTERS.get(name, (64, 64))[neighbours > 2]
-    check(kernel, folder, loads, written, dtype if row.grads else None, most)
+    check(
+        kernel, folder, loads, written, dtype if row.grads else None, most, [dtype] * len(averaged) * (neighbours > 0)
+    )
 
 
 @pytest.mark.parametrize(("name", "neighbours", "dtype", "compiler"), PAIRWISE, indirect=["compiler"])
@@ -137,7 +149,7 @@ def test_sent_tensors_are_wide_too(dtype, compiler, tmp_path, monkeypatch):
 def test_other_dtypes_are_wide_too(dtype, grad_dtype, compiler, tmp_path):
     launch("sgd", 1, dtype, grad_dtype=grad_dtype)
     (kernel,) = compiler.compiled()
-    check(kernel, tmp_path, [dtype] * 3, [dtype], grad_dtype)
+    check(kernel, tmp_path, [dtype] * 3, [dtype], grad_dtype, alarms=[dtype])
 
 
 @pytest.mark.parametrize("missing", ["skip", "zero"])
@@ -145,7 +157,7 @@ def test_gradients_that_count_as_zero_cost_nothing(missing, compiler, tmp_path):
     launch("tracking", 1, torch.float32, missing=missing)
     (kernel,) = compiler.compiled()
     loads, stores = [torch.float32] * 8, [torch.float32] * 3
-    check(kernel, tmp_path, loads, stores, torch.float32)
+    check(kernel, tmp_path, loads, stores, torch.float32, alarms=[torch.float32] * 2)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +199,7 @@ def test_structure_does_recompile(compiler):
 
 def test_counting_steps_or_not_is_one_kernel_and_every_warp_reads_before_one_thread_writes(compiler):
     for advance in (False, True):
-        launch("sgd-momentum", 1, torch.float32, advance=advance)
+        launch("sgd-momentum", 1, torch.float32, advance=advance, alarm=None)
     (kernel,) = compiler.compiled()
     text = kernel.asm["ptx"]
     assert text.index("bar.sync") < re.search(r"@%p\d+ st\.global\.b32", text).start()

@@ -100,6 +100,7 @@ def launch(
         "inbox": tuple(tuple(flat(base.dtype) for _ in range(neighbours)) for base in sent or (param,)),
         "weights": (0.1,) * neighbours if weights is None else weights,
         "row_sum": 1.0,
+        "alarm": torch.zeros(16 // dtype.itemsize, dtype=dtype) if neighbours else None,
         "messages": tuple(flat(dtype) for _ in range(row.messages)) if messages else (),
         "grad_scale": torch.ones(()),
         "found_inf": torch.zeros(()),
@@ -126,8 +127,8 @@ def resources(kernel, folder: Path) -> dict[str, int]:
 def full_block(ptx: str) -> list[tuple[str, str]]:
     """The global accesses, as ("ld", ".v4.b32"), that a thread of a full block makes, whose parameter has a gradient.
 
-    Predicates are followed as the hardware would: `n != 1024` is false, and every other comparison (a lane is inside,
-    there is a gradient, no overflow was found) is true. So the padding that last blocks read again does not count, and
+    Predicates are followed as the hardware would: `n != 1024` is false, nothing is NaN, and every other comparison (a lane is
+    inside, there is a gradient, no overflow was found) is true. So the padding that last blocks read again does not count, and
     neither does their masked gradient.
     """
     truth: dict[str, bool] = {}
@@ -145,7 +146,9 @@ def full_block(ptx: str) -> list[tuple[str, str]]:
             continue
         target, *sources = [operand.strip() for operand in operands.split(",")]
         if name.startswith("setp"):
-            truth[target] = not (name.startswith("setp.ne.") and sources[-1] == str(BLOCK))
+            # Only the alarm asks for NaNs, by comparing values with themselves.
+            nan = name.startswith("setp.nan") or (name.startswith("setp.neu") and sources[0] == sources[1])
+            truth[target] = not nan and not (name.startswith("setp.ne.") and sources[-1] == str(BLOCK))
         elif name in ("and.pred", "or.pred"):
             truth[target] = (all if name == "and.pred" else any)(truth[source] for source in sources)
         elif name == "not.pred":
