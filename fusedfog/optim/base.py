@@ -120,8 +120,8 @@ class DecentralizedOptimizer(Controls):
         super().__init__(given_parameters(self._kind, params), {**defaults, "mix": True})
         engine = self._build()
         announce(self._kind, engine, self._options)
+        make_room_for_clock(self.param_groups)
         if engine.sharding is not None:
-            make_room_for_clock(self.param_groups)
             self._show_states()
 
     def _build(self) -> Scheduler:
@@ -240,8 +240,7 @@ class DecentralizedOptimizer(Controls):
             if "step" in state:
                 state["step"] = state["step"].cpu()
         saved["fusedfog"] = clock
-        if self._engine.sharding is not None:
-            carry_clock(saved)
+        carry_clock(saved)
         return saved
 
     @announced("load_state_dict()")
@@ -265,8 +264,7 @@ class DecentralizedOptimizer(Controls):
             super().load_state_dict(state_dict)
         # torch made a new list of groups; schedules act on that one from now on.
         engine.groups = self.param_groups
-        if engine.sharding is not None:
-            make_room_for_clock(self.param_groups)
+        make_room_for_clock(self.param_groups)
         engine.discard()
         pairs = parameters.pair_parameters(self.param_groups, state_dict)
         engine.exchanges.set_clock(clock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fusedfog.optim import build as construction
 from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.description import brief, without_clock
+from fusedfog.optim.export import save_averaged
 from fusedfog.optim.options import Options
 from fusedfog.optim.swapped import Values, pairs_of, swapped
 from fusedfog.optim.uneven import UnevenSteps
@@ -58,6 +60,25 @@ class Controls(UnevenSteps):
             model: its floating-point buffers are averaged and restored too; None takes the optimizer's own `model`.
         """
         return averaged(self._engine, self._options, model)
+
+    @announced("save_averaged()")
+    def save_averaged(self, path: str | Path, model: torch.nn.Module | None = None) -> None:
+        """Write the `state_dict()` of the average model over all ranks into one file. Collective; changes nothing.
+
+        Parameters and floating-point buffers are averages, as in `averaged`; integer buffers, and what this optimizer does
+        not mix, are rank 0's. Rank 0 writes, into another file first that is renamed when it is whole, so that a file of
+        this name is always complete. `torch.load(path, weights_only=True)` reads it, on any device.
+
+        Args:
+            path: of the file; its folder exists.
+            model: the one whose parameters this optimizer trains, bare or in DistributedDataParallel or `torch.compile`, of
+                which the bare one's names are written; None takes the optimizer's own `model`.
+
+        Raises:
+            ValueError: the model has not this optimizer's parameters, or there is none. Nothing has been sent.
+            OSError: on rank 0, the file could not be written. RuntimeError on the other ranks then.
+        """
+        save_averaged(self._kind, self._engine, self._options, Path(path), model)
 
     @announced("consensus_distance()")
     def consensus_distance(self) -> float:

@@ -162,20 +162,27 @@ def load_states_of(engine: Scheduler, segment: FlatSegment, saved: Mapping[Any, 
 
 
 def carry_clock(saved: dict[str, Any]) -> None:
-    """Put the clock of a `state_dict()` into its first param group too.
+    """Put the clock of a `state_dict()` into a param group too, the first that has parameters.
 
-    torch.distributed.checkpoint's `get_optimizer_state_dict` keeps nothing but states and param groups.
+    torch.distributed.checkpoint's `get_optimizer_state_dict` keeps nothing but states and param groups. To torch.optim it is
+    one more entry that nobody reads.
     """
-    saved["param_groups"][0][_CLOCK] = repr(saved["fusedfog"])
+    _holder(saved["param_groups"])[_CLOCK] = repr(saved["fusedfog"])
 
 
 def carried_clock(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The clock that `carry_clock` put there, if it did."""
-    groups = state_dict["param_groups"]
-    clock: dict[str, Any] = literal_eval(groups[0].get(_CLOCK) or "{}") if groups else {}
+    clock: dict[str, Any] = literal_eval(next((g[_CLOCK] for g in state_dict["param_groups"] if g.get(_CLOCK)), "{}"))
     return clock
 
 
 def make_room_for_clock(groups: Sequence[dict[str, Any]]) -> None:
-    """Let the first param group have an entry for `carry_clock`: flattened state dicts are read back by the entries it has."""
-    groups[0][_CLOCK] = ""
+    """Let a param group have an entry for `carry_clock`: flattened state dicts are read back by the entries it has."""
+    for group in groups:
+        group.pop(_CLOCK, None)
+    _holder(groups)[_CLOCK] = ""
+
+
+def _holder(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    # Flattened, a group's entries are those of its parameters.
+    return next((group for group in groups if group["params"]), groups[0])

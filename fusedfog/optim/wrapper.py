@@ -104,8 +104,7 @@ class Decentralized(DecentralizedOptimizer):
         """The wrapped optimizer's `state_dict()`, which it can load, plus `"fusedfog"`: the clock. Local; waits for messages."""
         self._engine.drain(keep_failures=True)
         saved = {**self.inner.state_dict(), "fusedfog": saved_clock(self._engine, self._options.algorithm)}
-        if self._engine.sharding is not None:
-            carry_clock(saved)
+        carry_clock(saved)
         return saved
 
     @announced("load_state_dict()")
@@ -121,8 +120,7 @@ class Decentralized(DecentralizedOptimizer):
         mixed = [group["mix"] for group in self.param_groups]
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "fusedfog"})
         self._share()
-        if engine.sharding is not None:
-            make_room_for_clock(self.param_groups)
+        make_room_for_clock(self.param_groups)
         for group, mix in zip(self.param_groups, mixed, strict=True):
             group["mix"] = mix
         engine.groups = self.param_groups

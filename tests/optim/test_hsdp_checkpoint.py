@@ -165,6 +165,22 @@ def test_whole_states_are_cut_into_shards(ranks: Pool) -> None:
     assert ranks.run(4, whole_states) == [(True, True)] * 4
 
 
+def average_in_a_file(path: str) -> tuple[bool, bool]:
+    model, opt = build("SGD", mesh_of(2, 2), momentum=0.9)
+    iterate(model, opt, 0, 3)
+    before = whole(model)
+    opt.save_averaged(path, model)
+    same = furthest([before], [whole(model)]) == 0
+    with opt.averaged(model):
+        average = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    saved = torch.load(path, weights_only=True)
+    return same, all(torch.equal(saved[name], value) for name, value in average.items()) and len(saved) == len(average)
+
+
+def test_the_average_of_shards_is_one_file_of_whole_tensors(ranks: Pool, tmp_path: Path) -> None:
+    assert ranks.run(4, average_in_a_file, str(tmp_path / "model.pt")) == [(True, True)] * 4
+
+
 def resume_hsdp(path: str, machines: int) -> tuple[Trajectory, Trajectory]:
     """FSDP alone, over all ranks: what is averaged, and what follows a resume, against what is there and would follow."""
     mesh = mesh_of(machines, 4 // machines)
