@@ -60,7 +60,9 @@ def _check_alone(group: dist.ProcessGroup | None) -> None:
     try:
         launch = read_launch(os.environ)
     except LaunchError as error:
-        raise LaunchError(f"{error}. All of that comes before fusedfog.init()") from None
+        raise LaunchError(
+            f"torch.distributed is not initialized: {error}. All of that comes before fusedfog.init()"
+        ) from None
     if launch is not None and launch.size > 1 and launch.by_torchrun:
         raise RuntimeError(
             f"torch.distributed is not initialized but WORLD_SIZE is {launch.size}: every rank would train alone. "

@@ -171,8 +171,12 @@ def carry_clock(saved: dict[str, Any]) -> None:
 
 
 def carried_clock(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The clock that `carry_clock` put there, if it did."""
-    clock: dict[str, Any] = literal_eval(next((g[_CLOCK] for g in state_dict["param_groups"] if g.get(_CLOCK)), "{}"))
+    """The clock that `carry_clock` put into a state dict in which parameters have names, as torch.distributed.checkpoint's.
+
+    Where they have numbers, the clock was beside the groups, and who took it away goes on without.
+    """
+    groups = [group for group in state_dict["param_groups"] if any(isinstance(key, str) for key in group["params"])]
+    clock: dict[str, Any] = literal_eval(next((group[_CLOCK] for group in groups if group.get(_CLOCK)), "{}"))
     return clock
 
 

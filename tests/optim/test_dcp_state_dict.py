@@ -283,3 +283,13 @@ def test_alone_the_average_is_the_model(tmp_path: Path) -> None:
     fusedfog.AdamW(net.parameters()).save_averaged(tmp_path / "m.pt", net)
     saved = torch.load(tmp_path / "m.pt", weights_only=True)
     assert all(torch.equal(saved[name], value) for name, value in net.state_dict().items())
+
+
+def test_who_takes_the_clock_away_goes_on_without() -> None:
+    net = network(0)
+    opt = fusedfog.AdamW(net.parameters(), lr=0.05)
+    iterate(net, opt, 0, 3)
+    saved = opt.state_dict()
+    del saved["fusedfog"]
+    opt.load_state_dict(saved)
+    assert opt.stats()["steps"] == 0
