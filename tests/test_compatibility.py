@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 1.0},
     "capturable": {"capturable": True},
     "measure": {"measure": True},
+    "heals": {"nonfinite": "heal"},
     "cpu_compile": {"cpu_compile": True},
 }
 HYPERS: dict[str, dict[str, Any]] = {

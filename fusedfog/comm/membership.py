@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from fusedfog.comm.group import GroupView
-from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
+from fusedfog.errors import ExchangeError, NonFiniteError, PeerTimeout, RankLeft
 
 
 def is_timeout(error: Exception) -> bool:
@@ -32,13 +32,13 @@ class Membership:
     prefix: str
     timeout: timedelta
 
-    def note_leaving(self, steps: int) -> None:
-        """Tell the others that this rank exchanges nothing more, after so many steps."""
+    def note_leaving(self, steps: int, why: str = "") -> None:
+        """Tell the others that this rank exchanges nothing more, after so many steps; `why`, if values are not finite."""
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{self.prefix}/left/{self.view.rank}", str(steps))
+        store.set(f"{self.prefix}/left/{self.view.rank}", f"{steps} {why}".strip())
 
     def left(self) -> dict[int, str]:
-        """Ranks that have left and their numbers of steps. Asks the store, so only for what has failed already."""
+        """Ranks that have left, their numbers of steps, and why if they had to. Asks the store: for what has failed already."""
         # The store may have gone with the rank that hosted it.
         with contextlib.suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
@@ -51,7 +51,10 @@ class Membership:
         where = f"rank {self.view.rank}: {what}"
         notes = self.left()
         found: Exception
-        if notes:
+        reasons = [why for _, _, why in (note.partition(" ") for note in notes.values()) if why]
+        if reasons:
+            found = NonFiniteError(f"{where}: no rank can go on. {reasons[0]}")
+        elif notes:
             gone = ", ".join(f"rank {rank} after {steps} steps" for rank, steps in notes.items())
             rest = [rank for rank in range(self.view.size) if rank not in notes]
             found = RankLeft(

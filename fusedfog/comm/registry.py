@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fusedfog.comm.communicator import LAST_MOMENT, Communicator
 from fusedfog.comm.group import GroupView
+from fusedfog.errors import NonFiniteError
 from fusedfog.kernels import device
 
 
@@ -51,14 +52,17 @@ def communicator_for(
     return known[key]
 
 
-def leave(communicator: Communicator, steps: int) -> None:
+def leave(communicator: Communicator, steps: int, reason: NonFiniteError | None = None) -> None:
     """Tell the other ranks that this one exchanges nothing more, deliver what was sent, and end the communicator.
 
     Communicators among some of these ranks, those of a mesh, end with it.
+
+    Args:
+        reason: why it cannot go on, which the others raise too; None if it leaves of its own will.
     """
     view = communicator.view
-    reason = RuntimeError(f"rank {view.rank} has left (opt.leave()); to train on, build a new optimizer")
+    ended = reason or RuntimeError(f"rank {view.rank} has left (opt.leave()); to train on, build a new optimizer")
     for other in _current().communicators.values():
         if set(other.view.ranks) <= set(view.ranks):
-            other.membership.note_leaving(steps)
-            other.end(reason, LAST_MOMENT)
+            other.membership.note_leaving(steps, str(reason or ""))
+            other.end(ended, LAST_MOMENT)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedfog.engine.passes import Engine
+from fusedfog.gossip.healing import finite
+from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.shards import Sharding
 
@@ -48,6 +50,23 @@ def own_multiplier(engine: Engine, grad_scale: Tensor | None) -> Tensor | None:
     """`multiplier` of this rank's own gradients."""
     limit = engine.schedule.max_grad_norm
     return multiplier(gradients_of(engine.segments) if limit is not None else [], grad_scale, limit, engine.sharding)
+
+
+def flag_of(engine: Engine, found_inf: Tensor | None) -> Tensor | None:
+    """A step's non-finite flag: GradScaler's, or if steps skip gradients that are not finite one of this rank's own gradients.
+
+    The flag is fp32 of one element, and not zero if there are some; shards of one replica have the same. No host sync on GPUs.
+    """
+    if found_inf is not None or not engine.schedule.skips:
+        return found_inf
+    gradients = [gradient for gradient in gradients_of(engine.segments) if gradient.numel()]
+    flag = torch.zeros((), dtype=torch.float32, device=engine.segments[0].param.device)
+    if gradients and device.on_gpu(flag):
+        largest = torch.stack([one.float() for one in torch._foreach_norm(gradients, float("inf"))])
+        flag = 1.0 - largest.isfinite().all().float()
+    elif not all(map(finite, gradients)):
+        flag.fill_(1.0)
+    return flag if engine.sharding is None else engine.sharding.norm(flag)
 
 
 def grad_scaler_exists() -> bool:

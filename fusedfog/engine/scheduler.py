@@ -35,7 +35,7 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
-from fusedfog.engine.gradient_scale import own_multiplier
+from fusedfog.engine.gradient_scale import flag_of, own_multiplier
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
 from fusedfog.engine.same_numbers import SameNumbers
@@ -205,7 +205,7 @@ class Scheduler:
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        self.inputs.found_inf = found_inf
+        self.inputs.found_inf = flag_of(self, found_inf)
         self.passes_around_exchange(grad_scale)
         self.end_step()
 
@@ -301,9 +301,10 @@ class Scheduler:
         if self.channels is not None and target is not None and work.compression.given:
             self.channels.encoded(pass_group.buckets, target[1])
 
-    def _before_pass(self, pass_group: PassGroup, inbox: Inbox) -> None:
-        if self.exchanges.quarantine is not None:
-            self.exchanges.quarantine.before_pass(pass_group, inbox)
+    def _before_pass(self, pass_group: PassGroup, inbox: Inbox) -> bool:
+        """Heal this rank, if it is to be; whether it may have been."""
+        quarantine = self.exchanges.quarantine
+        return quarantine is not None and quarantine.before_pass(pass_group, inbox)
 
     def _after_pass(self, pass_group: PassGroup, inbox: Inbox) -> None:
         if self.exchanges.quarantine is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.profiling import span
-from fusedfog.engine.gradient_scale import gradients_of, own_multiplier
+from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
@@ -14,6 +14,8 @@ from fusedfog.kernels import Mixing, Pass, run_pass
 
 class AroundScheduler(Scheduler):
     """A scheduler that leaves the update to somebody else."""
+
+    _healed = False
 
     def step_around(self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
@@ -27,7 +29,7 @@ class AroundScheduler(Scheduler):
         if ahead and exchanging:
             exchanges.start_missing(self.buckets.all)
         corrections = [self._correction(pass_group) if ahead and exchanging else None for pass_group in pass_groups]
-        self._update_outside(inner, grad_scale, found_inf)
+        self._update_outside(inner, grad_scale, flag_of(self, found_inf))
         target = exchanges.following() if ahead else (step, self.clock.exchanges) if exchanging else None
         for pass_group, correction in zip(pass_groups, corrections, strict=True):
             if correction is not None:
@@ -45,9 +47,13 @@ class AroundScheduler(Scheduler):
         if not inbox.weights:
             return None
         (received,), param = inbox.tensors, pass_group.segment.param
-        self._before_pass(pass_group, inbox)
+        if self._before_pass(pass_group, inbox):
+            self._healed = True
         quarantine = self.exchanges.quarantine
-        alarm = quarantine.alarm_for(param) if quarantine is not None else None
+        alarm = None
+        if quarantine is not None:
+            alarm = quarantine.alarm_for(param)
+            quarantine.before_overwriting(pass_group, inbox)
         with span("pass", pass_group.numbers, "mix"):
             run_pass(
                 Pass(
@@ -75,6 +81,12 @@ class AroundScheduler(Scheduler):
             # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
             self._unscale(grad_scale)
             inner.step()
+        if self._healed:
+            self._healed = False
+            for state in inner.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
+                        value.nan_to_num_(0.0, 0.0, 0.0)
         self.buckets.begin_step()  # The update's own writes are no edits.
 
     def _unscale(self, grad_scale: Tensor | None) -> None:

@@ -28,7 +28,7 @@ def heal(pass_group: PassGroup, messages: Sequence[str], inbox: Inbox) -> bool:
     """
     segment, here = pass_group.segment, pass_group.whole
     named = {name: segment.tensor(name)[here] for name in ("param", *messages, *segment.states)}
-    if not device.on_gpu(segment.param) and all(map(_finite, named.values())):
+    if not device.on_gpu(segment.param) and all(map(finite, named.values())):
         return False
     for name, received in zip(messages, inbox.tensors, strict=True):
         own = named[name]
@@ -43,7 +43,8 @@ def heal(pass_group: PassGroup, messages: Sequence[str], inbox: Inbox) -> bool:
     return True
 
 
-def _finite(tensor: Tensor) -> bool:
+def finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor on the CPU is; a sum tells it in one look, and one that overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 

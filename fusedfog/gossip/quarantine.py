@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.registry import leave
 from fusedfog.errors import NonFiniteError, NonFiniteWarning
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.delivery import ExchangeStats
-from fusedfog.gossip.healing import heal
+from fusedfog.gossip.healing import finite, heal
 from fusedfog.gossip.late_read import LateRead
 from fusedfog.kernels import device
 
@@ -101,6 +102,15 @@ class Quarantine:
             self.alarm.zero_()
             self._convict(self._tellers(inbox), self._verdict(pass_group, inbox).tolist())
 
+    def before_overwriting(self, pass_group: PassGroup, inbox: Inbox) -> None:
+        """The same before a pass that writes its results into the inbox."""
+        if device.on_gpu(self.alarm):
+            self.after_pass(pass_group, inbox)
+            return
+        self.alarm.zero_()
+        if inbox.ranks and not all(finite(one[pass_group.whole]) for message in inbox.tensors for one in message):
+            self._convict(self._tellers(inbox), self._verdict(pass_group, inbox).tolist())
+
     def refuse(self, ranks: Iterable[int]) -> None:
         """These ranks' values were left out of an average."""
         self._seen.update(ranks)
@@ -173,8 +183,10 @@ class Quarantine:
 
     def _raise(self, ranks: Sequence[int]) -> None:
         whose = " and ".join("its own values" if rank == self.rank else f"values from rank {rank}" for rank in ranks)
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"rank {self.rank}: {whose} are not finite (step {self._step}), and algorithm {self.conserves!r} cannot leave them "
             f"out: its sums over ranks must be conserved. Parameters of other ranks are finite still; go back to a checkpoint, "
             f"with a lower learning rate, clipping or nonfinite='skip', or use algorithm='awc', which can leave values out"
         )
+        leave(self.communicator, self._step + 1, error)
+        raise error

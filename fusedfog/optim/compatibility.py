@@ -132,6 +132,12 @@ ROWS: tuple[Refusal, ...] = (
         "its states carry sums over ranks that must be exact",
         "leave it out, or use awc, atc, allreduce, local without outer=, or push_sum",
     ),
+    Refusal(
+        "wire_dtype",
+        "heals",
+        "compressed messages bring differences from what a rank knows, and one that is to heal knows nothing",
+        "use exact messages, or nonfinite='skip'",
+    ),
     Refusal("cpu_compile", "measure", "compiled passes measure nothing", _ONE_OF_THEM),
     *(
         Refusal("cpu_compile", option, f"compiled passes know no {option}", _ONE_OF_THEM)

@@ -149,6 +149,9 @@ FEATURES: dict[str, Feature] = {
     "max_grad_norm": _keyword("max_grad_norm"),
     "capturable": _keyword("capturable"),
     "measure": _keyword("measure"),
+    "heals": Feature(
+        lambda setup: setup.value("nonfinite") == "heal", "`nonfinite='heal'`", lambda setup: "nonfinite='heal'"
+    ),
     # GPUs ignore it: every pass is compiled there.
     "cpu_compile": replace(
         _keyword("cpu_compile"),
