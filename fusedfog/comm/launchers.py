@@ -224,9 +224,9 @@ _MPI = (
         "mpiexec (PMI)",
         "PMI_RANK",
         "PMI_SIZE",
-        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "FLUX_TASK_LOCAL_ID"),
         ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
-        ("PALS_APID", "PMI_JOBID"),
+        ("PALS_APID", "FLUX_JOB_ID", "PMI_JOBID"),
     ),
 )
 

@@ -36,7 +36,7 @@ def line(kind: str, engine: Scheduler, options: Options) -> str:
     if engine.communicator is not None and engine.communicator.view.group is not None:
         words.append(engine.communicator.view.group._get_backend(engine.communicator.device).name())
     words.append(f"{kind} {method(engine, options)}")
-    count = sum(slot.spec.numel for segment in engine.segments for slot in segment.layout.slots)
+    count = sum(param.numel() for segment in engine.segments for param in segment.owners)
     words.append(f"{_short(count)} parameters in {_counted(len(engine.buckets.all), 'bucket')}")
     return ", ".join([*words, *_traffic(engine, options)])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fusedfog
 import fusedfog.topology as ft
 from fusedfog.cli.main import main
 from fusedfog.topology.guide import guide_table
@@ -128,3 +129,10 @@ def test_table_tells_which_graph_to_pick() -> None:
     assert cells["one_peer_exponential"]["exact, n=8"] == "3" and cells["one_peer_exponential"]["exact, n=12"] == "-"
     assert cells["base_graph"]["exact, n=12"] == "5" and cells["base_graph"]["symmetric"] == "yes"
     assert cells["hypercube"]["exact, n=12"] == "-"
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fusedfog {fusedfog.__version__}\n"

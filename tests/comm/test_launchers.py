@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -311,6 +312,37 @@ def test_ranks_of_every_launcher_join_each_other(ranks: Pool, launcher: str) -> 
             "MASTER_ADDR": "127.0.0.1",
         }
         assert found == ("cpu", place, place, [0.0, 0.0, 0.0], shown)
+
+
+TRAINED = """
+    import os, torch, fusedfog
+
+    device = fusedfog.init(timeout=60)
+    torch.manual_seed(fusedfog.rank())
+    model = torch.nn.Linear(4, 1).to(device)
+    opt = fusedfog.AdamW(model.parameters(), lr=0.1, model=model)
+    for _ in range(3):
+        model(torch.ones(2, 4)).square().mean().backward()
+        opt.step()
+    assert opt.stats()["exchanges"] == 3
+    print(fusedfog.rank(), fusedfog.world_size(), os.environ["WORLD_SIZE"], repr(opt).partition(chr(10))[0])
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun (Open MPI)", pytest.param("srun", marks=pytest.mark.slow)])
+def test_a_script_trains_together_without_torchrun(launcher: str) -> None:
+    envs = [LAUNCHERS[launcher](rank, 2, 2) for rank in range(2)]
+    for env in envs:
+        env |= {"SLURM_JOB_ID": str(os.getpid())} if launcher == "srun" else {"PMIX_NAMESPACE": str(os.getpid())}
+        env |= {"FUSEDFOG_LOG": "info", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(lambda env: run_alone(TRAINED, **env), envs))
+    for rank, one in enumerate(done):
+        assert one.returncode == 0, one.stderr
+        assert one.stdout == f"{rank} 2 2 AdamW (awc on one_peer_exponential, 2 ranks\n"
+    said = "fusedfog: 2 ranks, gloo, AdamW awc on one_peer_exponential, 5 parameters in 1 bucket, 512 bytes a step"
+    assert said in done[0].stderr.splitlines()
+    assert "fusedfog:" not in done[1].stderr
 
 
 def joined_at(url: str) -> tuple[int, int]:
