@@ -54,7 +54,7 @@ class RankLeft(ExchangeError):
 
 
 class StorageReplacedError(RuntimeError):
-    """A parameter no longer lives in the optimizer's flat buffer (`p.data = ...`, `.to(...)`); names the parameter."""
+    """A parameter was given another shape, dtype or device than it had when the optimizer was built; names the parameter."""
 
 
 class NonFiniteError(RuntimeError):

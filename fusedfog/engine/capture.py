@@ -26,12 +26,12 @@ from torch import Tensor
 from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
 from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.gossip.buckets import EMPTY, Inbox, PassGroup
+from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
 from fusedfog.kernels import CompressedChannel, device
 from fusedfog.kernels.region import TABLE_ALIGNMENT
 from fusedfog.kernels.region import align as align_table
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.gradients import AddressTables
+from fusedfog.params.gradients import AddressTables, storage_replaced
 from fusedfog.topology import Topology
 
 Layout: TypeAlias = tuple[object, ...]
@@ -100,6 +100,19 @@ class CapturableScheduler(Scheduler):
             self.inputs = StepInputs()
             self.hooks.unfrozen = None
         self._recorded = layout
+
+    def take_back_moved(self, only: BucketState | None = None) -> None:
+        """See `Scheduler`; a capture has recorded reads of the place where a parameter lies.
+
+        Raises:
+            StorageReplacedError: also if one has left its place inside a capture.
+        """
+        if recording():
+            for segment in self.segments:
+                for position in segment.moved():
+                    slot, now = segment.layout.slots[position], segment.params[position]
+                    raise storage_replaced(slot, now, segment.param.device)
+        super().take_back_moved(only)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

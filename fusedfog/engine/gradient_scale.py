@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from fusedfog.engine.passes import Engine
 from fusedfog.gossip.healing import finite
 from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
+from fusedfog.params.instances import instances
 from fusedfog.params.shards import Sharding
 
 
@@ -73,7 +73,7 @@ def grad_scaler_exists() -> bool:
     """Whether the process has an enabled GradScaler; one look through all objects."""
     # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
     # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
-    return any(issubclass(type(thing), torch.amp.GradScaler) and thing.is_enabled() for thing in gc.get_objects())
+    return any(scaler.is_enabled() for scaler in instances(torch.amp.GradScaler))
 
 
 def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict[str, float]:

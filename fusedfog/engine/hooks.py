@@ -2,6 +2,10 @@
 
 Buckets go in the one order that all ranks share, so a hook makes the passes of all buckets that are complete, in order, and
 leaves the rest to later hooks or to `step`.
+
+A hook only notes that its gradient has come. The passes are made by the next one, or when backward ends: by then the user's
+own hooks on the same parameter, also those that were registered after ours, have seen the gradient. It is used, and freed,
+one parameter later.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fusedfog.engine.gradient_scale import grad_scaler_exists
 from fusedfog.gossip.buckets import BucketState
@@ -58,6 +63,10 @@ class BackwardHooks:
         self.accumulating = False
         self.unfrozen: bool | None = None
 
+    def detach(self) -> None:
+        """Let go of all parameters."""
+        self.attach(())
+
     def attach(self, buckets: Sequence[BucketState]) -> None:
         """Hook all parameters of these buckets, and let go of those hooked before."""
         for handle in self._handles:
@@ -86,7 +95,7 @@ class BackwardHooks:
             bucket.ready = 0
 
     def ready(self, bucket: BucketState, name: str) -> None:
-        """A parameter of `bucket` has its gradient: make the pass of every bucket that is ready, in order, without waiting."""
+        """A parameter of `bucket` has its gradient."""
         maker = self._maker()
         if maker is None or self.accumulating or self._wait_for_step(maker):
             return
@@ -96,8 +105,17 @@ class BackwardHooks:
                 f"last backward of a step in `with opt.no_sync():`, and use non-reentrant checkpointing; or "
                 f"fused_backward=False"
             )
+        # The gradients that came before this one: their parameters' hooks have all been called.
+        self.pass_complete()
         bucket.ready += 1
-        while self.passed < len(self._buckets):
+        if bucket.ready == bucket.layout.last - bucket.layout.first:
+            # For the bucket that no other gradient follows.
+            torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(self))
+
+    def pass_complete(self) -> None:
+        """Make the pass of every bucket that has all its gradients, in order, without waiting."""
+        maker = self._maker()
+        while maker is not None and self.passed < len(self._buckets):
             bucket = self._buckets[self.passed]
             if bucket.ready < bucket.layout.last - bucket.layout.first or not maker.may_pass(bucket):
                 return
@@ -119,7 +137,21 @@ class _Hook:
         self._hooks = weakref.ref(hooks)
         self._bucket = weakref.ref(bucket)
 
+    @_disable_dynamo
     def __call__(self, param: Tensor) -> None:
         hooks, bucket = self._hooks(), self._bucket()
         if hooks is not None and bucket is not None:
             hooks.ready(bucket, f"a parameter of shape {tuple(param.shape)}")
+
+
+class _AtTheEnd:
+    """Makes, if the hooks still live, the passes that are due when backward ends."""
+
+    def __init__(self, hooks: BackwardHooks) -> None:
+        self._hooks = weakref.ref(hooks)
+
+    @_disable_dynamo
+    def __call__(self) -> None:
+        hooks = self._hooks()
+        if hooks is not None:
+            hooks.pass_complete()

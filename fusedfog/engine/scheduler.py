@@ -23,9 +23,10 @@ forwards, accumulation and skipped updates cannot de-phase ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from fusedfog.engine.gradient_scale import flag_of, own_multiplier
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
 from fusedfog.engine.same_numbers import SameNumbers
-from fusedfog.gossip.buckets import Buckets, BucketState, Inbox, PassGroup
+from fusedfog.gossip.buckets import EMPTY, Buckets, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
@@ -84,8 +85,10 @@ class Scheduler:
         exchanges: which steps exchange what.
         inputs: what holds for the step that is being made.
         clock, stats, channels: those of `exchanges`.
+        adopt_edits: a weak method that is called before passes, for whoever shows states to a user.
     """
 
+    adopt_edits: WeakMethod[Callable[[], None]] | None = None
     channels: CompressedChannels | None
 
     def __init__(
@@ -219,10 +222,34 @@ class Scheduler:
             raise RuntimeError(f"step() inside {self.blocked_by}: leave the with-block first")
         if self.communicator is not None and self.communicator.ended is not None:
             raise self.communicator.ended
+        self.take_back_moved()
+        self.take_edits()
         for segment in self.segments:
-            segment.check_storage(self.clock.steps)
             if not self.algorithm.plain or own_states(segment, self.channels):
                 segment.touch_all()
+
+    def take_edits(self) -> None:
+        """Have the flat states be what the user made of them."""
+        adopt = self.adopt_edits() if self.adopt_edits is not None else None
+        if adopt is not None:
+            adopt()
+
+    def take_back_moved(self, only: BucketState | None = None) -> None:
+        """Have all parameters, or those of one bucket, lie in the flat buffers again, with the values that they have now.
+
+        They are moved by torch's own utilities: `vector_to_parameters`, `prune.remove`, `share_memory`, `flatten_parameters`.
+
+        Raises:
+            StorageReplacedError: one has another shape, dtype or device than before.
+        """
+        for segment in self.segments if only is None else [only.segment]:
+            first, last = (0, len(segment.params)) if only is None else (only.layout.first, only.layout.last)
+            moved = segment.moved(first, last)
+            if moved:
+                # What is in flight is read from the flat buffer.
+                self.drain(keep_failures=True)
+                changed = segment.take_back(moved)
+                self.buckets.forget_edits_of(segment, set(moved).difference(changed))
 
     def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
         """Make all passes of this step and start the messages that they make; GradScaler's factor is `grad_scale`."""
@@ -268,6 +295,8 @@ class Scheduler:
             target = self.exchanges.following()
             inbox = self.exchanges.receive(pass_group, passes_alone_write=target is not None)
             self.make_pass(pass_group, self.algorithm.after, grads, inbox, target)
+            for again in pass_group.segment.repeated(grads) if pass_group.segment.listed else ():
+                self.make_pass(pass_group, self.algorithm.after, again, EMPTY)
         if target is not None:
             self.exchanges.start(pass_group.buckets, *target)
         if self.schedule.fused_backward:
@@ -321,6 +350,8 @@ class Scheduler:
 
     def pass_bucket(self, place: int) -> None:
         """See `hooks.PassMaker`."""
+        self.take_back_moved(self.buckets.all[place])
+        self.take_edits()
         self.before_exchange(self.buckets.singles[place])
 
     def may_pass(self, bucket: BucketState) -> bool:

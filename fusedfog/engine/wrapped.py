@@ -81,6 +81,7 @@ class AroundScheduler(Scheduler):
             # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
             self._unscale(grad_scale)
             inner.step()
+        self.take_back_moved()
         if self._healed:
             self._healed = False
             for state in inner.state.values():

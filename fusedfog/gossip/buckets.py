@@ -188,6 +188,13 @@ class Buckets:
         for bucket, edits in zip(self.all, counts, strict=True):
             bucket.expect_edits(edits)
 
+    def forget_edits_of(self, segment: FlatSegment, positions: Iterable[int]) -> None:
+        """Of these parameters of a segment, each has just been counted as edited once, and was not."""
+        for position in positions:
+            for bucket in self.all:
+                if bucket.segment is segment and bucket.layout.first <= position < bucket.layout.last:
+                    bucket.versions[(position - bucket.layout.first) % len(bucket.versions)] += 1
+
     def bump_versions(self) -> None:
         """Tell autograd that all parameters were written through the flat buffers."""
         for pass_group in self.wholes:

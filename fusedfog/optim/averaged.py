@@ -133,7 +133,6 @@ def _meet(engine: Scheduler, options: Options, call: str) -> Communicator | None
 
 
 def _mixed(engine: Scheduler) -> list[torch.Tensor]:
-    """The flat parameters that are mixed; raises `StorageReplacedError` if any parameter lies elsewhere."""
-    for segment in engine.segments:
-        segment.check_storage()
+    """The flat parameters that are mixed; raises `StorageReplacedError` if any parameter cannot lie there."""
+    engine.take_back_moved()
     return [segment.param for segment in engine.segments if segment.layout.mix]

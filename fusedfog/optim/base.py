@@ -7,11 +7,13 @@ messages travel under the next forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fusedfog.comm.calls import Call
 from fusedfog.engine.capture import CapturableScheduler, recording
@@ -34,8 +36,10 @@ from fusedfog.optim.state_dict import (
     make_room_for_clock,
     original_states,
     saved_clock,
-    show_states,
+    state_names,
 )
+from fusedfog.optim.states import States, plain, show_states, take_edits
+from fusedfog.params.owners import Claim
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -111,14 +115,17 @@ class DecentralizedOptimizer(Controls):
     """
 
     _data_parallel_checked = False
+    _claim: Claim | None = None
     # torch.amp.GradScaler then hands over its scale and flag instead of skipping step(), and the exchange with it.
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: Options) -> None:
         self._scheduler: Scheduler | None = None
         self._options = options
-        super().__init__(given_parameters(self._kind, params), {**defaults, "mix": True})
-        engine = self._build()
+        given = given_parameters(self._kind, params)
+        with parameters.unchanged_if_refused([] if isinstance(given, Tensor) else given):
+            super().__init__(given, {**defaults, "mix": True})
+            engine = self._build()
         announce(self._kind, engine, self._options)
         make_room_for_clock(self.param_groups)
         if engine.sharding is not None:
@@ -127,13 +134,25 @@ class DecentralizedOptimizer(Controls):
     def _build(self) -> Scheduler:
         for group in self.param_groups:
             self._check_group(group)
-        with Call(f"{self._kind}()"):
-            self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options)
+        self._claim = claim = Claim(self._kind, self)
+        try:
+            with Call(f"{self._kind}()"):
+                self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options, claim)
+        except BaseException:
+            claim.drop()
+            raise
+        self._scheduler.adopt_edits = WeakMethod(self._take_edits)
         return self._scheduler
 
     @property
     def _engine(self) -> Scheduler:
-        """The scheduler; a copied or unpickled optimizer builds its own at first use, together with the other ranks."""
+        """The scheduler; a copied or unpickled optimizer builds its own at first use, together with the other ranks.
+
+        Raises:
+            RuntimeError: the optimizer was released.
+        """
+        if self._released is not None:
+            raise RuntimeError(self._released)
         if self._scheduler is None:
             saved, clock = dict(self.state), self._options.clock
             engine = self._build()
@@ -146,8 +165,25 @@ class DecentralizedOptimizer(Controls):
         """Raise ValueError for hyper-parameters that torch's namesake would refuse, or that are not finite."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hyper-parameters it takes")
 
+    @property
+    def state(self) -> States:  # type: ignore[override]  # an attribute there
+        """Each parameter's states, as torch.optim has them; the user may clear, remove and replace what is there."""
+        self._states.notice.pending = True
+        return self._states
+
+    @state.setter
+    def state(self, given: Mapping[Any, Any]) -> None:
+        self._states = States(dict, given)
+
+    def _take_edits(self) -> None:
+        """Have the flat states be what `state` shows."""
+        if self._scheduler is not None:
+            take_edits(self._kind, self._scheduler, self._states)
+
     # -- torch.optim -------------------------------------------------------------------------------------------------
 
+    # Not for a compiler to look into, as torch's own methods that change an optimizer: a graph would hold this step's inbox.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update and mix all parameters; collective in effect: every rank steps equally often.
@@ -163,11 +199,12 @@ class DecentralizedOptimizer(Controls):
             RankLeft: another rank has called `leave()`.
             NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
             MismatchError, PeerTimeout: parameters were unfrozen, but not the same on every rank before the same step.
-            StorageReplacedError: a parameter was moved or given a new storage; of 256 or more, a step looks at every fourth.
+            StorageReplacedError: a parameter was given another shape, dtype or device.
+            RuntimeError: the optimizer was released.
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """
         engine = self._engine
-        if not self.state and wants_states_only():
+        if not self._has_states() and wants_states_only():
             return self._make_states(engine)
         if not isinstance(engine, CapturableScheduler) and recording():
             raise RuntimeError("step() in a CUDA graph's capture: build the optimizer with capturable=True")
@@ -185,8 +222,11 @@ class DecentralizedOptimizer(Controls):
             self._update(engine, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
 
+    def _has_states(self) -> bool:
+        return bool(self._states)
+
     def _make_states(self, engine: Scheduler) -> None:
-        make_states(engine, self.state)
+        make_states(engine, self._states)
 
     def _update(self, engine: Scheduler, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         engine.step(grad_scale, found_inf)
@@ -194,9 +234,11 @@ class DecentralizedOptimizer(Controls):
 
     def _train_unfrozen(self, engine: Scheduler) -> None:
         if engine.may_step():
-            loaded = dict(self.state)
-            for segment in construction.train_unfrozen(self._kind, engine, self._options):
+            loaded, claim = plain(self.state), self._claim
+            assert claim is not None
+            for segment in construction.train_unfrozen(self._kind, engine, self._options, claim):
                 load_states_of(engine, segment, loaded)
+                self._states.forget({"step", *state_names(engine, segment)}, segment.owners)
 
     def _check_data_parallel(self, engine: Scheduler) -> None:
         data_parallel.check(self._kind, engine, construction.running_setup(self._family, engine, self._options))
@@ -208,17 +250,24 @@ class DecentralizedOptimizer(Controls):
         number = len(self.param_groups)
         if isinstance(param_group, dict):
             check_group_parameters(self._kind, param_group, number)
-        self._append_group(param_group)
-        if self._scheduler is None:
-            self._warn_of_unknown_keys(self.param_groups[-1], number)
-            return
+        with parameters.unchanged_if_refused([param_group]):
+            self._append_group(param_group)
+            if self._scheduler is not None:
+                self._take_group()
+        self._warn_of_unknown_keys(self.param_groups[-1], number)
+
+    def _take_group(self) -> None:
+        """Take the last param group into the running scheduler, or remove it."""
+        claim = self._claim
+        assert claim is not None
+        owned = len(claim.segments)
         try:
             self._check_group(self.param_groups[-1])
-            construction.extend(self._kind, self._family, self._scheduler, self.param_groups, self._options)
-        except Exception:
+            construction.extend(self._kind, self._family, self._engine, self.param_groups, self._options, claim)
+        except BaseException:
             self.param_groups.pop()
+            claim.drop(owned)
             raise
-        self._warn_of_unknown_keys(self.param_groups[-1], number)
 
     def _warn_of_unknown_keys(self, group: dict[str, Any], number: int) -> None:
         warn_of_unknown_keys(self._kind, group, number, self.defaults)
@@ -233,11 +282,17 @@ class DecentralizedOptimizer(Controls):
         Messages are not saved: they are a pure function of the parameters and are sent again on resume. With `low_precision`
         the state has `master_param` or `compensation`, with `wire_dtype` the replicas and the codes that were made last.
         """
-        self._engine.drain(keep_failures=True)
-        clock = saved_clock(self._engine, self._options.algorithm)
+        engine = self._engine if self._released is None or self._scheduler is None else self._scheduler
+        engine.drain(keep_failures=True)
+        self._states.notice.pending = True
+        self._take_edits()
+        clock = saved_clock(engine, self._options.algorithm)
         saved = super().state_dict()
+        saved["state"] = {
+            key: dict(state) if isinstance(state, dict) else state for key, state in saved["state"].items()
+        }
         for state in saved["state"].values():
-            if "step" in state:
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()
         saved["fusedfog"] = clock
         carry_clock(saved)
@@ -271,27 +326,38 @@ class DecentralizedOptimizer(Controls):
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({name: value for name, value in state.items() if name != "state"})
+        if "state" in state:
+            self.state = state["state"]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         clock = self._scheduler.exchanges.read_clock() if self._scheduler else self._options.clock
-        return {**super().__getstate__(), "_options": self._options.portable(clock), "_scheduler": None}
+        own = {
+            "state": plain(self.state),
+            "_options": self._options.portable(clock),
+            "_scheduler": None,
+            "_claim": None,
+        }
+        return {**super().__getstate__(), **own}
 
     def _show_states(self) -> None:
         """Let `self.state[p]` show, as torch.optim does, the states of every parameter that has had a gradient."""
-        show_states(self._engine, self.state)
+        show_states(self._engine, self._states)
 
     def _adopt_states(self, saved: dict[Any, Any], own: bool = True) -> None:
         """Copy states in torch's format into the flat ones; parameters without a saved state start anew.
 
         `own` says that this rank saved them, on the topology that it has.
         """
-        self.state.clear()
+        saved = plain(saved)
+        names = {"step"}.union(*(state_names(self._engine, one) for one in self._engine.segments))
+        self._states.forget(names, list(self._states))
         load_states(self._kind, self._engine, saved, own)
         # As torch does, for the day they are trained again.
         kept = {param: saved[param] for param in self._engine.frozen if param in saved}
         self.state.update({param: clone_state(state) for param, state in kept.items()})
         self._show_states()
+        self._states.notice.pending = False

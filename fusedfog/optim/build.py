@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -33,6 +34,7 @@ from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of
 from fusedfog.optim.shared import fields_of_shared, make_equal, shared_with_model
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.layout import ParamSpec, Segment, build_layout, is_trained
+from fusedfog.params.owners import Claim
 from fusedfog.params.shards import Sharding, segment_of, sharding_of
 from fusedfog.topology import Topology
 
@@ -67,12 +69,13 @@ def setup_of(family: str, groups: Groups, options: Options, specs: Sequence[Para
     )
 
 
-def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler:
+def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim) -> Scheduler:
     """Check everything, agree with the other ranks, then adopt the parameters and start from rank 0's values."""
     sharding = sharding_of(groups, options.model)
     specs = describe(groups, 0, options.model)
     setup = setup_of(family, groups, options, specs, sharded=sharding is not None)
     check(setup)
+    claim.check(_named(groups, specs))
     place, given, isolated = setup.place, options.mesh, setup.algorithm.exchanges == "nothing"
     options, everyone = ranks_to_mix_with(sharding, options, alone=isolated)
     view = GroupView(0, 1, None) if isolated else find_group(options.group)
@@ -97,7 +100,7 @@ def build(kind: str, groups: Groups, family: str, options: Options) -> Scheduler
         if options.mesh is not None and topology is not None:
             hierarchy = Hierarchy(options.mesh, place, options.comm_sms)
     compiled = _compile(kind, algorithm, groups, layouts, topology, view, communicator, options)
-    segments = _adopt(groups, layouts, options, communicator, compiled=compiled)
+    segments = _adopt(groups, layouts, options, communicator, claim, compiled=compiled)
     frozen = _frozen(groups, specs)
     if options.sync_init:
         make_equal([*_mixed_of(groups, frozen), *beside.values()], communicator)
@@ -169,11 +172,23 @@ def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
     return int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
 
 
+def _named(groups: Groups, specs: Sequence[ParamSpec]) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {spec.name: param for spec, param in zip(specs, parameters_of(groups), strict=True) if spec.trained}
+
+
 def _adopt(
-    groups: Groups, layouts: Sequence[Segment], options: Options, communicator: Communicator | None, *, compiled: bool
+    groups: Groups,
+    layouts: Sequence[Segment],
+    options: Options,
+    communicator: Communicator | None,
+    claim: Claim,
+    *,
+    compiled: bool,
 ) -> list[FlatSegment]:
     """Move parameters of `groups` into flat segments, and start those that are mixed from rank 0's values."""
     params = parameters_of(groups)
+    claim.take([params[slot.index] for layout in layouts for slot in layout.slots])
     segments = [
         segment_of(
             layout,
@@ -183,6 +198,10 @@ def _adopt(
         )
         for layout in layouts
     ]
+    claim.segments += segments
+    times = Counter(id(param) for group in groups for param in group["params"])
+    for segment in segments if len(params) < times.total() else ():
+        segment.listed = [times[id(param)] for param in segment.owners]
     if options.sync_init:
         broadcast([segment.param for segment in segments if segment.layout.mix], communicator)
     return segments
@@ -244,11 +263,12 @@ def check_groups(family: str, engine: Scheduler, groups: Groups, options: Option
     check(dataclasses.replace(setup, groups=groups, topology=engine.exchanges.topology))
 
 
-def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
+def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: Options, claim: Claim) -> None:
     """Take the last of `groups` into a running scheduler; all ranks together, unless it is not mixed."""
     group = groups[-1]
     check_groups(family, engine, groups, options)
     specs = describe([group], len(groups) - 1, options.model)
+    claim.check(_named([group], specs))
     own = next((param.device for param in filter(is_trained, group["params"])), engine.place)
     if own != engine.place:
         raise ValueError(f"the new group is on {own} but the optimizer's parameters are on {engine.place}")
@@ -263,14 +283,14 @@ def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: O
         view = engine.communicator.view
         what = f"{kind}.add_param_group"
         agree(view, next_agreement(view), fields, engine.communicator.timeout, what, "add_param_group()")
-    _grow(engine, [group], specs, options, sync=options.sync_init)
+    _grow(engine, [group], specs, options, claim, sync=options.sync_init)
     frozen = _frozen([group], specs)
     engine.frozen.extend(frozen)
     if options.sync_init:
         make_equal(_mixed_of([group], frozen), engine.communicator)
 
 
-def train_unfrozen(kind: str, engine: Scheduler, options: Options) -> list[FlatSegment]:
+def train_unfrozen(kind: str, engine: Scheduler, options: Options, claim: Claim) -> list[FlatSegment]:
     """Give those parameters a place that were frozen and are to be trained now; all ranks together, for those that are mixed.
 
     Returns:
@@ -287,12 +307,13 @@ def train_unfrozen(kind: str, engine: Scheduler, options: Options) -> list[FlatS
             dataclasses.replace(spec, trained=id(param) in wanted)
             for param, spec in zip(given, describe(groups, 0, options.model), strict=True)
         ]
+        claim.check(_named(groups, specs))
         mixed = [spec for spec in specs if spec.mix and spec.trained]
         if mixed and engine.communicator is not None:
             _agree_to_unfreeze(kind, engine.communicator, groups, mixed)
     finally:
         engine.hooks.unfrozen = None
-    segments = _grow(engine, groups, specs, options, sync=False)
+    segments = _grow(engine, groups, specs, options, claim, sync=False)
     engine.frozen = [param for param in engine.frozen if id(param) not in wanted]
     return segments
 
@@ -314,13 +335,13 @@ def _agree_to_unfreeze(kind: str, communicator: Communicator, groups: Groups, mi
 
 
 def _grow(
-    engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, *, sync: bool
+    engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, claim: Claim, *, sync: bool
 ) -> list[FlatSegment]:
     """Give the trained ones of `specs`, those of all parameters of `groups`, a place in a running scheduler."""
     layouts = build_layout(specs, _bucket_bytes(options, engine.algorithm))
     compiled = any(region.compiled for segment in engine.segments for region in segment.regions)
     options = dataclasses.replace(options, sync_init=sync)
-    segments = _adopt(groups, layouts, options, engine.communicator, compiled=compiled)
+    segments = _adopt(groups, layouts, options, engine.communicator, claim, compiled=compiled)
     if segments:
         local = not any(segment.layout.mix for segment in segments)
         if not local:

@@ -138,6 +138,13 @@ ROWS: tuple[Refusal, ...] = (
         "compressed messages bring differences from what a rank knows, and one that is to heal knows nothing",
         "use exact messages, or nonfinite='skip'",
     ),
+    *(
+        Refusal(
+            "listed twice", other, "its second update would need a pass of its own there", "list each parameter once"
+        )
+        for other in ("exchange in mid-step", "wire_dtype", "capturable", "measure", "FSDP2")
+    ),
+    Refusal("listed twice", "momentum", "torch begins its buffer anew for each time", "list each parameter once"),
     Refusal("cpu_compile", "measure", "compiled passes measure nothing", _ONE_OF_THEM),
     *(
         Refusal("cpu_compile", option, f"compiled passes know no {option}", _ONE_OF_THEM)

@@ -23,6 +23,7 @@ from fusedfog.optim.export import save_averaged
 from fusedfog.optim.options import Options
 from fusedfog.optim.swapped import Values, pairs_of, swapped
 from fusedfog.optim.uneven import UnevenSteps
+from fusedfog.params.owners import Claim
 from fusedfog.topology import Topology
 
 
@@ -32,6 +33,8 @@ class Controls(UnevenSteps):
     _family: str
     _scheduler: Scheduler | None
     _options: Options
+    _claim: Claim | None
+    _released: str | None = None
 
     @property
     def _kind(self) -> str:
@@ -140,6 +143,30 @@ class Controls(UnevenSteps):
         if engine.communicator is not None:
             leave(engine.communicator, engine.clock.steps)
             engine.discard()
+
+    @property
+    def ended(self) -> bool:
+        """Whether this optimizer can make no more steps: it was released, or the ranks it exchanges with have left."""
+        communicator = self._scheduler.communicator if self._scheduler is not None else None
+        return self._released is not None or (communicator is not None and communicator.ended is not None)
+
+    def release(self) -> None:
+        """Let go of all parameters, so that another optimizer may train them. Local; waits for messages in flight.
+
+        They keep their values and get ordinary storages of their own; hooks are removed. Afterwards `state` and `state_dict()`
+        work, and whatever else needs the parameters, `step()` first of all, raises RuntimeError. All ranks release theirs, or
+        the others wait for messages that do not come.
+        """
+        if self._released is not None:
+            return
+        self._released = (
+            f"this {self._kind} was released and trains no parameters any more: step with the optimizer that was built "
+            f"after it"
+        )
+        if self._scheduler is not None and self._claim is not None:
+            self._scheduler.discard()
+            self._scheduler.hooks.detach()
+            self._claim.drop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

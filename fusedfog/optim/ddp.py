@@ -5,7 +5,6 @@ model = fusedfog.local_gradients(DistributedDataParallel(model, broadcast_buffer
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim.compatibility import first_refusal
 from fusedfog.optim.features import Setup
+from fusedfog.params.instances import instances
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -81,8 +81,8 @@ def check(kind: str, engine: Scheduler, setup: Setup) -> None:
 
 def _holders(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
     own = set(map(id, params))
-    # torch keeps no list of them, and they may be built after the optimizer. isinstance would wake up weak proxies.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    # torch keeps no list of them, and they may be built after the optimizer.
+    found = instances(DistributedDataParallel)
     return [ddp for ddp in found if any(id(param) in own for param in ddp.parameters())]
 
 

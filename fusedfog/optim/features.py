@@ -161,6 +161,14 @@ FEATURES: dict[str, Feature] = {
     "mesh": Feature(
         lambda setup: setup.value("mesh") is not None and not setup.sharded, "`mesh`", lambda setup: "mesh="
     ),
+    # As torch does it, with a warning: each time that it is listed, it is updated.
+    "listed twice": Feature(
+        lambda setup: (
+            setup.family != "wrapped"
+            and any(len(set(g["params"])) < len(g["params"]) for g in setup.groups if "params" in g)
+        ),
+        "a parameter that is listed twice",
+    ),
     "FSDP2": Feature(lambda setup: setup.sharded, "FSDP2 parameters"),
     # Seen by the first step: frameworks wrap the model after the optimizer is built.
     "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),

@@ -8,12 +8,10 @@ a message to the neighbours, and rank 0 that saves alone would wait for theirs.
 from __future__ import annotations
 
 import sys
-from collections.abc import MutableMapping
-from typing import Any
 
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.compression import own_states
-from fusedfog.optim.state_dict import show_states
+from fusedfog.optim.states import States, show_states
 
 _MODULE = "torch.distributed.checkpoint.state_dict"
 _FUNCTION = "_init_optim_state"
@@ -35,7 +33,7 @@ def wants_states_only() -> bool:
     return False
 
 
-def make_states(engine: Scheduler, shown: MutableMapping[Any, Any]) -> None:
+def make_states(engine: Scheduler, shown: States) -> None:
     """Give every parameter with a gradient the states that it has before its first update. Local."""
     for segment in engine.segments:
         segment.found_gradients(0, len(segment.params))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedfog.comm.group import check_backend, find_group
 from fusedfog.optim.options import Options
@@ -26,6 +28,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _NOT_AGREED = ("params", "param_names", "foreach", "fused", "differentiable", "fusedfog")
 """Of param groups: parameters have entries of their own, and hints change nothing."""
+
+
+@contextmanager
+def unchanged_if_refused(groups: Iterable[Any]) -> Iterator[None]:
+    """If the with-block raises, the caller's group dicts among `groups` have the entries that they had before."""
+    before = [(group, dict(group)) for group in groups if isinstance(group, dict)]
+    try:
+        yield
+    except BaseException:
+        for group, entries in before:
+            if not isinstance(entries.get("params"), Tensor | Sequence):
+                entries["params"] = group.get("params")  # An iterator, which has been read.
+            group.clear()
+            group.update(entries)
+        raise
 
 
 def check_finite(group: Mapping[str, Any], non_negative: Iterable[str], finite: Iterable[str] = ()) -> None:
@@ -51,9 +68,13 @@ def describe(groups: Sequence[Mapping[str, Any]], first_group: int, model: torch
     # Beside others, parameters that cannot be trained may be frozen (a quantised base). Alone they are a mistake.
     trainable = any(is_trained(param) or param.dtype in _DTYPES for param in parameters_of(groups))
     for offset, group in enumerate(groups):
-        names = group.get("param_names") or _numbered(len(group["params"]), specs, bool(group["mix"]))
-        for i, (param, given) in enumerate(zip(group["params"], names, strict=True)):
-            depth, name = known.get(id(param), (i / len(group["params"]), given))
+        params = parameters_of([group])
+        names = _numbered(len(params), specs, bool(group["mix"]))
+        if group.get("param_names"):
+            given_names = dict(zip(group["params"], group["param_names"], strict=True))
+            names = [given_names[param] for param in params]
+        for i, (param, given) in enumerate(zip(params, names, strict=True)):
+            depth, name = known.get(id(param), (i / len(params), given))
             if not is_trained(param) and trainable:
                 specs.append(_frozen_spec(param, name, first_group + offset, bool(group["mix"]), depth))
                 continue
@@ -96,8 +117,8 @@ def _frozen_spec(param: Tensor, name: str, group: int, mix: bool, depth: float) 
 
 
 def parameters_of(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """The parameters of all groups, in their order."""
-    return [param for group in groups for param in group["params"]]
+    """The parameters of all groups, in their order, each once: torch warns of one that is listed twice, and updates it twice."""
+    return list(dict.fromkeys(param for group in groups for param in group["params"]))
 
 
 def place_of(groups: Sequence[Mapping[str, Any]], group: dist.ProcessGroup | None) -> torch.device:
@@ -115,6 +136,16 @@ def place_of(groups: Sequence[Mapping[str, Any]], group: dist.ProcessGroup | Non
     return here
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in memory of its own; they do not where a subclass is made of other tensors."""
+    if is_traceable_wrapper_subclass(tensor):
+        return False
+    try:
+        return not tensor.numel() or tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
 def _check_parameter(param: Tensor, name: str) -> None:
     if isinstance(param, torch.nn.parameter.UninitializedParameter):
         raise ValueError(
@@ -130,6 +161,12 @@ def _check_parameter(param: Tensor, name: str) -> None:
     if param.device.type == "meta":
         raise ValueError(
             f"parameter {name} is on the meta device; materialise the model first (model.to_empty, then init)"
+        )
+    if not _has_memory(param):
+        raise ValueError(
+            f"parameter {name} is a {type(param).__name__}, whose values lie in other tensors, or nowhere, so that updates "
+            f"would not reach them; give it a torch.optim optimizer of its own, or train a plain tensor and convert it after "
+            f"training"
         )
     if param.device.type not in ("cpu", "cuda"):
         raise ValueError(f"parameter {name} is on {param.device}; supported devices are cpu and cuda")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from ast import literal_eval
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,18 +125,6 @@ def state_names(engine: Scheduler, segment: FlatSegment) -> tuple[str, ...]:
     """All states of a segment's parameters that a checkpoint has to hold."""
     group = engine.groups[segment.layout.group]
     return (*engine.algorithm.state_names(group), *own_states(segment, engine.channels))
-
-
-def show_states(engine: Scheduler, shown: MutableMapping[Any, Any]) -> None:
-    """Add the states of parameters that have had their first gradient, as torch.optim does."""
-    for segment in engine.segments:
-        names = state_names(engine, segment)
-        for position, param in segment.unshown(names):
-            views = {name: segment.state_view(name, position) for name in names}
-            if "exp_avg" in views or not engine.algorithm.plain:
-                views = {"step": segment.step_of(position), **views}
-            if views or segment.sharded:  # or get_optimizer_state_dict makes a step to have some
-                shown[param] = views
 
 
 def load_states(kind: str, engine: Scheduler, saved: Mapping[Any, Mapping[str, Any]], own: bool) -> None:

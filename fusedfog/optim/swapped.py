@@ -22,8 +22,7 @@ Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 @contextmanager
 def swapped(engine: Scheduler, pairs: Pairs) -> Iterator[None]:
     """Inside, the first of each pair has the values of the second; see `DecentralizedOptimizer.swapped`."""
-    for segment in engine.segments:
-        segment.check_storage()
+    engine.take_back_moved()
     # What is being sent is read where the parameters lie.
     engine.drain(keep_failures=True)
     edits = engine.buckets.count_edits()

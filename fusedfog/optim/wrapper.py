@@ -18,6 +18,7 @@ from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.calls import announced
 from fusedfog.optim.options import Keywords, Options
 from fusedfog.optim.state_dict import carry_clock, loaded_clock, make_room_for_clock, saved_clock
+from fusedfog.optim.states import States
 
 _HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
@@ -51,6 +52,9 @@ class Decentralized(DecentralizedOptimizer):
     """
 
     _family = "wrapped"
+    _states = States()  # None of its own.
+    _shares = False
+    """torch.optim.Optimizer.__init__, which makes empty states, is over."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, **decentralized: Unpack[Keywords]) -> None:
         _check_inner(optimizer)
@@ -66,9 +70,23 @@ class Decentralized(DecentralizedOptimizer):
         self._share()
         return super()._build()
 
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, given: Any) -> None:
+        if self._shares:
+            self.inner.state = given
+
+    def _take_edits(self) -> None:
+        """The wrapped optimizer reads its states itself."""
+
     def _share(self) -> None:
-        """Hold the very groups, states and checkpoint hooks of the wrapped optimizer."""
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        """Hold the very groups and checkpoint hooks of the wrapped optimizer."""
+        self._shares = True
+        self.param_groups = self.inner.param_groups
         for name in _HOOKS:
             setattr(self, f"_optimizer_{name}_hooks", getattr(self.inner, f"_optimizer_{name}_hooks"))
 
@@ -85,6 +103,9 @@ class Decentralized(DecentralizedOptimizer):
 
     def _warn_of_unknown_keys(self, group: dict[str, Any], number: int) -> None:
         warn_of_misspelt_mix(self._kind, group, number)
+
+    def _has_states(self) -> bool:
+        return bool(self.inner.state)
 
     def _make_states(self, engine: Scheduler) -> None:
         # lr is 0 and gradients are zero, so the wrapped optimizer only makes its states.
@@ -129,6 +150,9 @@ class Decentralized(DecentralizedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "state"})
 
     def _show_states(self) -> None:
         """The states are the wrapped optimizer's, and are where it put them."""

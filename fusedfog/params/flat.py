@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fusedfog.kernels import Region, device
 from fusedfog.kernels.rounding import restored
-from fusedfog.params.gradients import GradientReader, storage_replaced
+from fusedfog.params.gradients import TURNS, GradientReader, same_order, storage_replaced
 from fusedfog.params.layout import Bucket, Segment, Slot, block_table
 from fusedfog.params.pages import zeros
 from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Storage
@@ -26,7 +26,7 @@ from fusedfog.params.precision import COMPENSATION, EXACT, MASTER, MOMENTS, Stor
 MANY, PARTS = 256, 4
 """Of so many parameters, what only has to be noticed is looked for in one of so many parts at a time."""
 
-_version_of = attrgetter("_version")
+_version_of, _stride_of = attrgetter("_version"), torch._C.TensorBase.stride
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -49,6 +49,8 @@ class FlatSegment(GradientReader):
         owners: the parameters as the optimizer's user knows them; `params`, unless these are `shards`.
         steps: float32, how often each parameter was updated, as torch.optim counts: `[P]`, or where there are block tables one
             for each row of `whole.blocks`; see `kernels.Pass`.
+        views, view_versions: of each parameter, the states that its user is shown, and what the version counters of some of
+            them add up to.
         regions: what a kernel pass over each bucket needs to know of it.
         whole: the same for a pass over all buckets at once.
 
@@ -78,17 +80,19 @@ class FlatSegment(GradientReader):
         self.steps = torch.zeros(len(params), dtype=torch.float32, device=place)
         self._shown = [False] * len(params)
         self._shown_names: tuple[str, ...] = ()
+        self.views: list[dict[str, Tensor]] = [{} for _ in params]
+        self.view_versions = [0] * len(params)
         with torch.no_grad():
             for param, slot in zip(self.params, layout.slots, strict=True):
                 if slot.spec.numel:
                     view = window(self.param, slot)
                     view.copy_(param)
                     param.data = view
-        base = self.param.data_ptr()
-        filled = [(param, slot) for param, slot in zip(self.params, layout.slots, strict=True) if slot.spec.numel]
-        self._placed = [param for param, _ in filled]
-        self._homes = [base + slot.start * layout.dtype.itemsize for _, slot in filled]
-        self.row_major = len(filled) == len(params) and all(param.is_contiguous() for param in params)
+        base, size = self.param.data_ptr(), layout.dtype.itemsize
+        self._homes = [base + slot.start * size if slot.spec.numel else 0 for slot in layout.slots]
+        self._strides = [slot.spec.stride for slot in layout.slots]
+        self._looked_at = 0
+        self.row_major = 0 not in self._homes and all(param.is_contiguous() for param in params)
         self.regions, self.whole = self._regions()
         self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
         self.remainder_name = storage.remainder if self.narrow else None
@@ -194,6 +198,13 @@ class FlatSegment(GradientReader):
             rows = slice(self._first_rows[position], self._first_rows[position + 1])
         self.steps[rows] = count
 
+    def level_steps(self) -> None:
+        """Have all blocks of a parameter count as its first one does, which is shown to users and may have been edited."""
+        if self.whole.blocks is not None and len(self.steps):
+            rows = self.whole.blocks[:, 0]
+            firsts = torch.searchsorted(rows, rows)
+            self.steps.copy_(self.steps[firsts])
+
     def _rows_of(self, region: Region, rows: Tensor) -> Tensor:
         """A region's part of a tensor with one row for each of the segment's blocks."""
         if region is self.whole or region.blocks is None:
@@ -221,37 +232,119 @@ class FlatSegment(GradientReader):
         self._shown = list(self.touched)
         return [(p, self.owners[p]) for p in fresh]
 
+    def shows(self, name: str, position: int, views: Mapping[str, Tensor]) -> bool:
+        """Whether what users are shown of a state still lies in the flat one; `share_memory_` and `set_` move it elsewhere."""
+        view, slot = views[name], self.layout.slots[position]
+        if not slot.spec.numel:
+            return True
+        if name == "step":
+            return view.data_ptr() == self.step_of(position).data_ptr()
+        flat = self.state(name)
+        return view.data_ptr() == flat.data_ptr() + slot.start * flat.element_size()
+
+    def write_state(self, name: str, position: int, value: Tensor | None) -> None:
+        """Copy a parameter's state in, of any dtype; None begins anew."""
+        view = self.state_view(name, position)
+        if value is not None:
+            view.copy_(value)
+        elif name in ("outer_param", MASTER):
+            view.copy_(self.owners[position].detach())  # a run that had none yet
+        else:
+            view.zero_()
+
+    def forget_shown(self, position: int) -> None:
+        """A parameter's states are to be shown anew, once it has had a gradient."""
+        self._shown[position], self.views[position], self._untouched = False, {}, True
+
+    def keeps_touched(self, position: int) -> bool:
+        """Whether a parameter has states from the beginning."""
+        return False
+
     def load_states(self, names: tuple[str, ...], saved: Sequence[Mapping[str, Any]]) -> None:
         """Copy per-parameter states in torch.optim's format in; what a parameter does not have becomes zero."""
         for position, state in enumerate(saved):
             present = [name for name in names if state.get(name) is not None]
             for name in names:
-                view = self.state_view(name, position)
-                if name in present:
-                    view.copy_(state[name])
-                elif name in ("outer_param", MASTER):
-                    view.copy_(self.owners[position].detach())  # a run that had none yet
-                else:
-                    view.zero_()
+                self.write_state(name, position, state.get(name))
             # torch's SGD stores no count; what matters is whether its momentum buffer has begun.
             self.set_step(position, float(state.get("step", 1.0 if present else 0.0)))
             self.touched[position] = bool(present) or "step" in state
-        self._shown = [False] * len(self.params)
+        self._shown, self._untouched = [False] * len(self.params), True
+        self.views = [{} for _ in self.params]
 
-    def check_storage(self, step: int | None = None) -> None:
-        """Raise `StorageReplacedError` if a parameter has left the flat buffer, so that an update would miss it.
+    def located(self, first: int, last: int) -> Sequence[Tensor]:
+        """The tensors that have to lie in the flat buffer, of parameters `[first, last)`."""
+        return self.between(first, last)
 
-        Args:
-            step: look at a part of many parameters only, another one in each of four steps in a row; None at all of them.
+    def moved(self, first: int = 0, last: int | None = None) -> list[int]:
+        """Positions of parameters among `[first, last)` that lie elsewhere than in their slots, so that passes would miss them.
+
+        Addresses are compared all, at every call: whatever went unseen would be an update that is lost. A parameter that was
+        only turned around in its place (`p.data = p.data.t()`) is seen on CPUs at once, on GPUs within `TURNS` calls.
         """
-        part = slice(None)
-        if step is not None and len(self._placed) >= MANY:
-            part = slice(step % PARTS, None, PARTS)
-        homes = list(map(Tensor.data_ptr, self._placed[part]))
-        if homes != self._homes[part]:
-            slots = [slot for slot in self.layout.slots if slot.spec.numel][part]
-            pairs = zip(homes, self._homes[part], slots, strict=True)
-            raise storage_replaced(next(slot for at, home, slot in pairs if at != home))
+        last = len(self.params) if last is None else last
+        located, expected, strides = self.located(first, last), self._homes, self._strides
+        if last - first < len(expected):
+            expected, strides = expected[first:last], strides[first:last]
+        homes = list(map(Tensor.data_ptr, located))
+        if homes == expected:
+            part = slice(None)
+            if device.on_gpu(self.param):
+                self._looked_at = (self._looked_at + 1) % TURNS
+                part = slice(self._looked_at, None, TURNS)
+            if list(map(_stride_of, located[part])) == strides[part]:
+                return []
+        return [
+            position
+            for position, tensor, home in zip(range(first, last), located, homes, strict=True)
+            if home != self._homes[position] or not self._lies_right(position, tensor)
+        ]
+
+    def _lies_right(self, position: int, tensor: Tensor) -> bool:
+        spec = self.layout.slots[position].spec
+        return tensor.shape == spec.shape and same_order(tensor, spec.stride)
+
+    def take_back(self, positions: Sequence[int]) -> list[int]:
+        """Move parameters that lie elsewhere back into the flat buffer, with the values that they have now.
+
+        Returns:
+            Those whose values are others than the buffer's, as far as the host knows: on GPUs, all.
+
+        Raises:
+            StorageReplacedError: one has another shape, dtype or device than when the optimizer was built, or no memory;
+                none has been moved then.
+        """
+        for position in positions:
+            self._check_alike(position)
+        changed = [position for position in positions if self._move_home(position)]
+        torch.autograd.graph.increment_version([self.owners[position] for position in positions])
+        return changed
+
+    def _check_alike(self, position: int) -> None:
+        slot, (now,) = self.layout.slots[position], self.located(position, position + 1)
+        found = (tuple(now.shape), now.dtype, now.device)
+        if found != (slot.spec.shape, self.layout.dtype, self.param.device) or (now.numel() and not now.data_ptr()):
+            raise storage_replaced(slot, now, self.param.device)
+
+    def _move_home(self, position: int) -> bool:
+        """Copy a parameter's values into its slot and make it the slot's window; whether that changes the slot, or may."""
+        param, slot = self.params[position], self.layout.slots[position]
+        with torch.no_grad():
+            view, value = window(self.param, slot), param.detach()
+            if value.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
+                value = value.clone()  # It overlaps with its slot.
+            changed = device.on_gpu(view) or not torch.equal(view, value)
+            if changed:
+                view.copy_(value)
+            param.data = view
+        return changed
+
+    def give_back(self) -> None:
+        """Give every parameter a storage of its own, as before the optimizer was built, with the values that it has now."""
+        with torch.no_grad():
+            for param, home in zip(self.params, self._homes, strict=True):
+                if home and param.data_ptr() == home:
+                    param.data = param.detach().clone()
 
     def versions(self, bucket: Bucket, part: int = 0, parts: int = 1) -> int:
         """Sum of autograd's version counters over one of `parts` parts of a bucket; it grows with every in-place edit."""

@@ -22,7 +22,6 @@ the others.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusedfog.comm.group import GroupView, check_mesh, find_group
+from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment, window
+from fusedfog.params.instances import instances
 from fusedfog.params.layout import Bucket, ParamSpec, Segment
 from fusedfog.params.precision import EXACT, Storage
 
@@ -116,7 +117,7 @@ class Sharding:
         self, groups: Sequence[Mapping[str, Any]], specs: Sequence[ParamSpec], mesh: DeviceMesh | None
     ) -> dict[str, str]:
         """What the ranks of `mesh`, or those that this one mixes with, must agree on beside `construction`'s fields."""
-        params = [param for group in groups for param in group["params"]]
+        params = list(dict.fromkeys(param for group in groups for param in group["params"]))
         fields = {"place": f"shard {self.mesh.get_local_rank(self.dim)} of {self.mesh.size(self.dim)}"}
         if mesh is not None:
             order = [self.ranks.index(rank) for rank in _row(mesh)]
@@ -267,33 +268,45 @@ class ShardSegment(FlatSegment):
 
     def load_states(self, names: tuple[str, ...], saved: Sequence[Mapping[str, Any]]) -> None:
         """As `FlatSegment.load_states`; of states that are whole tensors each rank takes its shard."""
-        shards = [
-            {name: _as_shard(value, owner) for name, value in state.items()}
-            for state, owner in zip(saved, self.owners, strict=True)
-        ]
-        super().load_states(names, shards)
+        super().load_states(names, saved)
         self._touch_trained()
 
-    def check_storage(self, step: int | None = None) -> None:
-        """As `FlatSegment.check_storage`, of the DTensors' local tensors."""
-        for position, owner in enumerate(self.owners):
-            local = owner._local_tensor
-            if local.numel() and local.data_ptr() != self._homes[position] and self._padded_anew(position):
-                with torch.no_grad():
-                    window(self.param, self.layout.slots[position]).copy_(local)
-                self._move(position)
-                local = owner._local_tensor
-            self._placed[position] = local if local.numel() else self.params[position]
-        super().check_storage()
+    def shows(self, name: str, position: int, views: Mapping[str, Tensor]) -> bool:
+        """As `FlatSegment.shows`, of a DTensor's local tensor."""
+        if name == "step":
+            return super().shows(name, position, views)
+        local: Any = views[name]
+        empty = not self.owners[position]._local_tensor.numel()
+        return empty or super().shows(name, position, {name: local._local_tensor})
 
-    def _padded_anew(self, position: int) -> bool:
-        """Whether FSDP may have moved a parameter itself, with its values.
+    def write_state(self, name: str, position: int, value: Tensor | None) -> None:
+        """As `FlatSegment.write_state`; of a whole tensor each rank takes its shard."""
+        super().write_state(name, position, _as_shard(value, self.owners[position]))
 
-        In torch 2.9 it pads what is sharded unevenly anew at the first forward and in `load_state_dict`; in 2.13 it does not.
+    def keeps_touched(self, position: int) -> bool:
+        """States are shown of all parameters that are trained."""
+        return bool(self.owners[position].requires_grad)
+
+    def located(self, first: int, last: int) -> list[Tensor]:
+        """The DTensors' local tensors; stand-ins of empty ones."""
+        pairs = zip(self.owners[first:last], self.params[first:last], strict=True)
+        return [owner._local_tensor if owner._local_tensor.numel() else param for owner, param in pairs]
+
+    def _move_home(self, position: int) -> bool:
+        """As `FlatSegment._move_home`, with what FSDP gathers.
+
+        In torch 2.9 FSDP pads what is sharded unevenly anew at the first forward and in `load_state_dict`; in 2.13 it does not.
         """
-        slot, local = self.layout.slots[position], self.owners[position]._local_tensor
-        alike = local.shape == slot.spec.shape and local.dtype == self.param.dtype and local.device == self.param.device
-        return alike and slot.spec.room > slot.spec.numel and self._held[position] is not None
+        view, local = window(self.param, self.layout.slots[position]), self.owners[position]._local_tensor
+        with torch.no_grad():
+            changed = device.on_gpu(view) or not torch.equal(view, local)
+            if changed:
+                view.copy_(local)
+        self._move(position)
+        return changed
+
+    def give_back(self) -> None:
+        """Leave the shards where they are: FSDP gathers from there, and windows keep their memory alive."""
 
     def versions(self, bucket: Bucket, part: int = 0, parts: int = 1) -> int:
         """As `FlatSegment.versions`; operations on a DTensor count there, not on its local tensor."""
@@ -333,5 +346,5 @@ def _as_shard(value: Any, owner: DTensor) -> Any:
 
 def _fsdp_groups() -> list[Any]:
     """All of FSDP2's groups of parameters."""
-    # A parameter does not know who shards it, and the module need not be given. isinstance would wake up weak proxies.
-    return [thing for thing in gc.get_objects() if type(thing) is FSDPParamGroup]
+    # A parameter does not know who shards it, and the module need not be given.
+    return instances(FSDPParamGroup)

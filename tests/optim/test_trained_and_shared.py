@@ -59,11 +59,11 @@ def train_with_a_frozen_middle(name: str, unfreeze: str) -> dict[str, Any]:
     for step in range(8):
         if step == 4 and unfreeze == "flag":
             net[2].requires_grad_(True)
+        before = opt.stats()["bytes_sent"]
         backward(net, rank, step)
         if step == 4 and unfreeze == "gradient":
             for param in net[2].parameters():
                 param.grad = torch.full_like(param, 0.1 * rank)
-        before = opt.stats()["bytes_sent"]
         opt.step()
         sent.append(opt.stats()["bytes_sent"] - before)
         if step == 3:
