@@ -143,7 +143,7 @@ class Call:
         where = whereabouts.sentence(view.ranks, states) if states else ""
         late = late or any(state.late for state in states.values())
         text = str(own) if own is not None else f"rank {view.rank}: {self}: {_without_trace(error)}"
-        text += f". Who is where: {where}" if where else ""
+        text += f"{'' if text[-1:] in '.?!' else '.'} Who is where: {where}" if where else ""
         if own is not None and late == isinstance(own, PeerTimeout):
             # The same object is raised again by what else needs the lost message.
             own.args, own.explained = (text, *own.args[1:]), True

@@ -31,6 +31,9 @@ for _ in range(4):
         ("", False),
         pytest.param("", True, marks=pytest.mark.slow),
         pytest.param("torch.distributed.destroy_process_group()", False, marks=pytest.mark.slow),
+        # Rank 0 hosts the store, and ends first.
+        pytest.param("import time; time.sleep(3.0 * (fusedfog.rank() > 0))", False, marks=pytest.mark.slow),
+        pytest.param("import os; os.fork() or os._exit(0); print(fusedfog.mean(1.0))", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, fused: bool) -> None:
@@ -54,3 +57,4 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors
+        assert "Exception" not in errors
