@@ -15,18 +15,22 @@ shards and the order of sums. A process group numbers the same ranks in ascendin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fusedfog.comm.finite import settle
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.mixing import mix, room_for
 from fusedfog.comm.transfer import PeerTensor, Transfer
+from fusedfog.kernels import device
 from fusedfog.topology import Round
+
+Refuse: TypeAlias = Callable[[Iterable[int]], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,13 @@ class Paths:
 
 
 def exchange(
-    sent: Tensor, received: Tensor, round_: Round, lines: tuple[MeshLine, MeshLine], paths: Paths, label: str
+    sent: Tensor,
+    received: Tensor,
+    round_: Round,
+    lines: tuple[MeshLine, MeshLine],
+    paths: Paths,
+    label: str,
+    refuse: Refuse | None = None,
 ) -> Iterator[Transfer]:
     """The phases of one exchange, each yielded once it has been started and waited for by whoever asks for the next.
 
@@ -117,6 +127,8 @@ def exchange(
         round_: the machine's round of the topology.
         lines: across machines, and inside (`mesh_lines`).
         label: what this is, for errors.
+        refuse: on CPUs, leave elements that are not finite out of all means, and call this with the global ranks that they came
+            from, from any thread; None mixes them.
     """
     across, inside = lines
     shards, places = shards_of(sent, inside.size), shards_of(received, inside.size)
@@ -126,17 +138,33 @@ def exchange(
         to_owners = inside.addressed((place, shards[place]) for place in inside.others)
         yield _start(paths.collect, to_owners, inside.addressed(came.items()), f"{label}, to the owners inside")
         share = 1.0 / inside.size
+        if refuse is not None:
+            _settle(own, came, dict.fromkeys(came, share), inside, refuse)
         mix(own, list(came.values()), share, [share] * len(came), inside.place)
     if paths.across is not None:
         came = {machine: room_for(len(own), sent) for machine in round_.recv}
         to_machines = across.addressed((machine, own) for machine in round_.send)
         yield _start(paths.across, to_machines, across.addressed(came.items()), f"{label}, across machines")
+        if refuse is not None:
+            _settle(own, came, round_.recv, across, refuse)
         _mix_machines(own, came, round_, across.place)
     places[inside.place].copy_(own)
     if paths.hand_round is not None:
         to_others = inside.addressed((place, own) for place in inside.others)
         from_owners = inside.addressed((place, places[place]) for place in inside.others)
         yield _start(paths.hand_round, to_others, from_owners, f"{label}, from the owners inside")
+
+
+def _settle(
+    own: Tensor, came: Mapping[int, Tensor], weights: Mapping[int, float], line: MeshLine, refuse: Refuse
+) -> None:
+    """Make all finite, as far as any of them is; see `exchange`."""
+    if device.on_gpu(own):
+        return
+    places = list(came)
+    bad = settle(own, list(came.values()), [weights[place] for place in places])
+    if bad:
+        refuse([line.ranks[places[k] if k >= 0 else line.place] for k in bad])
 
 
 def _start(path: Path, sends: list[PeerTensor], recvs: list[PeerTensor], label: str) -> Transfer:

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedfog.comm.averaging import average_in_place
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.finite import all_finite
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import Transfer, unrecorded
 from fusedfog.engine.gradient_scale import gradients_of, multiplier
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import EMPTY, BucketState, PassGroup
+from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.kernels import Gradients, device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.gradients import addresses_of
@@ -28,21 +31,35 @@ class GradientAverage:
     Behind the gradients the buffer carries one flag a parameter (does any rank have a gradient?) and one for non-finite
     gradients found by a GradScaler on any rank, so that all ranks update, or skip, the same parameters. A rank without a
     gradient contributes zero, as under DistributedDataParallel.
+
+    With a quarantine, a rank whose gradients of the bucket are not finite contributes zeros, and one more flag a rank says who
+    has taken part, so that the mean is that of the others.
     """
 
-    def __init__(self, segment: FlatSegment, bucket: Bucket, communicator: Communicator) -> None:
+    def __init__(
+        self, segment: FlatSegment, bucket: Bucket, communicator: Communicator, quarantine: Quarantine | None
+    ) -> None:
+        self.quarantine = quarantine
         self.segment, self.layout, self.communicator = segment, bucket, communicator
         self.slots = segment.layout.slots[bucket.first : bucket.last]
         self.length = bucket.stop - bucket.start
-        self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1)
+        ranks = communicator.view.size if quarantine is not None else 0
+        self.buffer = segment.param.new_zeros(self.length + len(self.slots) + 1 + ranks)
+        self._found_inf = self.buffer[self.length + len(self.slots)]
+        self._fine = self.buffer[len(self.buffer) - ranks :]
+        self._fine_ranks = self._fine.view(1, -1)
         self._transfer: Transfer | None = None
         self._places = [self.buffer[slot.start - bucket.start : slot.stop - bucket.start] for slot in self.slots]
         self._homes = torch.tensor(addresses_of(self._places), device=self.buffer.device)
-        self._flags = self.buffer[self.length : -1]
+        self._flags = self.buffer[self.length : self.length + len(self.slots)]
         self._present: list[bool] = []
 
-    def start(self, grads: Gradients, found_inf: Tensor | None) -> None:
-        """Pack this rank's gradients and start the all-reduce; the gradients may be freed afterwards."""
+    def start(self, grads: Gradients, found_inf: Tensor | None, *, scaled: bool) -> None:
+        """Pack this rank's gradients and start the all-reduce; the gradients may be freed afterwards.
+
+        `scaled`: a GradScaler's scale is in them, so that those which overflow are nobody's fault.
+        """
+        self._blames = not scaled
         found = grads.tensors[self.layout.first : self.layout.last]
         present = [grad is not None for grad in found]
         if present != self._present:
@@ -54,9 +71,10 @@ class GradientAverage:
             torch._foreach_zero_([place for place, here in zip(self._places, present, strict=True) if not here])
         self._flags.copy_(self._shares)
         if found_inf is not None:
-            torch.mul(found_inf.reshape(()), 1.0 / self.communicator.view.size, out=self.buffer[-1])
+            torch.mul(found_inf.reshape(()), 1.0 / self.communicator.view.size, out=self._found_inf)
         else:
-            self.buffer[-1].zero_()
+            self._found_inf.zero_()
+        self._leave_out()
         self._transfer = Transfer(self.communicator, "gradients")
         self._transfer.add(partial(dist.all_reduce, self.buffer, async_op=True), "averaging with all ranks")
 
@@ -70,6 +88,44 @@ class GradientAverage:
             # Two launches a bucket instead of one a parameter; there is no fused kernel that copies and scales.
             torch._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
             self.buffer[: self.length].mul_(share)
+
+    def _leave_out(self) -> None:
+        """Take part in the sum only with what is finite, and say so."""
+        if self.quarantine is None:
+            return
+        own = self.tensors()
+        self._fine.zero_()
+        mine = self._fine[self.communicator.view.rank]
+        if not device.on_gpu(own):
+            mine.fill_(float(all_finite(own)))
+            if not mine:
+                own.zero_()
+        else:
+            fine = own.isfinite().all()
+            mine.copy_(fine)
+            own.copy_(torch.where(fine, own, 0.0))
+
+    def _make_mean(self) -> None:
+        """Of the sum over those that have taken part."""
+        if self.quarantine is None:
+            return
+        own, size = self.tensors(), self.communicator.view.size
+        if device.on_gpu(own):
+            # Without a look at the flags: a product with 1 for all but the sick.
+            own.mul_((size / self._fine.sum().clamp(min=1.0)).to(own.dtype))
+            if self._blames:
+                self.quarantine.refuse_late(self._fine_ranks)
+            return
+        fine = self._fine.tolist()
+        if min(fine) == 0:
+            if self._blames:
+                self.quarantine.refuse(rank for rank, one in enumerate(fine) if not one)
+            own.mul_(size / max(1.0, sum(fine)))
+
+    @property
+    def somebody_left_out(self) -> bool:
+        """Whether the last mean is not one of all ranks; all ranks see it alike. On a GPU the host waits."""
+        return self.quarantine is not None and bool((self._fine == 0).any())
 
     def finish(self) -> tuple[Gradients, Tensor]:
         """Wait for the mean; returns it with the flag (0-d, fp32) that is positive if any rank found a non-finite one."""
@@ -88,7 +144,8 @@ class GradientAverage:
                 if flag > 0:
                     tensors[first + i] = self._places[i]
                     self.segment.touched[first + i] = True
-        return Gradients(tensors, table, self.buffer.dtype), self.buffer[-1].float()
+        self._make_mean()
+        return Gradients(tensors, table, self.buffer.dtype), self._found_inf.float()
 
     def tensors(self) -> Tensor:
         """The reduced gradients of the bucket, padding (zero) included."""
@@ -103,7 +160,7 @@ class AllReduceScheduler(Scheduler):
         super().rebuild_buckets(local=local)
         assert self.communicator is not None
         self._averages = {
-            bucket.number: GradientAverage(bucket.segment, bucket.layout, self.communicator)
+            bucket.number: GradientAverage(bucket.segment, bucket.layout, self.communicator, self.exchanges.quarantine)
             for bucket in self.buckets.all
             if bucket.segment.layout.mix
         }
@@ -129,7 +186,9 @@ class AllReduceScheduler(Scheduler):
         average = self._averages[bucket.number]
         tensors = [None if grad is None else grad.as_strided((grad.numel(),), (1,)) for grad in grads.tensors]
         with span("exchange", (bucket.number,), to=("all",), sources=("all",)), unrecorded():
-            average.start(Gradients(tensors, grads.addresses, grads.dtype), self.inputs.found_inf)
+            average.start(
+                Gradients(tensors, grads.addresses, grads.dtype), self.inputs.found_inf, scaled=self.inputs.scaled
+            )
         view = average.communicator.view.size
         size = 2 * average.buffer.nbytes * (view - 1) // view
         self.stats.bytes_sent += size
@@ -146,6 +205,8 @@ class AllReduceScheduler(Scheduler):
         inputs.grad_scale = multiplier(
             [average.tensors() for average in self._averages.values()], grad_scale, limit, self.sharding
         )
+        if self.schedule.nonfinite == "heal" and any([one.somebody_left_out for one in self._averages.values()]):
+            self._heal()
         own_flag = inputs.found_inf
         for pass_group in self.buckets.singles:
             (number,) = pass_group.numbers
@@ -154,6 +215,22 @@ class AllReduceScheduler(Scheduler):
                 inputs.found_inf = found_inf if own_flag is not None else None
                 self.make_pass(pass_group, self.algorithm.after, grads, EMPTY)
         self._pass_unmixed(grad_scale, own_flag, [found_inf for _, found_inf in reduced.values()])
+
+    def _heal(self) -> None:
+        """Where this rank's parameters and states are not finite, take the mean of the ranks that have finite ones. Collective.
+
+        All ranks have the same ones, so zeros for states would have this rank drift away from them.
+        """
+        for segment in self.segments:
+            if not segment.layout.mix:
+                continue
+            for tensor in (segment.param, *(segment.states[name] for name in sorted(segment.states))):
+                mean = tensor.clone()
+                average_in_place([mean], self.communicator, finite=True)
+                sick = ~tensor.isfinite()
+                if sick.any():
+                    tensor.copy_(torch.where(sick, mean, tensor))
+                    self.stats.healed += tensor is segment.param
 
     def _pass_unmixed(self, grad_scale: Tensor | None, own_flag: Tensor | None, flags: Sequence[Tensor]) -> None:
         """The passes over what other ranks do not have, with this rank's gradients as they are.

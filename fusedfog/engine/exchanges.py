@@ -58,7 +58,7 @@ class Exchanges:
         if schedule.nonfinite != "propagate":
             self.quarantine = Quarantine(
                 communicator,
-                segments[0].param.device,
+                communicator.device,
                 algorithm.messages,
                 self.stats,
                 heals=schedule.nonfinite == "heal",
@@ -70,9 +70,9 @@ class Exchanges:
             self.channels = CompressedChannels(segments, codes, algorithm.messages, communicator, ahead=ahead)
         gossip: Delivery = Neighbors(communicator, channel, inboxes, self.stats, self.channels)
         if hierarchy is not None:
-            gossip = ByMachine(communicator, hierarchy, inboxes, self.stats)
+            gossip = ByMachine(communicator, hierarchy, inboxes, self.stats, self.quarantine)
         averages = schedule.global_average_every is not None
-        average = GlobalAverage(communicator, inboxes, self.stats) if averages else None
+        average = GlobalAverage(communicator, inboxes, self.stats, self.quarantine) if averages else None
         self.mailbox = Mailbox(communicator, inboxes, self.stats, gossip, average)
 
     def use_topology(self, topology: Topology | None) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedfog.comm.finite import all_finite
 from fusedfog.engine.passes import Engine
-from fusedfog.gossip.healing import finite
 from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.instances import instances
@@ -60,11 +60,11 @@ def flag_of(engine: Engine, found_inf: Tensor | None) -> Tensor | None:
     if found_inf is not None or not engine.schedule.skips:
         return found_inf
     gradients = [gradient for gradient in gradients_of(engine.segments) if gradient.numel()]
-    flag = torch.zeros((), dtype=torch.float32, device=engine.segments[0].param.device)
+    flag = torch.zeros((), dtype=torch.float32, device=engine.place)
     if gradients and device.on_gpu(flag):
         largest = torch.stack([one.float() for one in torch._foreach_norm(gradients, float("inf"))])
         flag = 1.0 - largest.isfinite().all().float()
-    elif not all(map(finite, gradients)):
+    elif not all(map(all_finite, gradients)):
         flag.fill_(1.0)
     return flag if engine.sharding is None else engine.sharding.norm(flag)
 

@@ -30,10 +30,14 @@ _UNMIXED = 1 << 20
 
 @dataclass
 class StepInputs:
-    """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once."""
+    """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once.
+
+    `scaled` says that the flag is a GradScaler's, which expects gradients that overflow.
+    """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    scaled: bool = False
     numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
     inverse_norm: Tensor | None = None
 
@@ -50,6 +54,7 @@ class Engine(Protocol):
     channels: CompressedChannels | None
     sharding: Sharding | None
     exchanges: Exchanges
+    place: torch.device
 
     @property
     def rank(self) -> int:

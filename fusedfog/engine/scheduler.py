@@ -208,7 +208,7 @@ class Scheduler:
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        self.inputs.found_inf = flag_of(self, found_inf)
+        self.inputs.found_inf, self.inputs.scaled = flag_of(self, found_inf), found_inf is not None
         self.passes_around_exchange(grad_scale)
         self.end_step()
 

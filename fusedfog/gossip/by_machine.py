@@ -25,9 +25,10 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
-from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines, shards_of
+from fusedfog.comm.two_level import MeshLine, Path, Paths, Refuse, exchange, mesh_lines, shards_of
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, Rounds
+from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.kernels import device
 from fusedfog.topology import Round, Topology
 
@@ -86,6 +87,7 @@ class Hierarchy:
     Attributes:
         machine, machines, local, locals: this rank's coordinates on the mesh and the mesh's shape.
         bytes_inside, bytes_across: sent so far.
+        refuse: see `two_level.exchange`.
     """
 
     def __init__(self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None) -> None:
@@ -99,6 +101,7 @@ class Hierarchy:
         self._pump = None if on_gpu else ThreadPoolExecutor(1, "fusedfog-hierarchy")
         self._streams = cycle([torch.cuda.Stream(place) for _ in range(2)] if on_gpu else [])
         self.bytes_inside = self.bytes_across = 0
+        self.refuse: Refuse | None = None
 
     def warm_up(self, rounds: Iterable[Round]) -> None:
         """Open NCCL's connections inside the machine, and across for these of the machine's rounds."""
@@ -134,7 +137,7 @@ class Hierarchy:
         self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
     ) -> Iterator[Transfer]:
         for i, (sent, inbox) in enumerate(pairs):
-            yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label)
+            yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label, self.refuse)
 
     def _paths(self, number: int) -> Paths:
         """The ways of exchange `number`: on gloo both phases inside go over one communicator, with tags of their own."""
@@ -166,9 +169,17 @@ class ByMachine:
     """
 
     def __init__(
-        self, communicator: Communicator, hierarchy: Hierarchy, inboxes: InboxTensors, stats: ExchangeStats
+        self,
+        communicator: Communicator,
+        hierarchy: Hierarchy,
+        inboxes: InboxTensors,
+        stats: ExchangeStats,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.communicator, self.hierarchy, self.inboxes, self.stats = communicator, hierarchy, inboxes, stats
+        if quarantine is not None:
+            ranks = communicator.view.ranks
+            hierarchy.refuse = lambda bad: quarantine.refuse(map(ranks.index, bad))
         self._rounds = Rounds(hierarchy.machine)
 
     def use_topology(self, topology: Topology | None) -> None:

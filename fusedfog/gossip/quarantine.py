@@ -10,17 +10,19 @@ healthy run nothing but the alarm: kernels that wrote a flag for each neighbour 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.finite import all_finite
 from fusedfog.comm.registry import leave
 from fusedfog.errors import NonFiniteError, NonFiniteWarning
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.delivery import ExchangeStats
-from fusedfog.gossip.healing import finite, heal
+from fusedfog.gossip.healing import heal
 from fusedfog.gossip.late_read import LateRead
 from fusedfog.kernels import device
 
@@ -64,7 +66,8 @@ class Quarantine:
         self._step = 0
         self._seen: set[int] = set()
         self._warned: set[int] = set()
-        self._alarm_read, self._verdicts_read = LateRead(), LateRead()
+        self._told: deque[int] = deque()
+        self._alarm_read, self._verdicts_read, self._flags_read = LateRead(), LateRead(), LateRead()
         self._verdicts: list[tuple[tuple[int, ...], Tensor]] = []
 
     @property
@@ -108,12 +111,16 @@ class Quarantine:
             self.after_pass(pass_group, inbox)
             return
         self.alarm.zero_()
-        if inbox.ranks and not all(finite(one[pass_group.whole]) for message in inbox.tensors for one in message):
+        if inbox.ranks and not all(all_finite(one[pass_group.whole]) for message in inbox.tensors for one in message):
             self._convict(self._tellers(inbox), self._verdict(pass_group, inbox).tolist())
 
     def refuse(self, ranks: Iterable[int]) -> None:
-        """These ranks' values were left out of an average."""
-        self._seen.update(ranks)
+        """These ranks' values were left out of an average; from any thread."""
+        self._told.extend(ranks)
+
+    def refuse_late(self, flags: Tensor) -> None:
+        """The same on a GPU, of ranks whose column in flags [messages, ranks] is not all ones."""
+        self._flags_read.ask(flags)
 
     def _tellers(self, inbox: Inbox) -> tuple[int, ...]:
         return (self.rank, *(rank for rank, weight in zip(inbox.ranks, inbox.weights, strict=True) if weight))
@@ -139,6 +146,8 @@ class Quarantine:
         self._step = step
         if device.on_gpu(self.alarm):
             self._read_alarm()
+        while self._told:
+            self._seen.add(self._told.popleft())
         if self._seen:
             found, self._seen = sorted(self._seen), set()
             self._report(found)
@@ -154,6 +163,8 @@ class Quarantine:
             for ranks in members:
                 self._convict(ranks, verdict[: len(ranks)])
                 verdict = verdict[len(ranks) :]
+        for seen, _ in self._flags_read.answers():
+            self.refuse(rank for rank, fine in enumerate(seen.min(0).tolist()) if not fine)
         if self._verdicts:
             members, verdicts = zip(*self._verdicts, strict=True)
             self._verdicts_read.ask(torch.cat(verdicts), members)
@@ -172,14 +183,18 @@ class Quarantine:
         for rank in ranks:
             if rank not in self._warned:
                 self._warned.add(rank)
-                warnings.warn(
-                    f"rank {self.rank}: values from rank {rank} are not finite (step {self._step}) and are left out: this rank's "
-                    f"own count in their place, until rank {rank} sends finite ones again. Look at rank {rank}'s loss and "
-                    f"gradients; nonfinite='skip' leaves out updates by gradients that are not finite, and 'heal' also brings "
-                    f"such a rank back. Said once; stats()['refused_from'] counts on",
-                    NonFiniteWarning,
-                    stacklevel=2,
-                )
+                warnings.warn(self._words(rank), NonFiniteWarning, stacklevel=2)
+
+    def _words(self, rank: int) -> str:
+        at, more = f"(step {self._step})", "Said once; stats()['refused_from'] counts on"
+        if rank == self.rank:
+            return f"rank {rank}: its own values are not finite {at}, and other ranks leave them out. {more}"
+        return (
+            f"rank {self.rank}: values from rank {rank} are not finite {at} and left out, until rank {rank} sends finite ones "
+            f"again: this rank's own count in their place, or in averages those of the others. Look at rank {rank}'s loss and "
+            f"gradients; nonfinite='skip' makes no update from gradients that are not finite, and 'heal' also brings such a rank "
+            f"back. {more}"
+        )
 
     def _raise(self, ranks: Sequence[int]) -> None:
         whose = " and ".join("its own values" if rank == self.rank else f"values from rank {rank}" for rank in ranks)

@@ -53,7 +53,7 @@ def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None)
     before = [tensor.clone() for tensor in tensors]
     try:
         with torch.no_grad(), Call("averaged()", ranks_of(engine)):
-            average_in_place(tensors, communicator)
+            average_in_place(tensors, communicator, finite=options.nonfinite != "propagate")
         engine.buckets.bump_versions()
         with engine.block_steps("averaged()"):
             yield
@@ -68,7 +68,8 @@ def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None)
 def distance_of(engine: Scheduler, options: Options) -> float:
     """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now."""
     flats = _mixed(engine)
-    distance = consensus_distance(flats, _meet(engine, options, "consensus_distance()"))
+    communicator = _meet(engine, options, "consensus_distance()")
+    distance = consensus_distance(flats, communicator, finite=options.nonfinite != "propagate")
     if engine.sharding is not None:
         own = torch.tensor(distance, dtype=torch.float64, device=engine.place)
         distance = engine.sharding.norm(own).item()

@@ -1,0 +1,43 @@
+"""Values that are not finite, among ranks' plain tensors: found, and replaced by what other ranks have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor on the CPU is; a sum tells it in one look, and one that overflows is looked at again."""
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def restore(own: Tensor, received: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """Replace elements that are not finite by the weighted mean of those received that are; those that nobody has stay NaN."""
+    total = torch.zeros_like(own, dtype=torch.float64 if own.dtype == torch.float64 else torch.float32)
+    mass = torch.zeros_like(total)
+    for one, weight in zip(received, weights, strict=True):
+        if weight:
+            finite = one.isfinite()
+            total += torch.where(finite, one, 0.0).to(total.dtype) * weight
+            mass += finite * weight
+    mean = torch.where(mass != 0, total / mass, torch.nan).to(own.dtype)
+    own.copy_(torch.where(own.isfinite(), own, mean))
+
+
+def settle(own: Tensor, received: Sequence[Tensor], weights: Sequence[float]) -> list[int]:
+    """Before tensors on the CPU are mixed: own elements that are not finite become the others' mean, others' become the own.
+
+    Returns:
+        Which of those received, of weights that are not 0, were not finite; -1 for the own.
+    """
+    bad = [k for k, (one, weight) in enumerate(zip(received, weights, strict=True)) if weight and not all_finite(one)]
+    if not all_finite(own):
+        restore(own, received, weights)
+        bad.insert(0, -1)
+    for k in bad:
+        if k >= 0:
+            received[k].copy_(torch.where(received[k].isfinite(), received[k], own))
+    return bad
