@@ -20,14 +20,15 @@ _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes what no handler of the root logger takes: a program that configures logging later sees no line twice."""
+    """Writes what no handler of the program takes: one that configures logging, now or later, sees no line twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("fusedfog: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not (log.propagate and logging.getLogger().handlers):
+        theirs = [*(logging.getLogger().handlers if log.propagate else ()), *log.handlers]
+        if all(handler is self for handler in theirs):
             self.stream = sys.stderr
             super().emit(record)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -109,6 +111,7 @@ def _join(
     if launch is None or by_env or (url is not None and _says_rank(url)):
         dist.init_process_group(backend, init_method=url, timeout=timeout, device_id=device)
     else:
+        launch = launch if url else _with_known_host(launch)
         where = url or f"tcp://{_bracketed(launch.address or '')}:{launch.port}"
         try:
             dist.init_process_group(
@@ -130,6 +133,17 @@ def _join(
             if name not in meeting and not os.environ.get(name):
                 os.environ[name] = value
         log.debug("rank %d of %d by %s met the others at %s", launch.rank, launch.size, launch.launcher, where)
+
+
+def _with_known_host(launch: Launch) -> Launch:
+    """With the substitute for an address that is a name nobody knows."""
+    if launch.substitute is None or launch.address is None:
+        return launch
+    try:
+        socket.getaddrinfo(launch.address, None)
+    except OSError:
+        return dataclasses.replace(launch, address=launch.substitute)
+    return launch
 
 
 def _bracketed(address: str) -> str:

@@ -22,6 +22,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 from fusedfog.errors import LaunchError
@@ -52,6 +53,7 @@ class Launch:
         rank, size: of all processes.
         local_rank, local_size: of those on this host; None where the launcher does not say.
         address, port: where rank 0 listens, the same on all ranks; None where nothing says so.
+        substitute: another address for it, should `address` be a name that nobody knows.
     """
 
     launcher: str
@@ -61,6 +63,7 @@ class Launch:
     local_size: int | None = None
     address: str | None = None
     port: int | None = None
+    substitute: str | None = None
 
     @property
     def by_torchrun(self) -> bool:
@@ -133,7 +136,9 @@ def read_launch(env: Env) -> Launch | None:
     port = _number(env, "MASTER_PORT", 1)
     if port is not None and port > 65535:
         raise LaunchError(f"MASTER_PORT must be a whole number of 1 to 65535, and is {port}")
-    return replace(launch, address=_text(env, "MASTER_ADDR") or launch.address, port=port or launch.port)
+    given = _text(env, "MASTER_ADDR")
+    found: dict[str, Any] = {"address": given, "substitute": None} if given else {}
+    return replace(launch, port=port or launch.port, **found)
 
 
 def tasks_of_shell(env: Env) -> int | None:
@@ -255,16 +260,17 @@ def _by_srun(env: Env) -> Launch:
     size_name = "SLURM_STEP_NUM_TASKS" if _text(env, "SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     rank, size = _needed(env, "srun", "SLURM_PROCID", size_name)
     local_size = _tasks_here(env, size)
-    address: str | None = "127.0.0.1" if local_size == size else None
-    nodelist = _text(env, "SLURM_STEP_NODELIST") or _text(env, "SLURM_NODELIST")
-    if address is None and nodelist:
-        address = next(hosts(nodelist), None)
-    if address is None:
-        # The host of srun itself: the first one's where a batch script calls it, a login node elsewhere.
-        address = _text(env, "SLURM_LAUNCH_NODE_IPADDR") or None
+    address = "127.0.0.1" if local_size == size else None
+    # The host of srun itself is the first one's where a batch script calls it, and a login node elsewhere.
+    by_srun = _text(env, "SLURM_LAUNCH_NODE_IPADDR") or None
+    nodelists = (_text(env, name) for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"))
+    named = [host for nodelist in nodelists if nodelist for host in islice(hosts(nodelist), 1)]
+    found = [one for one in (*named[:1], by_srun) if one is not None] if address is None else [address]
     job = _text(env, "SLURM_JOB_ID") or _text(env, "SLURM_JOBID")
     step = _text(env, "SLURM_STEP_ID") or _text(env, "SLURM_STEPID")
-    return Launch("srun", rank, size, _number(env, "SLURM_LOCALID"), local_size, address, _port(f"{job}.{step}"))
+    address, substitute, *_ = [*found, None, None]
+    port = _port(f"{job}.{step}")
+    return Launch("srun", rank, size, _number(env, "SLURM_LOCALID"), local_size, address, port, substitute)
 
 
 def _tasks_here(env: Env, size: int) -> int | None:

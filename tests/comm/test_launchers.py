@@ -165,12 +165,18 @@ def test_the_shell_of_a_slurm_job_is_none_of_its_tasks(shell: str) -> None:
 
 @pytest.mark.parametrize(
     "task",
-    [{"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}],
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n[7-8]"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    ],
 )
 def test_tasks_of_srun_are_known_by_little(task: dict[str, str]) -> None:
     found = read_launch(task)
     assert found is not None
     assert (found.launcher, found.size) == ("srun", 2)
+    assert found.address == task.get("SLURM_LAUNCH_NODE_IPADDR", "n7" if "SLURM_JOB_NODELIST" in task else None)
     assert tasks_of_shell(task) is None
 
 
@@ -292,6 +298,19 @@ def joined_by(launcher: str, size: int, port: int) -> tuple[object, ...]:
         with pytest.warns(RuntimeWarning, match="timeout=0:01:01 changes nothing"):
             fusedfog.init(timeout=timedelta(seconds=61))
         return device.type, before, after, mean.tolist(), shown
+
+
+def joined_beside_an_unknown_name(port: int) -> str:
+    rank = int(os.environ["RANK"])
+    env = {**srun(rank, 2, 1), "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env["SLURM_STEP_NODELIST"] = "no-such-host[1-2].invalid"
+    with alone(env):
+        fusedfog.init(timeout=30)
+        return os.environ["MASTER_ADDR"]
+
+
+def test_srun_whose_hosts_have_names_that_nobody_knows_is_joined_at_its_own_address(ranks: Pool) -> None:
+    assert ranks.run(2, joined_beside_an_unknown_name, free_port(), init=False) == ["127.0.0.1"] * 2
 
 
 def free_port() -> int:
