@@ -216,9 +216,11 @@ def _ask_why(view: Ranks, own: State) -> dict[int, State]:
 
 
 def where(view: Ranks) -> str:
-    """Who of these ranks is where, as a sentence; "" where there is nobody to ask."""
-    states = ask(view)
-    return whereabouts.sentence(view.ranks, states) if states else ""
+    """Who of these ranks is where, as a sentence; "" where there is nobody to ask. For threads that nobody waits for."""
+    with contextlib.suppress(RuntimeError, ValueError, KeyError):  # The group may be destroyed under them.
+        states = ask(view)
+        return whereabouts.sentence(view.ranks, states) if states else ""
+    return ""
 
 
 def enter_world(timeout: float) -> None:

@@ -118,24 +118,30 @@ class World:
 
 def listen(store: Store) -> tuple[socket.socket, str]:
     """A listening socket, and the address by which processes of this store reach it."""
-    ip = _own_ip(store)
+    ip, inside = _own_ip(store), _innermost(store)
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    loopback = ip.startswith("127.") or ip == "::1"
-    return socket.create_server((ip if loopback else "", 0), family=family, backlog=256), ip
+    # A host may know its own name by a loopback address, while others ask for it by the same name.
+    alone = isinstance(inside, TCPStore) and inside.host in ("localhost", "127.0.0.1", "::1")
+    return socket.create_server((ip if alone else "", 0), family=family, backlog=256), ip
 
 
 def _own_ip(store: Store) -> str:
     """This host's address on the way to the one that hosts the store."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, TCPStore):
+    inside = _innermost(store)
+    if not isinstance(inside, TCPStore):
         return "127.0.0.1"
     with contextlib.suppress(OSError):
-        for family, kind, protocol, _, end in socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM):
+        for family, kind, protocol, _, end in socket.getaddrinfo(inside.host, inside.port, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind, protocol) as probe:  # Connecting it sends nothing.
                 probe.connect(end)
                 return str(probe.getsockname()[0])
     return "127.0.0.1"
+
+
+def _innermost(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def new_world(group: dist.ProcessGroup, store: Store, port: int, ip: str) -> World:
@@ -212,8 +218,10 @@ def _proceed(waiting: selectors.BaseSelector, key: selectors.SelectorKey, found:
             return
         said: dict[str, Any] = json.loads(connection.recv(_LONGEST))
         found[rank] = State(**said)
-    except (OSError, ValueError):  # Nobody listens there any more.
+    except (ConnectionError, ValueError):  # Nobody listens there any more, or it ends just now.
         found[rank] = State(fate=ENDED)
+    except OSError:
+        found[rank] = State(fate=SILENT)
     _hang_up(waiting, connection)
 
 

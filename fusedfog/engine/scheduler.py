@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.engine.clock import Clock, StepSchedule
@@ -352,7 +353,13 @@ class Scheduler:
         """See `hooks.PassMaker`."""
         self.take_back_moved(self.buckets.all[place])
         self.take_edits()
-        self.before_exchange(self.buckets.singles[place])
+        try:
+            self.before_exchange(self.buckets.singles[place])
+        except RuntimeError:
+            with Call(
+                "backward()", self.communicator.view if self.communicator is not None else None, self.clock.steps
+            ):
+                raise
 
     def may_pass(self, bucket: BucketState) -> bool:
         """See `hooks.PassMaker`."""

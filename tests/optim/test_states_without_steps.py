@@ -60,7 +60,7 @@ def rank_zero_alone(kind: str, flat: bool) -> tuple[list[float], list[float], in
     return runs[0], runs[1], steps, lr
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("flat", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_asking_for_states_is_no_step_and_disturbs_nobody(ranks: Pool, kind: str, flat: bool) -> None:
     for undisturbed, disturbed, steps, lr in ranks.run(2, rank_zero_alone, kind, flat, pg_timeout=5):

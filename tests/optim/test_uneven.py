@@ -72,8 +72,17 @@ def train(keywords: dict[str, Any], way: str, batches: tuple[int, ...]) -> tuple
     return int(inside), int(opt.stats()["steps"]), opt.consensus_distance(), kept
 
 
-@pytest.mark.parametrize("way", ["uneven", "Join"])
-@pytest.mark.parametrize("name", WAYS)
+JOINED = ("awc", "allreduce")
+"""The ways that are tried with `Join` always."""
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "uneven") for name in WAYS),
+        *(pytest.param(name, "Join", marks=[] if name in JOINED else [pytest.mark.slow]) for name in WAYS),
+    ],
+)
 def test_all_ranks_make_as_many_steps_as_the_one_with_the_most_data(ranks: Pool, name: str, way: str) -> None:
     results = ranks.run(4, train, WAYS[name], way, BATCHES, pg_timeout=20)
     alone = name == "local" and way == "uneven"  # nothing is exchanged, so nobody has to go on
