@@ -295,7 +295,7 @@ def test_schedules_and_groups_of_other_optimizers_warn_of_nothing(
     opt: torch.optim.Optimizer = torch.optim.SGD([group], lr=0.1)
     opt = fusedfog.Decentralized(opt) if wrapped else fusedfog.SGD([group], lr=0.1)
     schedule(opt)
-    fusedfog.SGD(opt.param_groups, lr=0.1)
+    fusedfog.SGD([{**one, "params": parameters()} for one in opt.param_groups], lr=0.1)
     fusedfog.SGD(torch.optim.AdamW(parameters()).param_groups[0]["params"], lr=0.1)
     opt.add_param_group({"params": parameters(), "name": "head"})
     assert not [one for one in recwarn if "nothing reads" in str(one.message)]
