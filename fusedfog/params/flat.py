@@ -91,7 +91,7 @@ class FlatSegment(GradientReader):
         base, size = self.param.data_ptr(), layout.dtype.itemsize
         self._homes = [base + slot.start * size if slot.spec.numel else 0 for slot in layout.slots]
         self._strides = [slot.spec.stride for slot in layout.slots]
-        self._looked_at = 0
+        self._looked = 0
         self.row_major = 0 not in self._homes and all(param.is_contiguous() for param in params)
         self.regions, self.whole = self._regions()
         self.narrow = layout.dtype in (torch.bfloat16, torch.float16)
@@ -201,7 +201,7 @@ class FlatSegment(GradientReader):
     def level_steps(self) -> None:
         """Have all blocks of a parameter count as its first one does, which is shown to users and may have been edited."""
         if self.whole.blocks is not None and len(self.steps):
-            rows = self.whole.blocks[:, 0]
+            rows = self.whole.blocks[:, 0].contiguous()
             firsts = torch.searchsorted(rows, rows)
             self.steps.copy_(self.steps[firsts])
 
@@ -288,11 +288,8 @@ class FlatSegment(GradientReader):
             expected, strides = expected[first:last], strides[first:last]
         homes = list(map(Tensor.data_ptr, located))
         if homes == expected:
-            part = slice(None)
-            if device.on_gpu(self.param):
-                self._looked_at = (self._looked_at + 1) % TURNS
-                part = slice(self._looked_at, None, TURNS)
-            if list(map(_stride_of, located[part])) == strides[part]:
+            self._looked = (self._looked + 1) % TURNS if device.on_gpu(self.param) else 0
+            if self._looked or list(map(_stride_of, located)) == strides:
                 return []
         return [
             position

@@ -25,7 +25,7 @@ _grad_of, _dtype_of = attrgetter("grad"), attrgetter("dtype")
 _is_negated = torch._C.TensorBase.is_neg
 
 TURNS = 8
-"""On GPUs, what can hardly be is looked for in one of so many parts of the parameters at a time."""
+"""On GPUs, what can hardly be is looked for in one of so many steps."""
 
 
 def storage_replaced(slot: Slot, now: Tensor, place: torch.device) -> StorageReplacedError:
@@ -145,8 +145,8 @@ class GradientReader:
         """Whether passes can read all of these as they are; the usual case, in loops that stay inside C.
 
         That they have their parameters' dtype, size and device autograd and `p.grad = ...` see to, but not
-        `p.grad.data = ...`, and they might be negated views. On GPUs, where a loop is a tenth of a step, an eighth of the
-        gradients is looked at in each step, and all of them whenever one lies elsewhere than in the last step.
+        `p.grad.data = ...`, and they might be negated views. On GPUs, where a loop is a tenth of a step, this is looked at in
+        every eighth step, and whenever a gradient lies elsewhere than in the last one.
         """
         if not self.row_major:
             return False
@@ -156,15 +156,15 @@ class GradientReader:
         except TypeError:  # None
             if not all(grad.is_contiguous() for grad in gradients if grad is not None):
                 return False
-        numels = self._numels if len(gradients) == len(self._numels) else self._numels[first:last]
         if self.gradient_table is not None:
             homes = self._homes_now = addresses_of(gradients)
             if homes != (self._seen_homes if len(homes) == len(self._seen_homes) else self._seen_homes[first:last]):
                 self._seen_homes[first:last] = homes
             elif not self._odd:
                 self._turn = (self._turn + 1) % TURNS
-                gradients, numels = gradients[self._turn :: TURNS], numels[self._turn :: TURNS]
-        return self._are_plain(gradients, numels)
+                if self._turn:
+                    return True
+        return self._are_plain(gradients, self._numels[first:last])
 
     def _are_plain(self, gradients: Sequence[Any], numels: Sequence[int]) -> bool:
         """Whether none is a negated view, or of another dtype, size or device than its parameter."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.group import GroupView
+from fusedfog.engine import scheduler
 from fusedfog.engine.clock import StepSchedule
 from support.recorded import record
 
@@ -57,7 +59,7 @@ class EchoCommunicator:
 
     def __init__(self, device: torch.device, size: int, *, silent: bool = False) -> None:
         self.view, self.on_gpu, self.timeout = GroupView(0, size, None), device.type == "cuda", timedelta(minutes=1)
-        self.silent, self.ended = silent, None
+        self.silent, self.ended, self.device = silent, None, device
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None
 
     def tag(self, channel: int, number: int) -> int:
@@ -102,15 +104,18 @@ def among_echoes(
     With `bent`, as one of the ranks of that topology whose others send something else.
     """
     engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
-    optimizer._scheduler = type(engine)(
-        optimizer.param_groups,
-        engine.segments,
-        algorithm_for(algorithm, optimizer._family),
-        bent or topology.ring(size),
-        EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
-        0,
-        schedule or StepSchedule(fused_backward=fused_backward),
-    )
+    # Echoes have no store in which ranks compare their numbers.
+    with mock.patch.object(scheduler, "SameNumbers", lambda *_: None):
+        optimizer._scheduler = type(engine)(
+            optimizer.param_groups,
+            engine.segments,
+            algorithm_for(algorithm, optimizer._family),
+            bent or topology.ring(size),
+            EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
+            0,
+            schedule or StepSchedule(fused_backward=fused_backward),
+        )
+    optimizer._scheduler.adopt_edits = engine.adopt_edits
     return optimizer
 
 
