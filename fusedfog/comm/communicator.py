@@ -1,8 +1,9 @@
 """Point-to-point exchange of buckets over torch.distributed, NCCL and gloo behind one interface.
 
-A `Communicator` is the one dedicated process group of a set of ranks; optimizers and plain-tensor operations share it, each with
-a channel number of its own. `Communicator.start` posts all receives and sends of one bucket and returns a `Transfer`;
-`Transfer.wait` makes the data usable: on gloo it blocks the host, on NCCL only the current stream.
+A `Communicator` is a dedicated process group of a set of ranks, which optimizers share, each with a channel number of its own;
+plain-tensor operations have another one on CPUs, and share the optimizers' on GPUs. `Communicator.start` posts all receives and
+sends of one bucket and returns a `Transfer`; `Transfer.wait` makes the data usable: on gloo it blocks the host, on NCCL only
+the current stream.
 
 Rules that keep this free of deadlock:
  - Every rank starts the same buckets in the same order, from one thread. NCCL matches by order (one group call a bucket,

@@ -7,8 +7,9 @@ import atexit
 import torch
 import torch.distributed as dist
 
+from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.communicator import LAST_MOMENT, Communicator
-from fusedfog.comm.group import GroupView
+from fusedfog.comm.group import GroupView, group_timeout
 from fusedfog.errors import NonFiniteError
 from fusedfog.kernels import device
 
@@ -48,6 +49,18 @@ def communicator_for(
     known = _current().communicators
     key = (view.ranks, str(place), comm_sms if device.on_gpu(place) else None, number)
     if key not in known or known[key].ended is not None:
+        if number:
+            # torch's own wait for a new group names nobody, and leaves a rank that gave up out of step with the others' groups.
+            what = "opening a communicator"
+            confer(
+                view,
+                next_agreement(view),
+                None,
+                lambda _: None,
+                group_timeout(view, place),
+                what,
+                what,
+            )
         known[key] = Communicator(view, place, comm_sms)
     return known[key]
 

@@ -14,6 +14,7 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, find_group
 from fusedfog.comm.mixing import mix, room_for
 from fusedfog.comm.registry import communicator_for
+from fusedfog.kernels import device
 from fusedfog.kernels.wire import wire_format
 from fusedfog.ops import control
 from fusedfog.ops.compressed import check_compressible, mixing_compressed
@@ -22,6 +23,9 @@ from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.tensors import check_dense, check_mixable, deliver, describe, flat_view
 from fusedfog.ops.work import Phases, Port, Work, run
 from fusedfog.topology import Topology
+
+_NUMBER = 2
+"""Of the operations' communicator among those of its ranks."""
 
 
 @overload
@@ -300,13 +304,16 @@ def agree_on_edges(
 
 
 def open_communicator(view: GroupView, place: torch.device) -> Communicator:
-    """The world's communicator for tensors on `place`.
+    """The operations' communicator for tensors on `place`: on CPUs one of their own, on GPUs that of the optimizers.
+
+    gloo ends the process where two collective operations of different sizes meet: one rank's check of an operation, and the
+    average that the others' step takes. (NCCL waits, and its communicators take memory.)
 
     Raises:
         ValueError: for a CUDA device in a process group without NCCL.
     """
     check_backend(view, place)
-    return communicator_for(view, place)
+    return communicator_for(view, place, number=0 if device.on_gpu(place) else _NUMBER)
 
 
 def _completed(edges: Edges, report: Report) -> Edges:
