@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,24 +36,30 @@ class _Mixing:
         mixed = base if self.row_sum is None else base * self.row_sum
         for receivers, senders, weights in self.slots:
             if receivers is None:
-                mixed = (base[senders] - base).mul_(weights).add_(mixed)
+                mixed = _contained(base[senders] - base).mul_(weights).add_(mixed)
             else:
-                part = (base[senders] - base[receivers]).mul_(weights).add_(mixed[receivers])
+                part = _contained(base[senders] - base[receivers]).mul_(weights).add_(mixed[receivers])
                 mixed = mixed.index_copy(0, receivers, part)
         return mixed
 
 
+def _contained(differences: Tensor) -> Tensor:
+    """In place, as `nonfinite="contain"` has it: differences that are not finite are 0."""
+    return differences if math.isfinite(differences.sum()) else differences.masked_fill_(~differences.isfinite(), 0.0)
+
+
 def _everyone(base: Tensor) -> Tensor:
     """A full average as an exchange with weight one."""
-    return (_mean(base) - base).add_(base)
+    return _contained(_mean(base) - base).add_(base)
 
 
 def _mean(rows: Tensor) -> Tensor:
-    """Row by row: torch's own sum picks its order by shape."""
-    total = torch.zeros_like(rows[0])
-    for row in rows * (1.0 / len(rows)):
-        total += row
-    return total
+    """Row by row: torch's own sum picks its order by shape. Rows that are not finite are left out, as in buckets of one model."""
+    total, fine = torch.zeros_like(rows[0]), rows.isfinite().all(1).tolist()
+    for row, whole in zip(rows * (1.0 / len(rows)), fine, strict=True):
+        if whole:
+            total += row
+    return total if all(fine) else total.mul_(len(rows) / max(1, sum(fine)))
 
 
 def _slots(received: Sequence[Mapping[int, float]], dtype: torch.dtype) -> tuple[_Slot, ...]:
