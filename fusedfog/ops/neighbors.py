@@ -90,7 +90,8 @@ def neighbor_allreduce(
 
     Arithmetic is float32 (float64 for float64 and complex128) whatever the dtype, in ascending rank order, so results
     repeat bit for bit; a complex tensor is averaged as its real and imaginary parts. send_weights other than 1 round the
-    message to x's dtype. A tensor that has weight 0 on the way is not looked at: its NaNs stay where they are.
+    message to x's dtype. A tensor that has weight 0 on the way is not looked at: its NaNs stay where they are. Others' spread,
+    as in torch; the optimizers' nonfinite= is no concern of operations.
 
     Compressed, every rank sends q = decode(encode(x + residual)), keeps what q lacks, residual <- x + residual - q, for its
     next message (error feedback, DeepSqueeze: Tang et al. 2019), and the weights apply to what was sent:
