@@ -151,6 +151,7 @@ class CapturableScheduler(Scheduler):
             self.begin_step()
             if self.exchanges.due(self.clock.steps):
                 self.exchanges.start_missing(self.buckets.all)
+            self.exchanges.find_edits()
             inboxes = [self.exchanges.receive(pass_group) for pass_group in self.buckets.wholes]
             for pass_group, inbox in zip(self.buckets.wholes, inboxes, strict=True):
                 self._before_pass(pass_group, inbox)

@@ -20,6 +20,7 @@ from fusedfog.gossip.mailbox import Mailbox
 from fusedfog.gossip.neighbors import Neighbors
 from fusedfog.gossip.push_sum import PushSum, Shares
 from fusedfog.gossip.quarantine import Quarantine
+from fusedfog.gossip.samples import Samples
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -58,7 +59,7 @@ class Exchanges:
         if schedule.nonfinite != "propagate":
             self.quarantine = Quarantine(
                 communicator,
-                communicator.device,
+                segments[0].param.device,
                 algorithm.messages,
                 self.stats,
                 heals=schedule.nonfinite == "heal",
@@ -73,7 +74,18 @@ class Exchanges:
             gossip = ByMachine(communicator, hierarchy, inboxes, self.stats, self.quarantine)
         averages = schedule.global_average_every is not None
         average = GlobalAverage(communicator, inboxes, self.stats, self.quarantine) if averages else None
-        self.mailbox = Mailbox(communicator, inboxes, self.stats, gossip, average)
+        # Only parameters that are sent a step ahead can be edited on their way by more than a pass; codes are no part of them.
+        ahead = algorithm.before is None and "param" in algorithm.messages and algorithm.exchanges == "parameters"
+        self.mailbox = Mailbox(
+            communicator,
+            inboxes,
+            self.stats,
+            gossip,
+            average,
+            Samples() if ahead and self.channels is None else None,
+            # Shares that are thrown away would be missing from push-sum's sums.
+            keeps_edits="param" in algorithm.messages and not algorithm.weighs,
+        )
 
     def use_topology(self, topology: Topology | None) -> None:
         """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
@@ -87,6 +99,11 @@ class Exchanges:
             self._push_sum = PushSum(topology, self.communicator.view.rank)
             if old is not None:
                 self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
+
+    @property
+    def samples(self) -> Samples | None:
+        """See `Mailbox`."""
+        return self.mailbox.samples if self.mailbox is not None else None
 
     def forget_buckets(self) -> None:
         """For when buckets are laid out anew."""
@@ -148,6 +165,8 @@ class Exchanges:
 
     def end_step(self, rates: list[float]) -> None:
         """The step is over, at these learning rates of the groups."""
+        if self.samples is not None:
+            self.samples.keep()
         self._shares_of_step()  # Push-sum's scalars move on where this rank has nothing to pass over, too.
         self.clock.tick(self.schedule, self.due(self.clock.steps), rates)
         self._shares = None
@@ -163,6 +182,11 @@ class Exchanges:
         for bucket in buckets:
             if bucket.segment.layout.mix:
                 self.mailbox.send(bucket, exchange, f"step {step}, bucket {bucket.number}", to_all=to_all)
+
+    def find_edits(self) -> None:
+        """See `Mailbox.find_edits`."""
+        if self.mailbox is not None:
+            self.mailbox.find_edits()
 
     def start_missing(self, buckets: Iterable[BucketState]) -> None:
         """Start this step's exchange of buckets for which none was started ahead."""

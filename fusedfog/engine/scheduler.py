@@ -145,6 +145,8 @@ class Scheduler:
             self.discard()
             self.exchanges.forget_buckets()
         self.buckets = Buckets(self.segments, self.buckets if local else None)
+        if self.exchanges.samples is not None:
+            self.exchanges.samples.lay_out(self.buckets.all)
         self.hooks.attach(self.buckets.all if self.schedule.fused_backward else ())
         for segment in self.segments if self.algorithm.outer else ():
             if "outer_param" not in segment.states:
@@ -179,6 +181,8 @@ class Scheduler:
         self.drain(keep_failures=True)
         for bucket in self.buckets.all:
             bucket.transfer = None
+        if self.exchanges.samples is not None:
+            self.exchanges.samples.kept = False
 
     def drain(self, *, keep_failures: bool = False) -> None:
         """Wait for all sends and receives; what arrived is kept for the next step. Local; see `Mailbox.drain`."""
@@ -294,6 +298,7 @@ class Scheduler:
             self.make_pass(pass_group, self.algorithm.before, grads, self.exchanges.own_share(pass_group), target)
         else:
             target = self.exchanges.following()
+            self.exchanges.find_edits()
             inbox = self.exchanges.receive(pass_group, passes_alone_write=target is not None)
             self.make_pass(pass_group, self.algorithm.after, grads, inbox, target)
             for again in pass_group.segment.repeated(grads) if pass_group.segment.listed else ():

@@ -28,6 +28,7 @@ class AroundScheduler(Scheduler):
         ahead, exchanging, pass_groups = self.algorithm.before is None, exchanges.due(step), self.pass_groups(0)
         if ahead and exchanging:
             exchanges.start_missing(self.buckets.all)
+            exchanges.find_edits()
         corrections = [self._correction(pass_group) if ahead and exchanging else None for pass_group in pass_groups]
         self._update_outside(inner, grad_scale, flag_of(self, found_inf))
         target = exchanges.following() if ahead else (step, self.clock.exchanges) if exchanging else None

@@ -34,6 +34,37 @@ class Inbox:
 EMPTY = Inbox()
 
 
+_QUIET = 64
+"""Exchanges without an edit after which earlier ones no longer count."""
+
+
+@dataclass
+class Refusals:
+    """Which exchanges of a bucket leave its edited parameters as they are, and which mix them all the same.
+
+    Code that edits at every step, or at every second one, must not end the mixing, nor that with the same neighbours each
+    time. So after the n-th refusal, n exchanges are mixed whatever happens: of edits at every step those number 0, 2, 5, 9,
+    14 are refused, which is no period that a topology could share.
+    """
+
+    made: int = 0
+    pending: int = 0
+    quiet: int = 0
+
+    def refuse(self, edited: bool) -> bool:
+        """Whether to refuse this exchange's inbox; to be asked once for every exchange."""
+        self.quiet = 0 if edited else self.quiet + 1
+        if self.quiet >= _QUIET:
+            self.made = 0
+        if self.pending:
+            self.pending -= 1
+            return False
+        if edited:
+            self.made += 1
+            self.pending = self.made
+        return edited
+
+
 @dataclass(eq=False)
 class BucketState:
     """One bucket: its place in the order of buckets, and its message in flight.
@@ -45,6 +76,9 @@ class BucketState:
         versions: the sums of the bucket's version counters that there would be without edits since it was sent: one of all
             its parameters, or of many one of every fourth, from the first, the second and so on.
         counted: `versions` is up to date: it was read in this step, in which only passes have written.
+        altered: a sample of its parameters is not what was sent; see `samples`.
+        refusals: which inboxes are not mixed, since the parameters had been edited.
+        noticed: how many of its exchanges found edits, as far as the host has noticed them in time.
         ready: how many of its gradients have come in this step, under fused_backward.
     """
 
@@ -57,6 +91,9 @@ class BucketState:
     sources: Iterable[object] = ()
     versions: list[int] = field(default_factory=list)
     counted: bool = False
+    altered: bool = False
+    refusals: Refusals = field(default_factory=Refusals)
+    noticed: int = 0
     ready: int = 0
     _next_part: int = 0
 

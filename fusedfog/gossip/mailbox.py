@@ -16,16 +16,22 @@ from fusedfog.comm.transfer import Transfer
 from fusedfog.errors import TornMessageWarning
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
+from fusedfog.gossip.samples import Samples
 from fusedfog.topology import Topology
 
 
 class Mailbox:
     """Sends and receives the buckets of one optimizer.
 
+    Args:
+        keeps_edits: parameters that are edited while they are being sent are not mixed with what neighbours sent before:
+            half of the old values would come back.
+
     Attributes:
         gossip: how exchanges along the topology are delivered.
         average: how averages over all ranks are, if there are to be some.
         inboxes: where all of them deliver.
+        samples: of what is sent at the end of a step, where that are the parameters.
         in_flight: every message not yet waited for, for whoever must finish them.
     """
 
@@ -36,11 +42,15 @@ class Mailbox:
         stats: ExchangeStats,
         gossip: Delivery,
         average: Delivery | None = None,
+        samples: Samples | None = None,
+        *,
+        keeps_edits: bool = True,
     ) -> None:
         self.communicator, self.inboxes, self.stats = communicator, inboxes, stats
         self.gossip, self.average = gossip, average
         self.in_flight: list[Transfer] = []
         self._deliveries = [gossip] if average is None else [gossip, average]
+        self.samples, self._keeps_edits = samples, keeps_edits
         self._warned_torn = False
         # The finalizer must not hold the mailbox, so it holds the one list of what is in flight.
         weakref.finalize(self, abandon, communicator, self.in_flight)
@@ -88,11 +98,33 @@ class Mailbox:
         """
         self.wait(bucket)
         bucket.transfer = None
-        # Codes are no part of the parameters, so edits of these cannot tear them.
         edits = bucket.count_some_edits() if passes_alone_write else bucket.count_edits()
-        if edits and not bucket.inbox.channels:
+        edited, bucket.altered = bool(edits) or bucket.altered, False
+        # Codes are no part of the parameters, so edits of these cannot tear them.
+        edited &= not bucket.inbox.channels
+        if bucket.refusals.refuse(edited) and self._keeps_edits:
+            self._keep_own(bucket)
+        if edited:
+            bucket.count_edits()  # All of them, or a later look would take the rest for edits of its own.
+            bucket.noticed += 1
             self._report_torn(bucket)
         return bucket.inbox
+
+    def find_edits(self) -> None:
+        """Before any pass of a step: look for edits since the messages were sent that version counters do not show."""
+        for bucket, times in self.samples.find() if self.samples is not None else ():
+            self.stats.torn_messages += times
+            self._warn_torn(
+                bucket,
+                "It was noticed on the GPU some steps later, so what neighbours had sent before the edit has been mixed "
+                "into the edited values",
+            )
+
+    def _keep_own(self, bucket: BucketState) -> None:
+        """Have an inbox hold the rank's own parameters, so that mixing leaves them as they are: W = I, whatever the pass."""
+        here = bucket.whole
+        for tensor in bucket.inbox.tensors[self.inboxes.messages.index("param")]:
+            tensor[here].copy_(bucket.segment.param[here])
 
     def wait(self, bucket: BucketState) -> None:
         """Wait for a bucket's message, counting the time that the host is blocked."""
@@ -119,12 +151,21 @@ class Mailbox:
 
     def _report_torn(self, bucket: BucketState) -> None:
         self.stats.torn_messages += 1
+        self._warn_torn(
+            bucket,
+            "This rank keeps the edited values as they are and leaves out what neighbours had sent before (but of edits "
+            "again and again only some, so that mixing goes on)"
+            if self._keeps_edits
+            else "What neighbours had sent before the edit has been mixed into the edited values, as this algorithm's sums need",
+        )
+
+    def _warn_torn(self, bucket: BucketState, outcome: str) -> None:
         if not self._warned_torn:
             self._warned_torn = True
             warnings.warn(
                 f"rank {self.communicator.view.rank}: parameters of bucket {bucket.number} were edited in place "
-                f"while they were being "
-                f"sent, so neighbours may have mixed a torn or outdated value; wrap such edits in `with opt.paused():`",
+                f"while they were being sent, so neighbours may have mixed a torn or outdated value. {outcome}. Wrap such "
+                f"edits in `with opt.paused():` on all ranks, or show other values for a while in `with opt.swapped(values):`",
                 TornMessageWarning,
                 stacklevel=2,
             )

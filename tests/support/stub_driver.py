@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 
 from fusedfog.kernels import cpu_pass, device, fused_pass
@@ -240,6 +241,16 @@ def unavailable() -> str | None:
     return None
 
 
+class _Event:
+    """`torch.cuda.Event` where nothing is ever late."""
+
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
 @contextmanager
 def stub_gpu(
     capability: int = 90,
@@ -282,6 +293,8 @@ def stub_gpu(
         if take_gpu_way:
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
             stack.enter_context(mock.patch.object(cpu_pass, "run_pass", fused_pass.launch))
+            stack.enter_context(mock.patch.object(torch.cuda, "Event", _Event))
+            stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda where=None: None))
         triton.runtime.driver.set_active(driver)
         try:
             yield StubGpu(library, sources)
