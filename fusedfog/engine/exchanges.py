@@ -59,7 +59,7 @@ class Exchanges:
         if schedule.nonfinite != "propagate":
             self.quarantine = Quarantine(
                 communicator,
-                segments[0].param.device,
+                communicator.device,
                 algorithm.messages,
                 self.stats,
                 heals=schedule.nonfinite == "heal",

@@ -98,8 +98,9 @@ class SameNumbers:
 def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The numbers of groups that are mixed: "lr of group 0" and so on; without tensors on GPUs, which hosts would wait for."""
     found: dict[str, float] = {}
-    for g, group in enumerate(groups):
-        for name, value in group.items() if group.get("mix", True) else ():
+    # Groups that are not mixed are each rank's own in number, too.
+    for g, group in enumerate(group for group in groups if group.get("mix", True)):
+        for name, value in group.items():
             if name not in _PRIVATE:
                 found |= {f"{part} of group {g}": number for part, number in _numbers(name, value)}
     return found

@@ -320,7 +320,8 @@ def train_unfrozen(kind: str, engine: Scheduler, options: Options, claim: Claim)
 
 def _agree_to_unfreeze(kind: str, communicator: Communicator, groups: Groups, mixed: Sequence[ParamSpec]) -> None:
     numbers = {g: place for place, g in enumerate(g for g, group in enumerate(groups) if group["mix"])}
-    what = f"{kind}: unfreezing {mixed[0].name}" + (f" and {len(mixed) - 1} more" if len(mixed) > 1 else "")
+    what = f"{kind}: unfreezing parameters"
+    own = mixed[0].name + (f" and {len(mixed) - 1} more" if len(mixed) > 1 else "")
     fields = {
         f"parameter {spec.name} of group {numbers[spec.group]}": f"trained from now on, shape {spec.shape}"
         for spec in mixed
@@ -329,8 +330,8 @@ def _agree_to_unfreeze(kind: str, communicator: Communicator, groups: Groups, mi
         agree(communicator.view, next_agreement(communicator.view), fields, communicator.timeout, what)
     except PeerTimeout as error:
         raise PeerTimeout(
-            f"{error}. Every rank has to unfreeze the same parameters (requires_grad_(True), or a gradient) before the same "
-            f"step, or none; parameters of a group with mix=False each rank may unfreeze as it likes"
+            f"{error}. This rank unfreezes {own}. Every rank has to unfreeze the same parameters (requires_grad_(True), or a "
+            f"gradient) before the same step, or none; those of a group with mix=False each rank may unfreeze as it likes"
         ) from error
 
 

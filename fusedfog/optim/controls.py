@@ -93,8 +93,8 @@ class Controls(UnevenSteps):
 
         steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
         part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
-        torn_messages, buckets edited by the user while they were being sent (of 256 parameters or more, noticed within four
-        steps); refused, the neighbours' messages of which something was not finite and was left out (with mesh= and global
+        torn_messages, buckets edited by the user while they were being sent (as version counters tell, and a sample of
+        the parameters that `.data` and numpy write unseen; GPUs tell the latter some steps later); refused, the neighbours' messages of which something was not finite and was left out (with mesh= and global
         averages: contributions to averages), and once there are some refused_from, {rank: how many};
         healed, how often this rank's own values were replaced (`nonfinite="heal"`). On a GPU these begin to count some steps
         after the first such message.

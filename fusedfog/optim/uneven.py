@@ -81,7 +81,7 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
     @property
     def join_device(self) -> torch.device:
         """Where `Join` has its own small tensors: the parameters' device."""
-        return self._engine.segments[0].param.device
+        return self._engine.place
 
     @property
     def join_process_group(self) -> Any:

@@ -199,7 +199,7 @@ def nothing_edited(name: str) -> float:
     """NaNs that are there to stay, averages, drains, saved states and swaps are no edits."""
     params = parameters(name, dist.get_rank())
     with torch.no_grad():
-        params[0][3] = float("nan")
+        params[0][3] = float("nan") if name != "tracking" else 0.0
         params[2][5] = -0.0
     opt = build(name, params)
     for _ in range(5):

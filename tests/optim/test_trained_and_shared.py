@@ -195,7 +195,7 @@ def unfreeze_alone(fused: bool) -> None:
 def test_a_rank_that_unfreezes_alone_gets_an_error_that_says_so(ranks: Pool, fused: bool) -> None:
     outcomes = ranks.outcomes(2, unfreeze_alone, fused)
     assert outcomes[1].error_type == "PeerTimeout"
-    assert "unfreezing 2 and 1 more" in outcomes[1].message
+    assert "This rank unfreezes 2 and 1 more" in outcomes[1].message
     assert "unfreeze the same parameters" in outcomes[1].message
     assert outcomes[0].error_type in ("PeerTimeout", "ExchangeError")
 
