@@ -91,13 +91,13 @@ class Controls(UnevenSteps):
     def stats(self) -> dict[str, Any]:
         """Running totals of this rank since construction. Local, no synchronization.
 
-        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across, the
-        part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
-        torn_messages, buckets edited by the user while they were being sent (as version counters tell, and a sample of
-        the parameters that `.data` and numpy write unseen; GPUs tell the latter some steps later); refused, the neighbours' messages of which something was not finite and was left out (with mesh= and global
-        averages: contributions to averages), and once there are some refused_from, {rank: how many};
-        healed, how often this rank's own values were replaced (`nonfinite="heal"`). On a GPU these begin to count some steps
-        after the first such message.
+        steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across,
+        the part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
+        torn_messages, buckets edited by the user while they were being sent (as version counters tell, and a sample of the
+        parameters that `.data` and numpy write unseen; GPUs tell the latter some steps later); refused, the neighbours'
+        messages of which something was not finite and was left out (with mesh= and global averages: contributions to
+        averages), and once there are some refused_from, {rank: how many}; healed, how often this rank's own values were
+        replaced (`nonfinite="heal"`). On a GPU these begin to count some steps after the first such message.
 
         With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
         was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all

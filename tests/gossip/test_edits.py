@@ -53,12 +53,18 @@ def data_arithmetic(params: list[Tensor], new: list[Tensor]) -> None:
         param.data.mul_(0.0).add_(value)
 
 
+def moved(params: list[Tensor], new: list[Tensor]) -> None:
+    for param, value in zip(params, new, strict=True):
+        param.data = value.clone()
+
+
 EDITS: dict[str, Callable[[list[Tensor], list[Tensor]], None]] = {
     "data.copy_": data_copy,
     "data.mul_": data_arithmetic,
     "numpy": numpy_view,
     "copy_": in_place,
     "init": by_init,
+    "data =": moved,
 }
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
