@@ -59,7 +59,7 @@ class Exchanges:
         if schedule.nonfinite != "propagate":
             self.quarantine = Quarantine(
                 communicator,
-                communicator.device,
+                segments[0].param.device if segments else communicator.device,
                 algorithm.messages,
                 self.stats,
                 heals=schedule.nonfinite == "heal",

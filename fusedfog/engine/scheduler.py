@@ -51,8 +51,6 @@ from fusedfog.params.layout import is_trained
 from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
 
-_CPU = torch.device("cpu")
-
 
 class Scheduler:
     """Runs one optimizer's passes and exchanges over its flat segments.
@@ -79,7 +77,7 @@ class Scheduler:
         codes: dtype of compressed messages; None sends the flat tensors themselves.
         sharding: how the parameters are sharded, if they are.
         frozen: the groups' parameters that have no place in segments, since nothing trains them.
-        place: the device of all segments, where there are none yet too.
+        place: the device of all segments, for when there are none yet.
 
     Attributes:
         buckets: in their order, with what is in flight.
@@ -105,10 +103,11 @@ class Scheduler:
         codes: torch.dtype | None = None,
         sharding: Sharding | None = None,
         frozen: Sequence[Tensor] = (),
-        place: torch.device = _CPU,
+        place: torch.device | None = None,
     ) -> None:
         self.groups, self.segments = groups, segments
-        self.frozen, self.place = list(frozen), place
+        self.frozen = list(frozen)
+        self.place = segments[0].param.device if segments else place or torch.device("cpu")
         self.algorithm, self.communicator, self.schedule = algorithm, communicator, schedule
         self.sharding = sharding
         self.blocked_by: str | None = None

@@ -145,7 +145,7 @@ class CompressedChannels:
     @functools.cached_property
     def flag(self) -> Tensor:
         """fp32 [4], where passes note that codes leave out values that are not finite."""
-        return torch.zeros(4, device=self.communicator.device)
+        return self.segments[0].param.new_zeros(4, dtype=torch.float32)
 
     def report(self) -> None:
         """On GPUs, at the end of a step: ask whether any codes left out values, without waiting for the answer.
