@@ -61,6 +61,8 @@ class Cut:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The pieces of a flat tensor."""
+        if len(self.sizes) == 1:  # A split costs as much again, and a segment of one parameter little else.
+            return [flat[self.start : self.stop]]
         parts = flat[self.start : self.stop].split(self.sizes)
         return [parts[place] for place, _, _ in self.pieces]
 
