@@ -377,7 +377,9 @@ def train_experts(name: str, order: str, experts: bool, with_model: bool) -> dic
     }
 
 
-@pytest.mark.parametrize("order", ["behind", "before", "absent"])
+@pytest.mark.parametrize(
+    "order", ["before", *(pytest.param(one, marks=pytest.mark.slow) for one in ("behind", "absent"))]
+)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_experts_of_any_number_and_shape_leave_what_is_shared_alone(ranks: Pool, name: str, order: str) -> None:
     found = ranks.run(3 if name in ("awc", "allreduce") else 2, train_experts, name, order, True, order == "behind")
