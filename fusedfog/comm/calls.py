@@ -168,6 +168,11 @@ def collective(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return of
 
 
+def current_call() -> str:
+    """The outermost call that this process is in; "" for none."""
+    return str(_Here.calls[0]) if _Here.calls else ""
+
+
 def leave_word(view: Ranks, last: str) -> None:
     """Tell the ranks of `view` what this one did last, for when it has ended by the time they ask."""
     _Here.last = Call(last)

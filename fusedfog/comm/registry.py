@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fusedfog.comm.agreement import confer, next_agreement
+from fusedfog.comm.calls import current_call
 from fusedfog.comm.communicator import LAST_MOMENT, Communicator
 from fusedfog.comm.group import GroupView, group_timeout
 from fusedfog.errors import NonFiniteError
@@ -59,7 +60,7 @@ def communicator_for(
                 lambda _: None,
                 group_timeout(view, place),
                 what,
-                what,
+                current_call() or what,
             )
         known[key] = Communicator(view, place, comm_sms)
     return known[key]
