@@ -1,21 +1,19 @@
 """Who trains a parameter: one optimizer at a time, since a parameter can lie in one flat buffer only.
 
 Two that both believe to own a parameter would each update memory that the other does not see. So every optimizer claims its
-parameters when it is built, and a second one is refused with the first one's name. Claims end when their holder is released
-or gone. One case is let pass: `opt = AdamW(...)` where `opt` holds the first one, as when a cell of a notebook is run again.
-There the first one is released in time, for the statement is about to drop it.
+parameters when it is built, and a second one is refused with the first one's name. Claims end when their holder is released,
+has left, or is gone.
 """
 
 from __future__ import annotations
 
-import dis
 import gc
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,7 +65,7 @@ class Claim:
             gc.collect()
         for name, param in params.items():
             for other, holder in self._others([param]):
-                if not holder.ended and not _about_to_be_dropped(holder):
+                if not holder.ended:
                     raise ValueError(
                         f"parameter {name} is trained by another optimizer already, {other.name} (built at {other.where}). "
                         f"Call its release() first, or drop it and what refers to it, as schedulers do. To change "
@@ -115,20 +113,3 @@ def _users_frame() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
     return frame
-
-
-def _about_to_be_dropped(holder: object) -> bool:
-    """Whether the statement that builds another optimizer assigns it to the very name that holds this one."""
-    frame = _users_frame()
-    if frame is None:
-        return False
-    following = [one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti][:2]
-    names: dict[str, Any] = {**frame.f_globals, **frame.f_locals}
-    if not following:
-        return False
-    store, *then = following
-    if store.opname in ("STORE_NAME", "STORE_GLOBAL", "STORE_FAST", "STORE_DEREF"):
-        return names.get(str(store.argval)) is holder
-    if store.opname.startswith("LOAD_") and then and then[0].opname == "STORE_ATTR":
-        return getattr(names.get(str(store.argval)), str(then[0].argval), None) is holder
-    return False
