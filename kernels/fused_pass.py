@@ -266,8 +266,9 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, 
     Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
     through shared memory. It also needs registers, which a block keeps for every tensor loaded and above all for
     Adam's square root and division: measured with ptxas for sm_80, sm_90 and sm_100, it takes at most 60 with one state
-    at most and at most 8 bytes an element in three tensors beside parameter and gradient (66 with 12 bytes, Adam 72 to 126,
-    one state beside compensated parameters 80; four inboxes of bf16 spill the predicates of what is not finite).
+    at most, one tensor beside it and parameter and gradient, and at most 8 bytes an element in these (66 with 12 bytes, Adam
+    72 to 126, one state beside compensated parameters 80). What is not finite takes a predicate for each element, of which
+    there are seven: Triton 3.5 spills them with two inboxes of bf16.
 
     Args:
         param: dtype of the parameters.
@@ -276,7 +277,7 @@ def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, 
         states: how many of them are states or a remainder.
     """
     widths = {dtype.itemsize for dtype in (param, grad, *others)}
-    light = len(others) <= 3 and sum(dtype.itemsize for dtype in others) <= 8
+    light = len(others) - states <= 1 and sum(dtype.itemsize for dtype in others) <= 8
     return 4 if len(widths) == 1 and states <= 1 and light else 8
 
 

@@ -170,7 +170,7 @@ class Quarantine:
             self._verdicts_read.ask(torch.cat(verdicts), members)
             self._verdicts.clear()
         self.watching = max(0, self.watching - 1)
-        if self._step % self._every == 0:
+        if (self._step + 1) % self._every == 0:
             self._alarm_read.ask(self.alarm)
             self.alarm.zero_()
 
