@@ -18,6 +18,11 @@ def is_timeout(error: Exception) -> bool:
     return re.search("timed out|timeout", str(error), re.IGNORECASE) is not None
 
 
+def _first_sentence(error: Exception) -> str:
+    """torch's text without its guesses, where gloo is concerned, at what somebody else may have done."""
+    return str(error).split(". This is typically caused by")[0]
+
+
 @dataclass(frozen=True)
 class Membership:
     """The members of one communicator's group.
@@ -69,7 +74,9 @@ class Membership:
                 f"raise init_process_group(timeout=...) if it is only slow"
             )
         else:
-            found = ExchangeError(f"{where}: connection lost, the rank has probably exited ({error})")
+            found = ExchangeError(
+                f"{where}: connection lost: that rank has exited, or has given up and closed it ({_first_sentence(error)})"
+            )
         # Its traceback would keep gloo's works alive, and with them the connections that `close` closes.
         found.__cause__ = error.with_traceback(None)
         return found
