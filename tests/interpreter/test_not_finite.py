@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from fusedfog.kernels import fused_pass, torch_pass
 from support.kernel_rules import ROWS
 from test_fused_pass import DTYPES, TOLERANCE, Case
+
+from fusedfog.kernels import fused_pass, torch_pass
 
 POISONS = (math.nan, math.inf, -math.inf)
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -7,8 +7,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from fusedfog.kernels import samples  # noqa: E402
 from support import codegen  # noqa: E402
+
+from fusedfog.kernels import samples  # noqa: E402
 
 _fresh_cache, compiler = codegen._fresh_cache, codegen.compiler  # pytest finds fixtures by these names
 pytestmark = codegen.compiled_only
