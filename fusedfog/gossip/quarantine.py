@@ -133,9 +133,11 @@ class Quarantine:
         return torch.stack([torch.stack([~one.isfinite().all() for one in sent]).any() for sent in (own, *theirs)])
 
     def _convict(self, ranks: Sequence[int], verdict: Sequence[bool]) -> None:
-        found = {rank for rank, bad in zip(ranks, verdict, strict=True) if bad}
-        # Who has lost its own values hears no more of others' than that theirs are lost, too.
-        self._seen |= found if self.conserves or not verdict[0] else found - {self.rank}
+        if verdict[0]:
+            # What came may have been spoilt by an edit of this rank's own: it blames nobody.
+            self._seen |= {self.rank} if self.conserves else set()
+        else:
+            self._seen |= {rank for rank, bad in zip(ranks, verdict, strict=True) if bad}
 
     def end_step(self, step: int) -> None:
         """Count what the step has brought, name who is new, and ask a GPU what it has seen.

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from fusedfog.kernels import Gradients, Region, cpu_pass, torch_pass
 from support.kernel_rules import ROWS
 from support.passes import make_pass
+
+from fusedfog.kernels import Gradients, Region, cpu_pass, torch_pass
 
 NUMELS = (3, 64, 200, cpu_pass.WIDTH + 70)
 
