@@ -1,0 +1,328 @@
+"""What ranks do wrong together, and what they are told: see `support.misuse`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from support.misuse import build_one, iterate, net, said, started
+from support.pool import Pool
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedfog
+
+Texts = dict[str, str]
+TIMEOUT = 2.0
+"""Seconds until ranks that wait for others give up."""
+
+
+class Said(Exception):
+    """What a rank was told in a world that cannot be used any more, as JSON; so the pool replaces its process."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks that do something wrong.
+
+    Attributes:
+        rows: of the table.
+        size: number of ranks.
+        misuse: what every rank runs; it returns, or raises as `Said`, what this rank was told, by row.
+        slow: whether it takes long.
+        keywords: of `Pool.outcomes`.
+    """
+
+    rows: tuple[str, ...]
+    size: int
+    misuse: Callable[[], Texts]
+    slow: bool
+    keywords: dict[str, Any]
+
+    def told(self, ranks: Pool) -> Texts:
+        """Do it; by row, what the first rank that has it was told."""
+        texts: Texts = {}
+        for outcome in reversed(ranks.outcomes(self.size, self.misuse, **self.keywords)):
+            assert outcome.ok or outcome.error_type in ("Said", "Died", "Hung"), outcome
+            texts.update(json.loads(outcome.message) if outcome.error_type == "Said" else outcome.value or {})
+        return texts
+
+
+WORLDS: dict[str, World] = {}
+
+
+def world(*rows: str, size: int = 2, slow: bool = False, **keywords: Any) -> Callable[[Callable[[], Texts]], Any]:
+    """This is done by `size` ranks, which see these rows."""
+
+    def keep(function: Callable[[], Texts]) -> Callable[[], Texts]:
+        WORLDS[function.__name__] = World(rows, size, function, slow, {"pg_timeout": TIMEOUT, **keywords})
+        return function
+
+    return keep
+
+
+def end(texts: Texts) -> Texts:
+    """Leave a world in which messages may have been lost."""
+    raise Said(json.dumps(texts))
+
+
+def wait_until_all_are_told() -> None:
+    """Nobody ends before, since that would be another error for the others."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"told/{dist.get_rank()}", "")
+    store.wait([f"told/{rank}" for rank in range(dist.get_world_size())])
+
+
+# -- starting --------------------------------------------------------------------------------------------------------
+
+BY_MULTIPROCESSING = "the same with `multiprocessing`"
+
+
+def child(pipe: Connection) -> None:
+    with started():
+        pipe.send(said(build_one))
+
+
+@world(BY_MULTIPROCESSING, size=1, init=False)
+def by_multiprocessing() -> Texts:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,))
+    process.start()
+    text = ours.recv()
+    process.join()
+    return {BY_MULTIPROCESSING: text}
+
+
+# -- building an optimizer -------------------------------------------------------------------------------------------
+
+OTHER_OPTIONS = "build it with other options, or another model, on one rank"
+FROZEN = "freeze a parameter on some ranks only"
+UNDER_DDP = "wrap the model in `DistributedDataParallel`"
+OTHER_CALL = "call `averaged()` on rank 0, and `consensus_distance()` on the others"
+
+
+@world(OTHER_OPTIONS, FROZEN, UNDER_DDP, OTHER_CALL)
+def nothing_was_sent() -> Texts:
+    """All of this is noticed before anything is sent, so that ranks can go on."""
+    rank, model = dist.get_rank(), net()
+
+    def frozen() -> None:
+        other = net()
+        other[1].weight.requires_grad_(rank == 0)  # type: ignore[index]
+        fusedfog.SGD(other.parameters(), lr=0.1, model=other)
+
+    def wrapped() -> None:
+        inner = net()
+        ddp = DistributedDataParallel(inner)
+        iterate(ddp, fusedfog.SGD(inner.parameters(), lr=0.1))
+
+    def apart() -> None:
+        opt = fusedfog.SGD(model.parameters(), lr=0.1)
+        if rank == 0:
+            with opt.averaged():
+                pass
+        else:
+            opt.consensus_distance()
+
+    return {
+        OTHER_OPTIONS: said(lambda: fusedfog.SGD(net().parameters(), lr=0.1, momentum=0.9 * rank)),
+        FROZEN: said(frozen),
+        UNDER_DDP: said(wrapped),
+        OTHER_CALL: said(apart),
+    }
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------
+
+EDITED = "edit parameters between steps: `p.data.copy_()`, `clamp_`, `model.load_state_dict(best)`"
+UNFROZEN = "unfreeze a parameter on some ranks only"
+
+
+@world(EDITED)
+def edits() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1)
+
+    def edit() -> None:
+        iterate(model, opt)
+        for p in model.parameters():
+            p.data.mul_(0.5)
+        iterate(model, opt)
+
+    return {EDITED: said(edit)}
+
+
+@world(UNFROZEN)
+def unfrozen_alone() -> Texts:
+    model = net()
+    model[1].requires_grad_(False)  # type: ignore[index]
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, model=model)
+    iterate(model, opt)
+    if dist.get_rank() == 0:
+        model[1].requires_grad_(True)  # type: ignore[index]
+    text = said(lambda: iterate(model, opt, 9))
+    wait_until_all_are_told()
+    return end({UNFROZEN: text} if dist.get_rank() == 0 else {})
+
+
+# -- NaN -------------------------------------------------------------------------------------------------------------
+
+NAN = "one rank's gradient is NaN"
+IN_GRADIENTS = "the same with `allreduce`, on that rank"
+CONSERVED = "the same with `push_sum`, `exact_diffusion`, `extra`, or a tracking method, on every rank"
+COMPRESSED = "the same with `wire_dtype`, on that rank"
+
+
+def overflow(**keywords: Any) -> str:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, **keywords)
+
+    def train() -> None:
+        for step in range(6):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, float("nan") if dist.get_rank() == 1 and step == 2 else 0.1)
+            opt.step()
+
+    return said(train)
+
+
+@world(NAN, IN_GRADIENTS)
+def not_finite() -> Texts:
+    mixed, reduced = overflow(), overflow(algorithm="allreduce")
+    return {NAN: mixed} if dist.get_rank() == 0 else {IN_GRADIENTS: reduced}
+
+
+@world(CONSERVED)
+def conserved() -> Texts:
+    return end({CONSERVED: overflow(algorithm="extra")})
+
+
+@world(COMPRESSED)
+def compressed() -> Texts:
+    text = overflow(wire_dtype="int8")
+    return end({COMPRESSED: text} if dist.get_rank() == 1 else {})
+
+
+# -- calls that not all ranks make -----------------------------------------------------------------------------------
+
+ON_RANK_0 = "call `averaged()` on rank 0 alone, or stop early on one rank and evaluate there"
+ITS_LOG = "the same, after 20 s: a warning in the log `fusedfog`"
+ON_THE_OTHERS = "the same, on the other ranks"
+ONE_MORE_STEP = "make one more step on rank 0, while the others go on without fusedfog"
+OTHERS_ENDED = "the same, when the others have ended"
+STOPPED = "suspend a process (`kill -STOP`), or cut it off"
+DRIFTED = "change the learning rate on one rank"
+RAISED = "leave `uneven()` by an error on one rank; on those that have no more data"
+LEFT = "call `leave()` on one rank; on the others"
+
+
+@world(ON_RANK_0, ITS_LOG, ON_THE_OTHERS, size=4)
+def averaged_alone() -> Texts:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fusedfog").addHandler(handler)
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected", model=model)
+    iterate(model, opt, 2)
+    if dist.get_rank():
+        texts = {ON_THE_OTHERS: said(lambda: iterate(model, opt, 9))}
+    else:
+        texts = {ON_RANK_0: said(lambda: opt.averaged().__enter__()), ITS_LOG: lines[0]}
+    wait_until_all_are_told()
+    return end(texts)
+
+
+def one_more(ends: bool) -> str:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected", algorithm="atc")
+    iterate(model, opt, 2)
+    text = ""
+    if dist.get_rank() == 0:
+        time.sleep(0.5 * ends)  # until they have
+        text = said(lambda: iterate(model, opt))
+    elif ends:
+        os._exit(0)
+    if not ends:
+        wait_until_all_are_told()
+    return text
+
+
+@world(ONE_MORE_STEP, size=3)
+def one_more_step() -> Texts:
+    text = one_more(ends=False)
+    return end({ONE_MORE_STEP: text} if text else {})
+
+
+@world(OTHERS_ENDED, size=3, pg_timeout=20.0)
+def others_ended() -> Texts:
+    return end({OTHERS_ENDED: one_more(ends=True)})
+
+
+@world(STOPPED, size=3, slow=True, timeout=3 * TIMEOUT + 4)
+def stopped() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected")
+    iterate(model, opt, 2)
+    opt.drain()  # its last message has arrived
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return end({STOPPED: said(lambda: iterate(model, opt, 9))})
+
+
+@world(DRIFTED, size=4, pg_timeout=20.0)
+def drifted() -> Texts:
+    p = nn.Parameter(torch.zeros(3))
+    opt = fusedfog.SGD([p], lr=0.1, topology="fully_connected")
+
+    def train() -> None:
+        for step in range(101):
+            p.grad = torch.ones(3)
+            if step == 50 and dist.get_rank() == 2:
+                opt.param_groups[0]["lr"] = 0.05
+            if step >= 97 and dist.get_rank() == 0:
+                time.sleep(0.1)  # who compares last sees all others' numbers
+            opt.step()
+
+    return {DRIFTED: said(train)}
+
+
+@world(RAISED, pg_timeout=20.0)
+def raised() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1)
+
+    def train() -> None:
+        with opt.uneven():
+            for step in range(3 if dist.get_rank() == 0 else 9):
+                if step == 3:
+                    raise LookupError("no such file")
+                iterate(model, opt)
+
+    text = said(train)
+    return end({RAISED: text} if dist.get_rank() == 0 else {})
+
+
+@world(LEFT, size=3, pg_timeout=20.0)
+def left() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected")
+    iterate(model, opt, 3)
+    texts = {}
+    if dist.get_rank() == 2:
+        opt.leave()
+    else:
+        texts = {LEFT: said(lambda: iterate(model, opt, 9))}
+    wait_until_all_are_told()
+    return end(texts)
