@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,12 +105,12 @@ class Exchanges:
         """See `Mailbox`."""
         return self.mailbox.samples if self.mailbox is not None else None
 
-    def forget_buckets(self) -> None:
-        """For when buckets are laid out anew."""
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
+        """Exchange these buckets from now on."""
         if self.channels is not None:
             self.channels.forget()
         if self.mailbox is not None:
-            self.mailbox.forget_buckets()
+            self.mailbox.lay_out(buckets)
 
     def open_connections(self) -> None:
         """See `Delivery`; collective."""

@@ -142,8 +142,9 @@ class Scheduler:
         """
         if not local:
             self.discard()
-            self.exchanges.forget_buckets()
         self.buckets = Buckets(self.segments, self.buckets if local else None)
+        if not local:
+            self.exchanges.lay_out(self.buckets.all)
         if self.exchanges.samples is not None:
             self.exchanges.samples.lay_out(self.buckets.all)
         self.hooks.attach(self.buckets.all if self.schedule.fused_backward else ())

@@ -186,7 +186,7 @@ class ByMachine:
         """See `Delivery`."""
         self._rounds.use(topology)
 
-    def forget_buckets(self) -> None:
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
         """Nothing is kept."""
 
     def inbox_counts(self) -> set[int]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,16 +44,20 @@ class ExchangeStats:
 class Delivery(Protocol):
     """One way to fill a bucket's inbox."""
 
-    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer:
-        """Start exchange number `exchange` of a bucket; sets what its inbox will hold, and from whom it comes."""
+    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer | None:
+        """Start exchange number `exchange` of a bucket; sets what its inbox will hold, and from whom it comes.
+
+        Returns:
+            The transfer; None if it leaves with another bucket that is not ready yet, and then is set with that one's.
+        """
         ...
 
     def use_topology(self, topology: Topology | None) -> None:
         """Deliver along this topology from the next exchange on."""
         ...
 
-    def forget_buckets(self) -> None:
-        """Buckets have been laid out anew."""
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
+        """Deliver these buckets, laid out anew, from now on."""
         ...
 
     def inbox_counts(self) -> set[int]:
@@ -79,6 +83,20 @@ class InboxTensors:
     def __init__(self, messages: tuple[str, ...]) -> None:
         self.messages = messages
         self._tensors: dict[tuple[int, str], list[Tensor]] = {}
+        self._together: dict[int, tuple[FlatSegment, ...]] = {}
+        self._wholes: dict[tuple[int, str], list[Tensor]] = {}
+
+    def lay_together(self, segments: tuple[FlatSegment, ...]) -> None:
+        """From now on have the inboxes of these segments lie behind one another; `wholes` is all of them."""
+        for segment in segments:
+            self._together[id(segment)] = segments
+            for name in self.messages:
+                self._tensors.pop((id(segment), name), None)
+
+    def wholes(self, segments: tuple[FlatSegment, ...], name: str, count: int) -> list[Tensor]:
+        """Where `count` neighbours' messages `name` arrive for segments that lie together."""
+        self._of(segments[0], name, segments[0].tensor(name), count)
+        return self._wholes[id(segments[0]), name][:count]
 
     def inbox(self, segment: FlatSegment, count: int, ends: tuple[CompressedChannel, ...] = ()) -> Inbox:
         """Where messages of up to `count` neighbours arrive, codes of these ends if there are some; without weights."""
@@ -95,7 +113,15 @@ class InboxTensors:
     def _of(self, segment: FlatSegment, name: str, like: Tensor, count: int) -> tuple[Tensor, ...]:
         tensors = self._tensors.setdefault((id(segment), name), [])
         while len(tensors) < count:
-            tensors.append(zeros(like.numel(), like.dtype, like.device))
+            together = self._together.get(id(segment), (segment,)) if name in self.messages else (segment,)
+            if len(together) == 1:
+                tensors.append(zeros(like.numel(), like.dtype, like.device))
+                continue
+            sizes = [one.layout.numel for one in together]
+            whole = zeros(sum(sizes), like.dtype, like.device)
+            self._wholes.setdefault((id(together[0]), name), []).append(whole)
+            for one, piece in zip(together, whole.split(sizes), strict=True):
+                self._tensors.setdefault((id(one), name), []).append(piece)
         return tuple(tensors[:count])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -80,7 +81,7 @@ class GlobalAverage:
     def use_topology(self, topology: Topology | None) -> None:
         """Nothing changes."""
 
-    def forget_buckets(self) -> None:
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
         """Nothing is kept."""
 
     def inbox_counts(self) -> set[int]:

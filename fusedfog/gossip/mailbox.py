@@ -60,10 +60,10 @@ class Mailbox:
         for delivery in self._deliveries:
             delivery.use_topology(topology)
 
-    def forget_buckets(self) -> None:
-        """For when buckets are laid out anew."""
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
+        """Deliver these buckets from now on."""
         for delivery in self._deliveries:
-            delivery.forget_buckets()
+            delivery.lay_out(buckets)
 
     def inbox_counts(self) -> set[int]:
         """How many tensors inboxes have for each message, in any round and with any delivery."""
@@ -85,7 +85,8 @@ class Mailbox:
         bucket.transfer = transfer = delivery.fill(bucket, exchange, label)
         if not bucket.counted:
             bucket.count_edits()
-        self.in_flight.append(transfer)
+        if transfer is not None:
+            self.in_flight.append(transfer)
 
     def receive(self, bucket: BucketState, *, passes_alone_write: bool = False) -> Inbox:
         """What came in the bucket's exchange, waited for.

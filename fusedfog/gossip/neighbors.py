@@ -16,6 +16,7 @@ from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import ROUNDS_AHEAD, ExchangeStats, InboxTensors, Rounds
+from fusedfog.gossip.packs import Pack, packs_of
 from fusedfog.kernels.wire import ELEMENTS_PER_SCALE
 from fusedfog.topology import Round, Topology
 
@@ -73,6 +74,7 @@ class Neighbors:
         self._period: int | None = None
         self._era = 0
         self._postings: dict[tuple[BucketState, int], Posting] = {}
+        self._packs: dict[BucketState, Pack] = {}
 
     def use_topology(self, topology: Topology | None) -> None:
         """See `Delivery`."""
@@ -80,9 +82,14 @@ class Neighbors:
         self._period = topology.period if topology is not None else None
         self._postings.clear()
 
-    def forget_buckets(self) -> None:
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
         """See `Delivery`."""
         self._postings.clear()
+        # Codes and scales are small already, and there are more of them.
+        packs = packs_of(buckets) if self.channels is None else []
+        self._packs = {bucket: pack for pack in packs for bucket in pack.buckets}
+        for pack in packs:
+            self.inboxes.lay_together(pack.segments)
 
     def inbox_counts(self) -> set[int]:
         """How many neighbours rounds have, those of weight 0 too."""
@@ -97,8 +104,9 @@ class Neighbors:
         """See `Delivery`."""
         self.communicator.warm_up((round_.send, round_.recv) for round_ in self._rounds.ahead())
 
-    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer:
-        """Send to this rank's neighbours of the round, and receive from them."""
+    def fill(self, bucket: BucketState, exchange: int, label: str) -> Transfer | None:
+        """Send to this rank's neighbours of the round, and receive from them; a pack is sent with its last bucket."""
+        pack = self._packs.get(bucket)
         if self.channels is not None:
             self.channels.encode(bucket, exchange)
         posting = self._posting(bucket, exchange)
@@ -106,13 +114,29 @@ class Neighbors:
         # Two exchanges of one bucket are never in flight together; parity keeps neighbouring ones apart all the same. A
         # message is one tensor to a peer, or codes and their scales.
         number = (2 * bucket.number + exchange % 2) * 2 * len(self.inboxes.messages)
+        if pack is not None:
+            if not pack.hold(bucket, exchange):
+                return None
+            pack.load(self.inboxes.messages)
+            posting = self._posting_of_pack(pack, bucket, posting)
         with span("exchange", (bucket.number,), to=posting.round_.send, sources=posting.round_.recv):
             transfer = self.communicator.start(
                 posting.sends, posting.recvs, tag=self.communicator.tag(self.channel, number), label=label
             )
         self.stats.bytes_sent += posting.bytes_sent
         self.stats.bytes_received += posting.bytes_received
+        for other in pack.buckets if pack is not None else ():
+            other.transfer = transfer
         return transfer
+
+    def _posting_of_pack(self, pack: Pack, last: BucketState, posting: Posting) -> Posting:
+        """What a pack posts in the round of its last bucket's posting."""
+        sends: list[PeerTensor] = []
+        recvs: list[PeerTensor] = []
+        for name in self.inboxes.messages:
+            got = self.inboxes.wholes(pack.segments, name, len(posting.round_.recv))
+            _post(sends, recvs, posting.round_, pack.buffer(name), got, slice(None))
+        return Posting(posting.round_, sends, recvs, posting.inbox)
 
     def _posting(self, bucket: BucketState, exchange: int) -> Posting:
         """What an exchange of a bucket posts; worked out once for each round of a periodic topology."""
