@@ -86,17 +86,18 @@ class InboxTensors:
         self._together: dict[int, tuple[FlatSegment, ...]] = {}
         self._wholes: dict[tuple[int, str], list[Tensor]] = {}
 
-    def lay_together(self, segments: tuple[FlatSegment, ...]) -> None:
-        """From now on have the inboxes of these segments lie behind one another; `wholes` is all of them."""
-        for segment in segments:
-            self._together[id(segment)] = segments
-            for name in self.messages:
-                self._tensors.pop((id(segment), name), None)
+    def lay_together(self, packs: Sequence[tuple[FlatSegment, ...]]) -> None:
+        """From now on have the inboxes of each pack's segments, and of no others, lie behind one another; see `wholes`."""
+        together = {id(segment): pack for pack in packs for segment in pack}
+        for key in [key for key in self._tensors if key[0] in self._together or key[0] in together]:
+            del self._tensors[key]
+        self._together = together
+        self._wholes.clear()
 
     def wholes(self, segments: tuple[FlatSegment, ...], name: str, count: int) -> list[Tensor]:
-        """Where `count` neighbours' messages `name` arrive for segments that lie together."""
+        """Where `count` neighbours' messages `name` arrive for the segments of a pack."""
         self._of(segments[0], name, segments[0].tensor(name), count)
-        return self._wholes[id(segments[0]), name][:count]
+        return self._wholes.get((id(segments[0]), name), [])[:count]
 
     def inbox(self, segment: FlatSegment, count: int, ends: tuple[CompressedChannel, ...] = ()) -> Inbox:
         """Where messages of up to `count` neighbours arrive, codes of these ends if there are some; without weights."""

@@ -88,8 +88,7 @@ class Neighbors:
         # Codes and scales are small already, and there are more of them.
         packs = packs_of(buckets) if self.channels is None else []
         self._packs = {bucket: pack for pack in packs for bucket in pack.buckets}
-        for pack in packs:
-            self.inboxes.lay_together(pack.segments)
+        self.inboxes.lay_together([pack.segments for pack in packs])
 
     def inbox_counts(self) -> set[int]:
         """How many neighbours rounds have, those of weight 0 too."""
