@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.misuse import build_one, iterate, net, said, started
-from support.pool import Pool
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedfog
+from support.misuse import build_one, iterate, net, said, started
+from support.pool import Pool
 
 Texts = dict[str, str]
 TIMEOUT = 2.0
