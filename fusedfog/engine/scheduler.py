@@ -23,10 +23,8 @@ forwards, accumulation and skipped updates cannot de-phase ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -35,6 +33,7 @@ from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
+from fusedfog.engine.between_steps import BetweenSteps
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.engine.gradient_scale import flag_of, own_multiplier
@@ -47,12 +46,11 @@ from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.kernels import CompressedChannel, Gradients, device, run_pass, warm_pass
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.layout import is_trained
 from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
 
 
-class Scheduler:
+class Scheduler(BetweenSteps):
     """Runs one optimizer's passes and exchanges over its flat segments.
 
     A subclass makes steps in another order. These methods are there to be overridden, and are called in this order:
@@ -87,7 +85,6 @@ class Scheduler:
         adopt_edits: a weak method that is called before passes, for whoever shows states to a user.
     """
 
-    adopt_edits: WeakMethod[Callable[[], None]] | None = None
     channels: CompressedChannels | None
 
     def __init__(
@@ -165,44 +162,6 @@ class Scheduler:
             for work in passes_to_warm(self, pass_group, counts):
                 warm_pass(work)
 
-    def has_unfrozen(self) -> bool:
-        """Whether parameters that were frozen are to be trained now, as torch.optim does with whatever has a gradient.
-
-        Asked once a step, at its first gradient or in `step`: hooks come at other moments on each rank.
-        """
-        if not self.frozen:
-            return False
-        if self.hooks.unfrozen is None:
-            self.hooks.unfrozen = any(map(is_trained, self.frozen))
-        return self.hooks.unfrozen
-
-    def discard(self) -> None:
-        """Wait for what is in flight and forget it: the next step starts its own exchange."""
-        self.drain(keep_failures=True)
-        for bucket in self.buckets.all:
-            bucket.transfer = None
-        if self.exchanges.samples is not None:
-            self.exchanges.samples.kept = False
-
-    def drain(self, *, keep_failures: bool = False) -> None:
-        """Wait for all sends and receives; what arrived is kept for the next step. Local; see `Mailbox.drain`."""
-        if self.exchanges.mailbox is not None:
-            self.exchanges.mailbox.drain(self.buckets.all, keep_failures=keep_failures)
-
-    def meet(self, call: str) -> None:
-        """Return once every rank has come to this call; see `Communicator.meet`. At once for a rank that is alone or has left."""
-        if self.communicator is not None and self.communicator.ended is None:
-            self.communicator.meet(call)
-
-    @contextmanager
-    def block_steps(self, where: str) -> Iterator[None]:
-        """Inside, no step may be made and hooks do nothing; `where` names the with-block in the error."""
-        previous, self.blocked_by = self.blocked_by, where
-        try:
-            yield
-        finally:
-            self.blocked_by = previous
-
     # -- stepping ----------------------------------------------------------------------------------------------------
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -217,10 +176,6 @@ class Scheduler:
         self.passes_around_exchange(grad_scale)
         self.end_step()
 
-    def may_step(self) -> bool:
-        """Whether `begin_step` will let a step be made."""
-        return self.blocked_by is None and (self.communicator is None or self.communicator.ended is None)
-
     def begin_step(self) -> None:
         """Raise if no step may be made; states of algorithms that go on without gradients count as begun."""
         if self.blocked_by is not None:
@@ -232,29 +187,6 @@ class Scheduler:
         for segment in self.segments:
             if not self.algorithm.plain or own_states(segment, self.channels):
                 segment.touch_all()
-
-    def take_edits(self) -> None:
-        """Have the flat states be what the user made of them."""
-        adopt = self.adopt_edits() if self.adopt_edits is not None else None
-        if adopt is not None:
-            adopt()
-
-    def take_back_moved(self, only: BucketState | None = None) -> None:
-        """Have all parameters, or those of one bucket, lie in the flat buffers again, with the values that they have now.
-
-        They are moved by torch's own utilities: `vector_to_parameters`, `prune.remove`, `share_memory`, `flatten_parameters`.
-
-        Raises:
-            StorageReplacedError: one has another shape, dtype or device than before.
-        """
-        for segment in self.segments if only is None else [only.segment]:
-            first, last = (0, len(segment.params)) if only is None else (only.layout.first, only.layout.last)
-            moved = segment.moved(first, last)
-            if moved:
-                # What is in flight is read from the flat buffer.
-                self.drain(keep_failures=True)
-                changed = segment.take_back(moved)
-                self.buckets.forget_edits_of(segment, set(moved).difference(changed))
 
     def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
         """Make all passes of this step and start the messages that they make; GradScaler's factor is `grad_scale`."""

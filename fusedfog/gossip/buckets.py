@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedfog.comm.transfer import Transfer
 from fusedfog.kernels import CompressedChannel, Region
-from fusedfog.params.flat import MANY, PARTS, FlatSegment
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.homes import MANY, PARTS
 from fusedfog.params.layout import Bucket, backward_order
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedfog.comm.group import check_backend, find_group
 from fusedfog.optim.options import Options
-from fusedfog.params.flat import dense_stride
+from fusedfog.params.homes import dense_stride
 from fusedfog.params.layout import ParamSpec, is_trained
 from fusedfog.params.shards import room, stand_in
 

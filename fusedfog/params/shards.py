@@ -38,7 +38,8 @@ from torch.utils.dlpack import from_dlpack
 
 from fusedfog.comm.group import GroupView, check_mesh, find_group
 from fusedfog.kernels import device
-from fusedfog.params.flat import FlatSegment, window
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.homes import window
 from fusedfog.params.instances import instances
 from fusedfog.params.layout import Bucket, ParamSpec, Segment
 from fusedfog.params.precision import EXACT, Storage
