@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedfog.comm.group import find_group
+from fusedfog.comm.calls import Call, enter_world
+from fusedfog.comm.group import find_group, group_timeout
 from fusedfog.comm.join import init
 from fusedfog.plan.links import Links
 from fusedfog.plan.network import Link, Network, allreduce_seconds
@@ -58,9 +59,14 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
     Raises:
         ValueError: fewer than two ranks, or machines with different numbers of ranks.
+        PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     device = init(options.backend)
-    links, samples = calibrate(device)
+    world = find_group()
+    if world.group is not None:
+        enter_world(group_timeout(world, device).total_seconds())
+    with Call("fusedfog calibrate"):
+        links, samples = calibrate(device)
     if find_group().rank == 0:
         report(links, samples)
         links.write(options.out, backend=dist.get_backend(), measured=[asdict(sample) for sample in samples])
