@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from fusedfog.comm import whereabouts
 from fusedfog.comm.group import find_group
-from fusedfog.comm.membership import is_timeout
+from fusedfog.comm.membership import is_timeout, torchs_words
 from fusedfog.comm.whereabouts import State, World
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 
@@ -142,7 +142,7 @@ class Call:
         states = _ask_why(view, _Here.failed)
         where = whereabouts.sentence(view.ranks, states) if states else ""
         late = late or any(state.late for state in states.values())
-        text = str(own) if own is not None else f"rank {view.rank}: {self}: {_without_trace(error)}"
+        text = str(own) if own is not None else f"rank {view.rank}: {self}: {torchs_words(error)}"
         text += f"{'' if text[-1:] in '.?!' else '.'} Who is where: {where}" if where else ""
         if own is not None and late == isinstance(own, PeerTimeout):
             # The same object is raised again by what else needs the lost message.
@@ -182,11 +182,6 @@ def leave_word(view: Ranks, last: str) -> None:
 def is_network_error(error: BaseException) -> bool:
     """Whether torch raised this because of another rank, the store or what is in between."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_NETWORK.search(str(error))))
-
-
-def _without_trace(error: RuntimeError) -> str:
-    """An error's text without the frames of C++ that torch adds to it."""
-    return str(error).split("\nException raised from")[0].strip()
 
 
 def ask(view: Ranks, own: State | None = None) -> dict[int, State]:

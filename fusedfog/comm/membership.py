@@ -18,9 +18,9 @@ def is_timeout(error: Exception) -> bool:
     return re.search("timed out|timeout", str(error), re.IGNORECASE) is not None
 
 
-def _first_sentence(error: Exception) -> str:
-    """torch's text without its guesses, where gloo is concerned, at what somebody else may have done."""
-    return str(error).split(". This is typically caused by")[0]
+def torchs_words(error: Exception) -> str:
+    """An error's text without the frames of C++ that torch adds to it, and without gloo's guesses at who is to blame."""
+    return str(error).split("\nException raised from")[0].split(". This is typically caused by")[0].strip()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Membership:
             )
         else:
             found = ExchangeError(
-                f"{where}: connection lost: that rank has exited, or has given up and closed it ({_first_sentence(error)})"
+                f"{where}: connection lost: that rank has exited, or has given up and closed it ({torchs_words(error)})"
             )
         # Its traceback would keep gloo's works alive, and with them the connections that `close` closes.
         found.__cause__ = error.with_traceback(None)
