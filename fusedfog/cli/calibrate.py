@@ -115,7 +115,8 @@ def calibrate(device: torch.device) -> tuple[Links, list[Sample]]:
     if card is not None and len(place) > 1:
         together = _together(machines, samples[-1].size, device)
         samples.append(together)
-        rate = len(place) * together.size / max(together.seconds - card.latency_s, 1e-9)
+        # At most ten times what was seen, as in `fit`: less than the latency would be noise.
+        rate = len(place) * together.size / max(together.seconds - card.latency_s, 0.1 * together.seconds)
         found["across"] = Link(card.latency_s, max(rate, card.bandwidth))
     samples += _allreduces(device)
     links = Links(len(place), found["inside"], found["across"], _copy_rate(device))
