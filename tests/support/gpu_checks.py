@@ -249,7 +249,7 @@ def check_echoes(device: torch.device) -> None:
             b = make(among.parameters(), lr=1e-2, algorithm="local", bucket_mb=1e-3, **options)
             among_echoes(b, algorithm, size, fused_backward=fused)
             if algorithm == "momentum_tracking":
-                a = among_echoes(make(alone.parameters(), lr=1e-2, algorithm="local", **options), algorithm, 2)
+                among_echoes(a, algorithm, 2)
             x = torch.randn(8, 3, 12, 12, device=device)
             for step in range(10):
                 for model, optimizer in ((alone, a), (among, b)):
