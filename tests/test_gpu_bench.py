@@ -45,6 +45,7 @@ def test_sections_end_in_time_and_the_kernels_come_first(gpu: ModuleType) -> Non
     assert {"loopback", "speed", "graphs", "memory"} <= {section.name for section in gpu.SECTIONS}
 
 
+@pytest.mark.slow
 def test_every_section_runs_without_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
     done = run("gpu.py", "--dry-run", "--out", str(tmp_path))
     report = json.loads((tmp_path / "gpu.json").read_text())

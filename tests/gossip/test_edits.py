@@ -90,6 +90,10 @@ IN_FLIGHT = [
 ]
 
 
+FAST = ("awc", "awc hooks", "awc every two", "tracking", "wrapped", "atc", "push_sum", "allreduce")
+"""Those that the fast tests go through; each way of delivery and of passing is among them or in a test of its own."""
+
+
 def build(name: str, params: list[nn.Parameter]) -> Any:
     kind, options = METHODS[name]
     options = {"bucket_mb": 0.002, "sync_init": False} | options
@@ -132,7 +136,9 @@ def edited_on_all_ranks(name: str, kind: str, at: int) -> tuple[list[bool], floa
     return found, opt.stats()["torn_messages"], torn
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_what_all_ranks_put_in_is_what_they_have_however_it_came_in(ranks: Pool, name: str) -> None:
     # Where messages are made within the step, there is one way for all edits.
     for kind in EDITS if name in IN_FLIGHT else ("data.copy_", "copy_"):
@@ -169,7 +175,14 @@ def alone_and_always(name: str, kind: str, every: int) -> tuple[list[bool], floa
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("kind", ["data.copy_", "copy_"])
-@pytest.mark.parametrize("name", ["awc", "awc hooks", "tracking", "wrapped", "capturable"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "awc",
+        "wrapped",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("awc hooks", "tracking", "capturable")),
+    ],
+)
 def test_one_rank_keeps_what_it_edits_and_edits_at_every_step_do_not_stop_the_mixing(
     ranks: Pool, name: str, kind: str, every: int
 ) -> None:

@@ -180,7 +180,6 @@ def test_loaded_states_of_frozen_parameters_are_used_once_they_are_trained() -> 
 
 
 def unfreeze_alone(fused: bool) -> None:
-    fusedfog.init(timeout=4)
     net = own_net(dist.get_rank())
     net[2].requires_grad_(False)
     opt = fusedfog.SGD(net.parameters(), lr=0.1, fused_backward=fused)
@@ -193,7 +192,7 @@ def unfreeze_alone(fused: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_rank_that_unfreezes_alone_gets_an_error_that_says_so(ranks: Pool, fused: bool) -> None:
-    outcomes = ranks.outcomes(2, unfreeze_alone, fused)
+    outcomes = ranks.outcomes(2, unfreeze_alone, fused, pg_timeout=3.0)
     assert outcomes[1].error_type == "PeerTimeout"
     assert "This rank unfreezes 2 and 1 more" in outcomes[1].message
     assert "unfreeze the same parameters" in outcomes[1].message
