@@ -32,8 +32,8 @@ class GradientAverage:
     gradients found by a GradScaler on any rank, so that all ranks update, or skip, the same parameters. A rank without a
     gradient contributes zero, as under DistributedDataParallel.
 
-    With a quarantine, a rank whose gradients of the bucket are not finite contributes zeros, and one more flag a rank says who
-    has taken part, so that the mean is that of the others.
+    With a quarantine, a rank whose gradients of the bucket (or, where it heals, parameters) are not finite contributes zeros, and
+    one more flag a rank says who has taken part, so that the mean is that of the others.
     """
 
     def __init__(
@@ -94,14 +94,17 @@ class GradientAverage:
         if self.quarantine is None:
             return
         own = self.tensors()
+        # Parameters do not travel, so a rank that is to be healed has to say that its own need it.
+        kept = self.segment.param[self.layout.start : self.layout.stop] if self.quarantine.heals else None
         self._fine.zero_()
         mine = self._fine[self.communicator.view.rank]
         if not device.on_gpu(own):
-            mine.fill_(float(all_finite(own)))
+            mine.fill_(float(all_finite(own) and (kept is None or all_finite(kept))))
             if not mine:
                 own.zero_()
         else:
             fine = own.isfinite().all()
+            fine = fine if kept is None else fine & kept.isfinite().all()
             mine.copy_(fine)
             own.copy_(torch.where(fine, own, 0.0))
 

@@ -117,7 +117,8 @@ def assert_contained(ranks: Pool, n: int, given: list[Case]) -> None:
         for rank, one in enumerate(found):
             assert len(one["named"]) == bool(one["refused"]), case
             assert all(f"rank {SICK}" in text and text.startswith(f"rank {rank}: ") for text in one["named"]), case
-        if not sick["finite"]:
+        # A parameter that leaves gradients finite, as one that saturates tanh, is seen where parameters travel.
+        if not sick["finite"] and case[1].get("algorithm") != "allreduce":
             assert any(one["refused"] for one in found), case
 
 
