@@ -75,5 +75,6 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for name in names:
-        yield from plain_parts(getattr(tensor, name))
+    for inner in (getattr(tensor, name) for name in names):
+        if isinstance(inner, Tensor):  # A DTensor has its mesh among them.
+            yield from plain_parts(inner)
