@@ -8,10 +8,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedfog.kernels import device
+
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor on the CPU is; a sum tells it in one look, and one that overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def take_part(own: Tensor, flag: Tensor, kept: Tensor | None = None) -> None:
+    """Before a sum over ranks: leave `own` in it if it is finite, and `kept` is, or else zeros; `flag`, 0-d, says which.
+
+    On a GPU the host waits for nothing.
+    """
+    if not device.on_gpu(own):
+        flag.fill_(float(all_finite(own) and (kept is None or all_finite(kept))))
+        if not flag:
+            own.zero_()
+        return
+    fine = own.isfinite().all()
+    fine = fine if kept is None else fine & kept.isfinite().all()
+    flag.copy_(fine)
+    own.copy_(torch.where(fine, own, 0.0))
+
+
+def make_mean(total: Tensor, flags: Tensor, nobody: float) -> list[int]:
+    """After the sum: a sum of n-th parts, where `flags` [n] says who took part in it, becomes the mean of those, in place.
+
+    Args:
+        nobody: what the zeros are multiplied by if nobody did.
+
+    Returns:
+        The ranks that did not; on a GPU, which is not looked at, none.
+    """
+    size = len(flags)
+    if device.on_gpu(total):
+        # A product with 1 for all but the sick.
+        count = flags.sum()
+        total.mul_(torch.where(count > 0, size / count, nobody).to(total.dtype))
+        return []
+    fine = flags.tolist()
+    if min(fine) == 0:
+        total.mul_(size / sum(fine) if sum(fine) else nobody)
+    return [rank for rank, one in enumerate(fine) if not one]
 
 
 def restore(own: Tensor, received: Sequence[Tensor], weights: Sequence[float]) -> None:

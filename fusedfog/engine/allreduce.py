@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedfog.comm.averaging import average_in_place
 from fusedfog.comm.communicator import Communicator
-from fusedfog.comm.finite import all_finite
+from fusedfog.comm.finite import make_mean, take_part
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import Transfer, unrecorded
 from fusedfog.engine.gradient_scale import gradients_of, multiplier
@@ -93,37 +93,20 @@ class GradientAverage:
         """Take part in the sum only with what is finite, and say so."""
         if self.quarantine is None:
             return
-        own = self.tensors()
         # Parameters do not travel, so a rank that is to be healed has to say that its own need it.
         kept = self.segment.param[self.layout.start : self.layout.stop] if self.quarantine.heals else None
         self._fine.zero_()
-        mine = self._fine[self.communicator.view.rank]
-        if not device.on_gpu(own):
-            mine.fill_(float(all_finite(own) and (kept is None or all_finite(kept))))
-            if not mine:
-                own.zero_()
-        else:
-            fine = own.isfinite().all()
-            fine = fine if kept is None else fine & kept.isfinite().all()
-            mine.copy_(fine)
-            own.copy_(torch.where(fine, own, 0.0))
+        take_part(self.tensors(), self._fine[self.communicator.view.rank], kept)
 
     def _make_mean(self) -> None:
         """Of the sum over those that have taken part."""
         if self.quarantine is None:
             return
-        own, size = self.tensors(), self.communicator.view.size
-        if device.on_gpu(own):
-            # Without a look at the flags: a product with 1 for all but the sick.
-            own.mul_((size / self._fine.sum().clamp(min=1.0)).to(own.dtype))
-            if self._blames:
+        refused = make_mean(self.tensors(), self._fine, 0.0)
+        if self._blames:
+            self.quarantine.refuse(refused)
+            if device.on_gpu(self.buffer):
                 self.quarantine.refuse_late(self._fine_ranks)
-            return
-        fine = self._fine.tolist()
-        if min(fine) == 0:
-            if self._blames:
-                self.quarantine.refuse(rank for rank, one in enumerate(fine) if not one)
-            own.mul_(size / max(1.0, sum(fine)))
 
     @property
     def somebody_left_out(self) -> bool:

@@ -7,7 +7,6 @@ must not mix the two.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -20,6 +19,7 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout
 from fusedfog.kernels import COMPILED_RULES, compile_now
+from fusedfog.log import warn_user
 from fusedfog.params.layout import Segment
 from fusedfog.topology import Topology
 
@@ -86,11 +86,10 @@ def compile_everywhere(view: GroupView, kinds: Sequence[Kind], timeout: timedelt
         patience = max(_PATIENCE, timeout or _PATIENCE)
         agree(view, next_agreement(view), {"compiled passes": outcome or "yes"}, patience, f"{what}(cpu_compile=True)")
     if outcome:
-        warnings.warn(
+        warn_user(
             f"rank {view.rank}: cpu_compile=True found no way to compile ({outcome}), so passes run as without it. "
             f"It needs a C++ compiler such as g++ (or set CXX)",
             RuntimeWarning,
-            stacklevel=2,
         )
     return not outcome
 

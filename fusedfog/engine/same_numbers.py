@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchWarning
+from fusedfog.log import warn_user
 
 EVERY = 100
 """Exchanges from one comparison to the next; steps, where there are no exchanges."""
@@ -87,11 +87,10 @@ class SameNumbers:
             same = next((known for known in ranks if _close(known, value)), value)
             ranks.setdefault(same, []).append(rank)
         values = ", ".join(f"{value:g} on {name_ranks(members)}" for value, members in ranks.items())
-        warnings.warn(
+        warn_user(
             f"rank {self._communicator.view.rank}: {name} is {values} after {count} exchanges, and should be the same on all "
             f"ranks. If it follows a rank's own loss (ReduceLROnPlateau), give it fusedfog.mean(loss)",
             MismatchWarning,
-            stacklevel=2,
         )
 
 

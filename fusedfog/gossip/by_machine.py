@@ -27,7 +27,7 @@ from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
 from fusedfog.comm.two_level import MeshLine, Path, Paths, Refuse, exchange, mesh_lines, shards_of
 from fusedfog.gossip.buckets import BucketState
-from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, Rounds
+from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, OneMean, Rounds
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.kernels import device
 from fusedfog.topology import Round, Topology
@@ -161,7 +161,7 @@ def _path(end: tuple[Communicator, int] | None, number: int) -> Path | None:
     return Path(communicator, communicator.tag(channel, number))
 
 
-class ByMachine:
+class ByMachine(OneMean):
     """See `Delivery`; rounds are between machines, and what arrives is mixed already.
 
     Attributes:
@@ -185,17 +185,6 @@ class ByMachine:
     def use_topology(self, topology: Topology | None) -> None:
         """See `Delivery`."""
         self._rounds.use(topology)
-
-    def lay_out(self, buckets: Sequence[BucketState]) -> None:
-        """Nothing is kept."""
-
-    def inbox_counts(self) -> set[int]:
-        """All machines together count as one neighbour."""
-        return {1}
-
-    def most_inboxes(self) -> int:
-        """All machines together count as one neighbour."""
-        return 1
 
     def open_connections(self) -> None:
         """See `Delivery`."""

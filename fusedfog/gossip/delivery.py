@@ -73,6 +73,21 @@ class Delivery(Protocol):
         ...
 
 
+class OneMean:
+    """What deliveries share that bring one tensor, mixed already, and keep nothing of the buckets."""
+
+    def lay_out(self, buckets: Sequence[BucketState]) -> None:
+        """See `Delivery`."""
+
+    def inbox_counts(self) -> set[int]:
+        """A mean counts as one neighbour."""
+        return {1}
+
+    def most_inboxes(self) -> int:
+        """A mean counts as one neighbour."""
+        return 1
+
+
 class InboxTensors:
     """The tensors in which messages arrive, made at their first use and the same in every step.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
-from fusedfog.comm.finite import all_finite
+from fusedfog.comm.finite import make_mean, take_part
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import Transfer, unrecorded
 from fusedfog.gossip.buckets import BucketState
-from fusedfog.gossip.delivery import ExchangeStats, InboxTensors
+from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, OneMean
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.kernels import device
 from fusedfog.topology import Topology
@@ -31,42 +30,26 @@ class FiniteMean(Transfer):
     def __init__(self, communicator: Communicator, label: str, messages: int, quarantine: Quarantine) -> None:
         super().__init__(communicator, label)
         self.flags = torch.zeros(messages, communicator.view.size, device=communicator.device)
-        self._rank, self._size, self._quarantine = communicator.view.rank, communicator.view.size, quarantine
+        self._rank, self._quarantine = communicator.view.rank, quarantine
         self._sums: list[Tensor] = []
 
     def contribute(self, buffer: Tensor) -> None:
         """Take a message's part, if it is finite, in the sums of which the mean will be made, in place."""
-        flag = self.flags[len(self._sums), self._rank]
+        take_part(buffer, self.flags[len(self._sums), self._rank])
         self._sums.append(buffer)
-        if not device.on_gpu(buffer):
-            flag.fill_(float(all_finite(buffer)))
-            if not flag:
-                buffer.zero_()
-        else:
-            fine = buffer.isfinite().all()
-            flag.copy_(fine)
-            buffer.copy_(torch.where(fine, buffer, 0.0))
 
     @torch.no_grad()
     def wait(self) -> None:
         """See `Transfer`; the first one makes means of sums."""
         super().wait()
         sums, self._sums = self._sums, []
-        if not sums:
-            return
-        if device.on_gpu(self.flags):
-            # Without a look at the flags: a product with 1 for all but the sick.
-            for one, flags in zip(sums, self.flags, strict=True):
-                one.mul_((self._size / flags.sum()).to(one.dtype))
+        for one, flags in zip(sums, self.flags if sums else (), strict=True):
+            self._quarantine.refuse(make_mean(one, flags, math.nan))
+        if sums and device.on_gpu(self.flags):
             self._quarantine.refuse_late(self.flags)
-            return
-        for one, flags in zip(sums, self.flags.tolist(), strict=True):
-            if min(flags) == 0:
-                self._quarantine.refuse(rank for rank, flag in enumerate(flags) if not flag)
-                one.mul_(self._size / sum(flags) if sum(flags) else math.nan)
 
 
-class GlobalAverage:
+class GlobalAverage(OneMean):
     """See `Delivery`; whatever the topology, all ranks take part."""
 
     def __init__(
@@ -80,17 +63,6 @@ class GlobalAverage:
 
     def use_topology(self, topology: Topology | None) -> None:
         """Nothing changes."""
-
-    def lay_out(self, buckets: Sequence[BucketState]) -> None:
-        """Nothing is kept."""
-
-    def inbox_counts(self) -> set[int]:
-        """A mean counts as one neighbour."""
-        return {1}
-
-    def most_inboxes(self) -> int:
-        """A mean counts as one neighbour."""
-        return 1
 
     def open_connections(self) -> None:
         """The communicator's first operation has opened them."""

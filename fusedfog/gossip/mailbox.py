@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from fusedfog.errors import TornMessageWarning
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
 from fusedfog.gossip.samples import Samples
+from fusedfog.log import warn_user
 from fusedfog.topology import Topology
 
 
@@ -163,12 +163,11 @@ class Mailbox:
     def _warn_torn(self, bucket: BucketState, outcome: str) -> None:
         if not self._warned_torn:
             self._warned_torn = True
-            warnings.warn(
+            warn_user(
                 f"rank {self.communicator.view.rank}: parameters of bucket {bucket.number} were edited in place "
                 f"while they were being sent, so neighbours may have mixed a torn or outdated value. {outcome}. Wrap such "
                 f"edits in `with opt.paused():` on all ranks, or show other values for a while in `with opt.swapped(values):`",
                 TornMessageWarning,
-                stacklevel=2,
             )
 
 

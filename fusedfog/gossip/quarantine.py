@@ -9,7 +9,6 @@ healthy run nothing but the alarm: kernels that wrote a flag for each neighbour 
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -25,6 +24,7 @@ from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.gossip.healing import heal
 from fusedfog.gossip.late_read import LateRead
 from fusedfog.kernels import device
+from fusedfog.log import warn_user
 
 _EVERY = 16
 """Steps between two looks at a GPU's alarm: a copy and an event take the host 10 us."""
@@ -185,7 +185,7 @@ class Quarantine:
         for rank in ranks:
             if rank not in self._warned:
                 self._warned.add(rank)
-                warnings.warn(self._words(rank), NonFiniteWarning, stacklevel=2)
+                warn_user(self._words(rank), NonFiniteWarning)
 
     def _words(self, rank: int) -> str:
         at, more = f"(step {self._step})", "Said once; stats()['refused_from'] counts on"

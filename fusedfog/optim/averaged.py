@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,10 +15,12 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
+from fusedfog.log import warn_user
 from fusedfog.optim.build import ranks_to_mix_with
 from fusedfog.optim.calls import ranks_of
 from fusedfog.optim.options import Options
 from fusedfog.optim.shared import shared_with_model
+from fusedfog.params.instances import instances
 from fusedfog.params.shards import sharding_of
 
 
@@ -95,20 +95,18 @@ def _warn_of_buffers(engine: Scheduler) -> None:
         names = [name for name in names if name not in constant and f".{name}" not in constant]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            warnings.warn(
+            warn_user(
                 f"rank {engine.rank}: averaged() averages the parameters, but not {names[0]}{more}: {type(module).__name__} has "
                 f"floating-point buffers (running statistics), which stay this rank's own beside averaged weights. Pass the "
                 f"model, averaged(model), or build the optimizer with model=",
                 UserWarning,
-                stacklevel=5,
             )
             return
 
 
 def _roots_of(params: set[int]) -> list[nn.Module]:
     """The modules that hold any of these parameters and are in no other module; one look through all objects."""
-    # isinstance would wake up weak proxies.
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    modules = instances(nn.Module)
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
         for child in module.__dict__.get("_modules", {}).values():

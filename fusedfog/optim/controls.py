@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,7 +21,6 @@ from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.description import brief, without_clock
 from fusedfog.optim.export import save_averaged
-from fusedfog.optim.options import Options
 from fusedfog.optim.swapped import Values, pairs_of, swapped
 from fusedfog.optim.uneven import UnevenSteps
 from fusedfog.params.owners import Claim
@@ -31,8 +31,6 @@ class Controls(UnevenSteps):
     """The decentralized methods of `DecentralizedOptimizer`; not built by itself."""
 
     _family: str
-    _scheduler: Scheduler | None
-    _options: Options
     _claim: Claim | None
     _released: str | None = None
 
@@ -41,14 +39,9 @@ class Controls(UnevenSteps):
         """What ranks must agree on, and errors call it."""
         return type(self).__name__
 
-    @property
-    def _engine(self) -> Scheduler:
-        """The scheduler; see `DecentralizedOptimizer`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _show_states(self) -> None:
         """Let `self.state[p]` show the states of every parameter that has had a gradient."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         # As it is: a copied or unpickled optimizer builds its scheduler together with the other ranks.

@@ -5,7 +5,6 @@ model = fusedfog.local_gradients(DistributedDataParallel(model, broadcast_buffer
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -16,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from fusedfog.engine.scheduler import Scheduler
+from fusedfog.log import warn_user
 from fusedfog.optim.compatibility import first_refusal
 from fusedfog.optim.features import Setup
 from fusedfog.params.instances import instances
@@ -70,12 +70,11 @@ def check(kind: str, engine: Scheduler, setup: Setup) -> None:
     if row is not None:
         raise RuntimeError(f"rank {dist.get_rank()}: {kind}: {row.text(inside)}")
     if ranks and any(_averages_gradients(ddp, ranks) for ddp in found):
-        warnings.warn(
+        warn_user(
             f"rank {dist.get_rank()}: {kind}: its parameters are in a DistributedDataParallel that averages gradients over all "
             f"ranks in every backward, so nothing is saved by averaging with neighbours. Call "
             f"fusedfog.local_gradients(ddp) right after building it, or train the bare module",
             UserWarning,
-            stacklevel=4,
         )
 
 

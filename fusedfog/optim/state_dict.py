@@ -7,7 +7,6 @@ the topology is to be another one), so that is a warning; what cannot work is an
 
 from __future__ import annotations
 
-import warnings
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ForeignCheckpointWarning
 from fusedfog.gossip.compression import own_states
+from fusedfog.log import warn_user
 from fusedfog.optim.build import name_topology
 from fusedfog.params.flat import FlatSegment
 
@@ -60,7 +60,7 @@ def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
             f" on topology {saved['topology']}, and the optimizer has {own['topology']}: exchanges go on there in round "
             f"{clock.get('exchanges', 0)}; build the optimizer with the saved topology unless the change is meant"
         )
-    warnings.warn(found, ForeignCheckpointWarning, stacklevel=4)
+    warn_user(found, ForeignCheckpointWarning)
     return False
 
 
@@ -76,12 +76,11 @@ def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str,
     lacking = sum(map(bool, missing))
     if lacking and any(some < needed for some in missing):
         names = ", ".join(sorted(set().union(*missing)))
-        warnings.warn(
+        warn_user(
             f"rank {origin_of(engine).get('rank', 0)}: {kind}: this checkpoint lacks {names} of {lacking} parameters, so that "
             f"compressed messages cannot go on from it and begin anew on all ranks; the run remains correct, but not bit for "
             f"bit. A state_dict() must be kept whole, and be of the same algorithm, topology and wire_dtype",
             ForeignCheckpointWarning,
-            stacklevel=5,
         )
     return not lacking
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -26,6 +27,7 @@ from fusedfog.engine.capture import recording
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ExchangeError, PeerTimeout
 from fusedfog.optim.calls import ranks_of
+from fusedfog.optim.options import Options
 
 _END = "end"
 _GLANCE = timedelta(seconds=1)
@@ -38,17 +40,18 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
     """What `DecentralizedOptimizer` offers for uneven data; not built by itself."""
 
     _scheduler: Scheduler | None
+    _options: Options
     _block: Block | None = None
     _join_config = _JoinConfig.construct_disabled_join_config()
 
     @property
+    @abstractmethod
     def _engine(self) -> Scheduler:
         """The scheduler; see `DecentralizedOptimizer`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self, engine: Scheduler, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         """Make a step from the gradients that are there."""
-        raise NotImplementedError
 
     def uneven(self, *others: UnevenSteps) -> Block:
         """Inside, ranks may make different numbers of steps; one that leaves goes on mixing until all have. Collective.
@@ -90,8 +93,7 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
         Raises:
             RuntimeError: there is none.
         """
-        options: Any = vars(self)["_options"]
-        group = find_group(options.group).group
+        group = find_group(self._options.group).group
         if group is None:
             raise RuntimeError("Join needs a process group, and there is none: call fusedfog.init() under torchrun")
         return group
