@@ -290,13 +290,9 @@ class Scheduler(BetweenSteps):
         """See `hooks.PassMaker`."""
         self.take_back_moved(self.buckets.all[place])
         self.take_edits()
-        try:
+        view = self.communicator.view if self.communicator is not None else None
+        with Call("backward()", view, self.clock.steps):  # No step() is around it that would say who is where.
             self.before_exchange(self.buckets.singles[place])
-        except RuntimeError:
-            with Call(
-                "backward()", self.communicator.view if self.communicator is not None else None, self.clock.steps
-            ):
-                raise
 
     def may_pass(self, bucket: BucketState) -> bool:
         """See `hooks.PassMaker`."""

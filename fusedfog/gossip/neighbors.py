@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.transfer import PeerTensor, Transfer
-from fusedfog.gossip.buckets import BucketState, Inbox
+from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import ROUNDS_AHEAD, ExchangeStats, InboxTensors, Rounds
 from fusedfog.gossip.packs import Pack, packs_of
@@ -73,7 +73,7 @@ class Neighbors:
         self._rounds = Rounds(communicator.view.rank)
         self._period: int | None = None
         self._era = 0
-        self._postings: dict[tuple[BucketState, int], Posting] = {}
+        self._postings: dict[tuple[BucketState | Pack, int], Posting] = {}
         self._packs: dict[BucketState, Pack] = {}
 
     def use_topology(self, topology: Topology | None) -> None:
@@ -117,7 +117,7 @@ class Neighbors:
             if not pack.hold(bucket, exchange):
                 return None
             pack.load(self.inboxes.messages)
-            posting = self._posting_of_pack(pack, bucket, posting)
+            posting = self._posting(pack, exchange)
         with span("exchange", (bucket.number,), to=posting.round_.send, sources=posting.round_.recv):
             transfer = self.communicator.start(
                 posting.sends, posting.recvs, tag=self.communicator.tag(self.channel, number), label=label
@@ -128,29 +128,32 @@ class Neighbors:
             other.transfer = transfer
         return transfer
 
-    def _posting_of_pack(self, pack: Pack, last: BucketState, posting: Posting) -> Posting:
-        """What a pack posts in the round of its last bucket's posting."""
-        sends: list[PeerTensor] = []
-        recvs: list[PeerTensor] = []
-        for name in self.inboxes.messages:
-            got = self.inboxes.wholes(pack.segments, name, len(posting.round_.recv))
-            _post(sends, recvs, posting.round_, pack.buffer(name), got, slice(None))
-        return Posting(posting.round_, sends, recvs, posting.inbox)
-
-    def _posting(self, bucket: BucketState, exchange: int) -> Posting:
-        """What an exchange of a bucket posts; worked out once for each round of a periodic topology."""
+    def _posting(self, what: BucketState | Pack, exchange: int) -> Posting:
+        """What an exchange of a bucket, or pack, posts; worked out once for each round of a periodic topology."""
         if self.channels is not None and self._era != self.channels.era:
             self._era = self.channels.era
             self._postings.clear()
         if self._period is None:
-            return self._make_posting(bucket, exchange)
-        key = (bucket, exchange % self._period)
+            return self._make_posting(what, exchange)
+        key = (what, exchange % self._period)
         posting = self._postings.get(key)
         if posting is None:
-            posting = self._postings[key] = self._make_posting(bucket, exchange)
+            posting = self._postings[key] = self._make_posting(what, exchange)
         return posting
 
-    def _make_posting(self, bucket: BucketState, exchange: int) -> Posting:
+    def _make_posting(self, what: BucketState | Pack, exchange: int) -> Posting:
+        return self._of_pack(what, exchange) if isinstance(what, Pack) else self._of_bucket(what, exchange)
+
+    def _of_pack(self, pack: Pack, exchange: int) -> Posting:
+        round_ = self._rounds.of(exchange)
+        sends: list[PeerTensor] = []
+        recvs: list[PeerTensor] = []
+        for name in self.inboxes.messages:
+            got = self.inboxes.wholes(pack.segments, name, len(round_.recv))
+            _post(sends, recvs, round_, pack.buffer(name), got, slice(None))
+        return Posting(round_, sends, recvs, EMPTY)
+
+    def _of_bucket(self, bucket: BucketState, exchange: int) -> Posting:
         round_, segment, here = self._rounds.of(exchange), bucket.segment, bucket.whole
         ends = self.channels.of(segment, exchange) if self.channels is not None else ()
         inbox = replace(self.inboxes.inbox(segment, len(round_.recv), ends), weights=tuple(round_.recv.values()))
