@@ -6,7 +6,7 @@ Reads the engine through a small protocol, so that the engine can own its state 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -170,8 +170,9 @@ def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) 
     """
     algorithm, segment = engine.algorithm, pass_group.segment
     grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
-    clips = replace(engine.inputs, grad_scale=segment.param.new_zeros((), dtype=torch.float32))
-    real, engine.inputs = engine.inputs, clips if engine.schedule.max_grad_norm is not None else engine.inputs
+    scale = segment.param.new_zeros((), dtype=torch.float32) if engine.schedule.max_grad_norm is not None else None
+    # Of their own: what the first step takes, learning rates above all, is not known yet.
+    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale)
     try:
         if algorithm.before is not None:
             yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())

@@ -313,11 +313,11 @@ class Net(nn.Module):
 def trained(stub: StubGpu, steps: int, **options: Any) -> list[list[Launch]]:
     """The launches of each step of AdamW with one neighbour; new learning rates, gradients at new addresses, one absent."""
     net = Net()
-    optimizer = fusedfog.AdamW(net.parameters(), lr=0.1, algorithm="local", **options)
+    optimizer = fusedfog.AdamW(net.parameters(), lr=0.5, algorithm="local", **options)
     among_echoes(optimizer, "awc", 2)
     found = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.param_groups[0]["lr"] = 0.3 / (step + 1)
         for param in (*net.line.parameters(), *net.out.parameters()):
             param.grad = torch.zeros_like(param)
         if step % 2:
@@ -340,7 +340,7 @@ def test_the_engine_launches_one_pass_a_segment_and_compiles_in_its_first_step_a
         assert stub.variants == variants
     for step, found in enumerate(launches):
         (launch,) = [one for one in found if one.kernel == "fused_pass"]
-        assert single(0.1 / (step + 1)) in launch.flat("hyper")
+        assert single(0.3 / (step + 1)) in launch.flat("hyper")
         assert launch.flat("weights") == [0.5]
         assert len(launch.flat("states")) == 2
         assert len(found) <= 2
