@@ -127,10 +127,11 @@ def fused_pass(
     taken,
     neighbor_deltas,
     inbox_scales,
+    strength,
     given,
     replicas,
     spoilt,
-    # Numbers of a recorded pass, in the place of row_sum, weights, hyper and seed.
+    # Numbers of a recorded pass, in the place of row_sum, weights, hyper, seed and strength.
     numbers,
     # What makes another kernel.
     RULE: tl.constexpr,
@@ -160,6 +161,9 @@ def fused_pass(
     if numbers is not None:
         row_sum = tl.load(numbers)
         weights, hyper = loaded(numbers, 1, K), loaded(numbers, 1 + K, HYPER)
+        SEEDS: tl.constexpr = 0 if seed is None else 1
+        if strength is not None:
+            strength = tl.load(numbers + (1 + K + HYPER + SEEDS))
         if seed is not None:
             seed = tl.load(numbers + (1 + K + HYPER))
     if seed is not None:
@@ -184,6 +188,7 @@ def fused_pass(
                 inbox_scales,
                 weights,
                 row_sum,
+                strength,
                 m * K,
                 at,
                 real,
@@ -347,6 +352,7 @@ def _arguments(work: Pass, sent: Tensors, received: Tensors) -> tuple[Any, ...]:
         _ends(taken),
         tuple([wire.neighbor_delta for wire in taken]),
         _scales(work) if compression.scales else (),
+        float(compression.strength) if taken else None,
         _ends(given),
         tuple([wire.replica for wire in given]),
         compression.spoilt if given else None,

@@ -80,9 +80,21 @@ def decode(codes, scales, at, inside):
 
 @triton.jit
 def mix_wired(
-    base, codes, scales, neighbor_delta, inbox, inbox_scales, weights, row_sum, FIRST: tl.constexpr, at, real, inside
+    base,
+    codes,
+    scales,
+    neighbor_delta,
+    inbox,
+    inbox_scales,
+    weights,
+    row_sum,
+    strength,
+    FIRST: tl.constexpr,
+    at,
+    real,
+    inside,
 ):
-    """`row_sum*base + neighbor_delta`, after `wire.take`."""
+    """`row_sum*base + strength*neighbor_delta`, after `wire.take`."""
     own = decode(codes, scales, at, inside)
     pull = tl.load(neighbor_delta + at, mask=inside)
     for k in tl.static_range(len(weights)):
@@ -90,7 +102,7 @@ def mix_wired(
         pull += tl.where(weights[k] != 0.0, weights[k] * (received - own), 0.0)
     pull = tl.where(real, pull, 0.0)
     tl.store(neighbor_delta + at, pull, mask=inside)
-    return row_sum * base + pull
+    return row_sum * base + strength * pull
 
 
 @triton.jit

@@ -86,14 +86,16 @@ class Compression:
     Attributes:
         taken: per message, if it travels compressed, this rank's end of the exchange that came in `inbox` (of codes) and
             `scales`; sent_m is then what its codes mean, and differences add up in its neighbor_delta:
-            neighbor_delta += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + neighbor_delta.
+            neighbor_delta += sum_k weights[k]*(inbox[m][k] - sent_m);  mixed_m = row_sum*base_m + strength*neighbor_delta.
         scales: M tuples of K uint8 [N/16], the scales of the codes in `inbox`; None for formats without.
+        strength: how much of neighbor_delta is mixed in. Weights cannot say it where it changes: they are in the sum for good.
         given: per message, if it is to travel compressed, where its codes are written.
         spoilt: fp32 [4], in which ones are written where codes leave out values that are not finite, and nothing else.
     """
 
     taken: Sequence[CompressedChannel] = ()
     scales: Sequence[Sequence[Tensor | None]] = ()
+    strength: float = 1.0
     given: Sequence[CompressedChannel] = ()
     spoilt: Tensor | None = None
 
@@ -136,8 +138,9 @@ class Pass:
             of (mixed[0] - row_sum*base[0])^2, how much neighbours disagree with this rank, and of (gradient*grad_scale)^2,
             which is not finite if a gradient is not. One row per row of `region.blocks` on CUDA, per parameter of the
             region on the CPU.
-        numbers: (row_sum, *weights, *hyper, seed) on the device, fp32 (fp64 on the CPU), read in the place of those given
-            here, of which only how many there are counts: for passes that are recorded once and replayed.
+        numbers: (row_sum, *weights, *hyper, seed, strength) on the device, fp32 (fp64 on the CPU), read in the place of those
+            given here, of which only how many there are counts: for passes that are recorded once and replayed. Without
+            random rounding they have no seed, and without compressed messages in the inbox no strength.
     """
 
     rule: str
@@ -184,10 +187,13 @@ class Pass:
         neighbours = len(self.mixing.weights)
         last = neighbours + len(self.hyper)
         seed = None if self.precision.seed is None else int(others[last])
+        after_seed = last + (seed is not None)
+        strength = others[after_seed] if self.compression.taken else self.compression.strength
         return replace(
             self,
             hyper=tuple(others[neighbours:last]),
             mixing=replace(self.mixing, row_sum=row_sum, weights=tuple(others[:neighbours])),
             precision=replace(self.precision, seed=seed),
+            compression=replace(self.compression, strength=strength),
             numbers=None,
         )

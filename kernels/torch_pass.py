@@ -128,7 +128,9 @@ def _mixed(work: Pass, x: Tensor, start: int, stop: int) -> tuple[Tensors, Tenso
         if taken:
             exponents = [scales_of(found, start, stop) for found in scales[m]]
             neighbor_delta = take(cut(taken[m], start, stop), arrived, exponents, mixing.weights)
-            result = neighbor_delta + (base if mixing.row_sum == 1 else base * mixing.row_sum)
+            strength = work.compression.strength
+            pull = neighbor_delta if strength == 1 else neighbor_delta * strength
+            result = pull + (base if mixing.row_sum == 1 else base * mixing.row_sum)
         else:
             own = work.param[here].to(x.dtype) if tensor is work.param and remainder is not None else base
             result = mix_messages(base, arrived, mixing.weights, mixing.row_sum, own, mixing.alarm)

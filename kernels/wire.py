@@ -3,13 +3,13 @@
 What travels is not the value but its difference from what the neighbours know already (CHOCO-SGD, Koloskova et al. 2019):
 
     difference = value - replica;  codes = encode(difference);  replica += decode(codes)        sender
-    neighbor_delta += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + neighbor_delta                  receiver
+    neighbor_delta += sum_k w_k*(decode(codes_k) - decode(own codes));  mixed = value + s*neighbor_delta                receiver
 
 Every rank so carries its own replica, and in `neighbor_delta` the weighted sum of its neighbours' replicas less its own. What the
 format cannot hold stays in the difference and is sent later: that is the error feedback. As the ranks agree, differences
 and with them all errors vanish, and the limit is that of exact messages. In doubly stochastic rounds neighbor_deltas sum to zero
-over the ranks, so that the mean of the values is as without compression. (CHOCO's consensus step size is 1 here, which
-formats as fine as these allow.)
+over the ranks, so that the mean of the values is as without compression. s, CHOCO's consensus step size, is 1 by default, which
+formats as fine as these allow. The sum is free of it, so it may change from step to step.
 
 Eight-bit codes share a scale, a power of two, so that scaling is exact. Sixteen elements share one: of every 64 elements
 at a multiple of 64, those of equal place modulo 4. Four scales in a row belong to 64 elements: a GPU thread that holds

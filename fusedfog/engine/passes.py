@@ -129,7 +129,7 @@ def _compression(engine: Engine, pass_group: PassGroup, inbox: Inbox, following:
     if engine.channels is None:
         return UNCOMPRESSED
     given = engine.codes_for(pass_group, following)
-    return Compression(inbox.channels, inbox.scales, given, engine.channels.flag)
+    return Compression(inbox.channels, inbox.scales, given=given, spoilt=engine.channels.flag)
 
 
 def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:

@@ -51,6 +51,16 @@ def test_eight_compressed_messages_and_any_row_sum_equal_the_reference():
     Lossy(ROWS["sgd-momentum"], neighbours=8, wire=torch.int8, numels=FEW, options={"row_sum": 0.75}).check()
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.375])
+def test_any_strength_of_mixing_equals_the_reference_and_stays_out_of_the_sum(strength):
+    case = Lossy(ROWS["mix"], neighbours=2, wire=torch.int8, numels=FEW, options={"strength": strength})
+    weaker, full = case.check(), case.after(strength=1.0)
+    delta = full.compression.taken[0].neighbor_delta
+    assert same(weaker.compression.taken[0].neighbor_delta, delta)
+    assert delta.abs().max() > 0.1
+    assert same(weaker.param[case.valid], (case.work.param + strength * delta)[case.valid])
+
+
 @pytest.mark.parametrize(
     ("way", "dtype"),
     [

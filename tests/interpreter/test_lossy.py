@@ -367,7 +367,8 @@ def test_any_bits_are_rounded_as_the_spec_rounds_them(dtype, device):
 
 def numbers_of(work: Pass, dtype: torch.dtype) -> torch.Tensor:
     seed = () if work.precision.seed is None else (float(work.precision.seed),)
-    return torch.tensor([work.mixing.row_sum, *work.mixing.weights, *work.hyper, *seed], dtype=dtype)
+    strength = (work.compression.strength,) if work.compression.taken else ()
+    return torch.tensor([work.mixing.row_sum, *work.mixing.weights, *work.hyper, *seed, *strength], dtype=dtype)
 
 
 # The interpreter multiplies scalars of the host in double: lr*weight_decay has to be exact.
@@ -384,9 +385,10 @@ def test_numbers_on_the_device_give_the_bits_of_those_on_the_host(name, way, run
     dtype = torch.float32 if way is None else torch.bfloat16
     state_dtype = torch.bfloat16 if way == "stochastic" else torch.float32
     case = Lossy(ROWS[name], dtype, 2, way=way, state_dtype=state_dtype, wire=torch.int8 if way else None, numels=FEW)
-    work = with_fields(case.work, hyper=EXACT[name], row_sum=0.75)
+    work = with_fields(case.work, hyper=EXACT[name], row_sum=0.75, strength=0.375)
     found = numbers_of(work, torch.float32 if run is fused_pass.launch else torch.float64)
     unread = {"row_sum": math.nan, "weights": (math.nan,) * 2, "hyper": (math.nan,) * len(EXACT[name])}
+    unread |= {"strength": math.nan}
     seed = None if work.precision.seed is None else 7
     case.work = work
     host, device = case.after(run), case.after(run, numbers=found, seed=seed, **unread)

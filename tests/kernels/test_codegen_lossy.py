@@ -63,6 +63,7 @@ class Variant:
     def work(self, **changes: Any) -> Pass:
         row, neighbours = ROWS[self.name], self.neighbours
         seeded = self.way == "stochastic" or self.state_dtype == BF16
+        taken = self.wire is not None and "x" in row.writes
         param, states = _flat(self.dtype), tuple(_flat(self.state_dtype) for _ in range(row.states))
         named = {"x": param, "message": _flat(self.dtype)}
         sent = tuple(named[part] if part in named else states[int(part)] for part in row.sent)
@@ -77,7 +78,7 @@ class Variant:
             "found_inf": torch.zeros(()),
             "remainder": None if remainder is None else _flat(remainder),
             "seed": 5 if seeded else None,
-            "numbers": torch.zeros(1 + neighbours + len(row.hyper) + seeded) if self.numbers else None,
+            "numbers": torch.zeros(1 + neighbours + len(row.hyper) + seeded + taken) if self.numbers else None,
         }
         if self.wire is not None:
             ends = tuple(CompressedChannel.zeros(base, self.wire) for base in sent or (param,))
@@ -85,7 +86,7 @@ class Variant:
             found["given"] = ends[: row.messages] or tuple(
                 CompressedChannel.zeros(param, self.wire) for _ in range(row.messages)
             )
-            if "x" in row.writes:
+            if taken:
                 found["taken"] = ends
                 found["inbox"] = tuple(tuple(_flat(self.wire) for _ in range(neighbours)) for _ in ends)
                 found["scales"] = tuple((end.scales,) * neighbours for end in ends)
@@ -278,7 +279,8 @@ def test_seeds_and_scalars_never_recompile(numbers, compiler):
     variant = Variant("adamw", 2, BF16, "stochastic", BF16, wire=INT8, numbers=numbers)
     hyper = len(ROWS["adamw"].hyper)
     for seed in (0, 1, 16, 17, 2**23, 2**24 - 1):
-        fused_pass.launch(variant.work(seed=seed, hyper=(seed,) * hyper, weights=(seed, 0.25), row_sum=seed))
+        scalars = {"hyper": (seed,) * hyper, "weights": (seed, 0.25), "row_sum": seed, "strength": seed}
+        fused_pass.launch(variant.work(seed=seed, **scalars))
     assert len(compiler.compiled()) == 1
 
 

@@ -117,6 +117,7 @@ def expected(work: Pass) -> dict[str, list[Any]]:
         "weights": list(map(single, work.mixing.weights)),
         "hyper": list(map(single, work.hyper)),
         "seed": [] if work.precision.seed is None else [float(work.precision.seed)],
+        "strength": [single(work.compression.strength)] if work.compression.taken else [],
     }
     return {name: homes(found) for name, found in tensors.items()} | numbers
 
@@ -202,6 +203,10 @@ def test_wires_reach_the_kernel(code: torch.dtype, stub: StubGpu) -> None:
     assert mismatches(launch, work) == []
     packed = {value for name in launch.arguments for value in launch.flat(name) if isinstance(value, int)}
     assert packed >= set(homes([one.codes, one.scales, one.neighbor_delta, one.replica, *scales[0]]))
+    for strength in (0, 0.25, 1):
+        work = with_fields(work, strength=strength)
+        assert mismatches(launched(stub, work), work) == []
+    assert stub.variants == 1
 
 
 def test_a_difference_is_seen(stub: StubGpu) -> None:

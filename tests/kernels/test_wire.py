@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -218,8 +218,13 @@ def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return random.uniform(1, 2, (N, SIZE)), random.normal(size=(N, SIZE)), random.normal(size=(N, SIZE))
 
 
-def choco(rounds: list[np.ndarray], rounding: Rounding, steps: int, rate: float) -> np.ndarray:
-    """x_i += sum_j w_ij*(known_j - known_i) - rate*gradient_i(x_i), with replicas of their own for each round's graph."""
+def choco(
+    rounds: list[np.ndarray], rounding: Rounding, steps: int, rate: float, strengths: Sequence[float] = (1.0,)
+) -> np.ndarray:
+    """x_i += s*sum_j w_ij*(known_j - known_i) - rate*gradient_i(x_i), with replicas of their own for each round's graph.
+
+    s goes through `strengths` again and again.
+    """
     curvature, minimum, x = problem()
     known = [np.zeros((N, SIZE)) for _ in rounds]
     path = [x]
@@ -228,7 +233,7 @@ def choco(rounds: list[np.ndarray], rounding: Rounding, steps: int, rate: float)
         for i in range(N):
             replicas[i] += rounding(x[i] - replicas[i])
         moved = [sum(mixing[i, j] * (replicas[j] - replicas[i]) for j in range(N)) for i in range(N)]
-        x = x + np.array(moved) - rate * curvature * (x - minimum)
+        x = x + strengths[t % len(strengths)] * np.array(moved) - rate * curvature * (x - minimum)
         path.append(x)
     return np.array(path)
 
@@ -247,7 +252,12 @@ def limit(rounds: list[np.ndarray], rate: float) -> np.ndarray:
 
 
 def ours(
-    rounds: list[np.ndarray], dtype: torch.dtype, steps: int, rate: float, storage: torch.dtype = torch.float64
+    rounds: list[np.ndarray],
+    dtype: torch.dtype,
+    steps: int,
+    rate: float,
+    storage: torch.dtype = torch.float64,
+    strengths: Sequence[float] = (1.0,),
 ) -> Iterator[tuple[torch.Tensor, list[list[CompressedChannel]]]]:
     """The ranks' parameters, [n, size], and wires by round and rank, at first and after each step, made by passes."""
     curvature, minimum, start = (torch.from_numpy(found) for found in problem())
@@ -278,6 +288,7 @@ def ours(
                     scales=([scales[j] for j in peers],),
                     weights=[mixing[i, j] for j in peers],
                     taken=(here[i],),
+                    strength=strengths[t % len(strengths)],
                     given=(following[i],),
                 )
             )
@@ -293,6 +304,18 @@ def test_passes_take_the_steps_of_the_oracle(rounds: list[np.ndarray], dtype: to
     expected = choco(rounds, ORACLE[dtype], 30, RATE)
     for t, (params, _) in enumerate(ours(rounds, dtype, 30, RATE)):
         np.testing.assert_allclose(params.numpy(), expected[t], rtol=0, atol=1e-12)
+
+
+@formats
+@graphs
+def test_passes_that_mix_more_and_less_strongly_take_the_steps_of_the_oracle(
+    rounds: list[np.ndarray], dtype: torch.dtype
+) -> None:
+    strengths = (1.0, 0.3, 0.0, 0.7, 0.7)
+    expected = choco(rounds, ORACLE[dtype], 30, RATE, strengths)
+    for t, (params, _) in enumerate(ours(rounds, dtype, 30, RATE, strengths=strengths)):
+        np.testing.assert_allclose(params.numpy(), expected[t], rtol=0, atol=1e-12)
+    assert np.abs(expected[-1] - choco(rounds, ORACLE[dtype], 30, RATE)[-1]).max() > 1e-2
 
 
 @formats

@@ -29,6 +29,7 @@ def poisoned(work: Pass) -> Pass:
         weights=(math.nan,) * len(work.mixing.weights),
         hyper=(math.nan,) * len(work.hyper),
         seed=None if work.precision.seed is None else 12345,
+        strength=math.nan,
     )
 
 
