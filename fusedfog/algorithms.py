@@ -133,7 +133,8 @@ class Outer:
         m = momentum m + delta ; phi += lr (delta + momentum m) ; theta = phi                   (nesterov=True)
 
     `topology="fully_connected", nesterov=True` is DiLoCo (Douillard et al. 2023, lr 0.7, momentum 0.9);
-    `topology=random_matching(n, seed)` with the default is NoLoCo (Kolehmainen et al. 2025, published code).
+    `topology=random_matching(n, seed)` with the default is NoLoCo (Kolehmainen et al. 2025, published code). W is
+    I + s (W - I) with `mix_strength`.
 
     Raises:
         ValueError: `every` below 1, or numbers that are negative or not finite.
@@ -189,9 +190,11 @@ _OTHERS = "use quasi_global or gradient_tracking"
 _STATIC = {
     "communicate_every": ("it diverges (verified), as it needs the same mixing matrix in every step", _OTHERS),
     "global_average_every": ("it needs the same mixing matrix in every step", _OTHERS),
+    "mix_strength that changes": ("it needs the same mixing matrix in every step", f"give a number, or {_OTHERS}"),
 }
 _NOTHING_TO_MIX = {
-    "mesh": ("it exchanges nothing, so machines have nothing to mix", "leave out mesh=, or use awc or atc")
+    "mesh": ("it exchanges nothing, so machines have nothing to mix", "leave out mesh=, or use awc or atc"),
+    "mix_strength": ("it exchanges nothing, so there is nothing to mix", "leave it out, or use awc or atc"),
 }
 _EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
@@ -211,6 +214,7 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             refuses={
                 "global_average_every": ("a full average would need the ranks' push-sum scalars", "use atc"),
                 "mesh": ("it works on the ranks' own edges and not on a mesh", "use awc or atc"),
+                "mix_strength": ("it uses edges alone, and its rows of W do not sum to one", "use atc"),
                 "wire_dtype": _EXACT_SUMS,
                 "low_precision": _EXACT_SUMS,
             },
@@ -220,7 +224,10 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             None,
             inner,
             exchanges="gradients",
-            refuses={"wire_dtype": ("it sends gradients, and what is compressed are parameters", "use awc or atc")},
+            refuses={
+                "wire_dtype": ("it sends gradients, and what is compressed are parameters", "use awc or atc"),
+                "mix_strength": ("it averages gradients, and mixes no parameters", "leave it out, or use awc or atc"),
+            },
         ),
         Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX),
     ]

@@ -86,6 +86,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "measure": {"measure": True},
     "heals": {"nonfinite": "heal"},
     "cpu_compile": {"cpu_compile": True},
+    "mix_strength": {"mix_strength": 0.5},
+    "mix_strength that changes": {"mix_strength": lambda step, rate: rate / (1 + step)},
 }
 HYPERS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9},
@@ -179,6 +181,7 @@ def fits(family: str, parts: tuple[str, ...]) -> bool:
         set(GRAPHS),
         {"bf16", "float64 parameters"},
         {"low_precision", "low_precision of fp32"},
+        {"mix_strength", "mix_strength that changes"},
         {"FSDP2", "mesh"},
         set(HYPER),
     )

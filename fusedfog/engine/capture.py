@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
-from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass
+from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass, strength_of, weights_of
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
 from fusedfog.kernels import CompressedChannel, device
@@ -203,13 +203,14 @@ class CapturableScheduler(Scheduler):
         )
 
     def _numbers_of(self, pass_group: PassGroup, inbox: Inbox) -> list[float]:
-        """(row_sum, *weights, *hyper, seed) of this step's pass over a pass group, as `kernels.Pass.numbers` wants them."""
+        """The numbers of this step's pass over a pass group, as `kernels.Pass.numbers` wants them."""
         segment, stage = pass_group.segment, self.algorithm.after
         slots = self.slots if self.exchanges.mailbox is not None and segment.layout.mix else 0
-        weights = [*inbox.weights, *[0.0] * (slots - len(inbox.weights))]
+        weights = [*weights_of(self, inbox), *[0.0] * (slots - len(inbox.weights))]
         seed = [float(seed_of_pass(self, segment, False))] if segment.rounds_stochastically else []
+        strength = [strength_of(self)] if inbox.channels else []
         row_sum = 0.0 if stage.differences else inbox.row_sum
-        return [row_sum, *weights, *hyper_of(self, segment.layout.group, stage), *seed]
+        return [row_sum, *weights, *hyper_of(self, segment.layout.group, stage), *seed, *strength]
 
     def _write(self, passes: Sequence[Sequence[float]]) -> None:
         """Have the device read these numbers in the passes that follow on its current stream."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedfog.engine.mix_strength import FULL, MixStrength
+
 
 @dataclass
 class Clock:
@@ -14,6 +16,7 @@ class Clock:
     Attributes:
         steps, exchanges: how many were made.
         previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
+        largest_lr: the largest learning rate of the first group that is mixed.
         push_sum: all ranks' push-sum scalars.
         encoded: the compressed messages of the next exchange are made already.
     """
@@ -21,6 +24,7 @@ class Clock:
     steps: int = 0
     exchanges: int = 0
     previous_lr: dict[int, float] = field(default_factory=dict)
+    largest_lr: float = 0.0
     push_sum: list[float] | None = None
     encoded: bool = False
 
@@ -28,10 +32,14 @@ class Clock:
         """Go on from saved fields; missing ones count from zero."""
         vars(self).update(vars(Clock(**saved)))
 
-    def tick(self, schedule: StepSchedule, exchanging: bool, rates: Sequence[float]) -> None:
-        """Count a step that has been made, with or without exchange, at these learning rates of the groups."""
+    def tick(self, schedule: StepSchedule, exchanging: bool, rates: Sequence[float], mixed: int = 0) -> None:
+        """Count a step that has been made, with or without exchange, at these learning rates of the groups.
+
+        `mixed` is the place of the first group that is mixed.
+        """
         self.exchanges += exchanging and schedule.is_gossip_step(self.steps)
         self.steps += 1
+        self.largest_lr = max(self.largest_lr, rates[mixed])
         for number, rate in enumerate(rates):
             if rate:
                 self.previous_lr[number] = rate
@@ -39,7 +47,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Which steps exchange, when passes run, whether they measure, and what becomes of values that are not finite."""
+    """Which steps exchange, how strongly they mix, when passes run, whether they measure, what becomes of NaNs and infinities."""
 
     communicate_every: int = 1
     global_average_every: int | None = None
@@ -47,6 +55,7 @@ class StepSchedule:
     max_grad_norm: float | None = None
     measure: bool = False
     nonfinite: str = "contain"
+    mix_strength: MixStrength = FULL
 
     @property
     def skips(self) -> bool:

@@ -163,12 +163,12 @@ class Exchanges:
             return None
         return step + 1, self.clock.exchanges + self.schedule.is_gossip_step(step)
 
-    def end_step(self, rates: list[float]) -> None:
-        """The step is over, at these learning rates of the groups."""
+    def end_step(self, rates: list[float], mixed: int) -> None:
+        """The step is over, at these learning rates of the groups, of which number `mixed` is the first that is mixed."""
         if self.samples is not None:
             self.samples.keep()
         self._shares_of_step()  # Push-sum's scalars move on where this rank has nothing to pass over, too.
-        self.clock.tick(self.schedule, self.due(self.clock.steps), rates)
+        self.clock.tick(self.schedule, self.due(self.clock.steps), rates, mixed)
         self._shares = None
         if self.channels is not None and self.channels.segments:
             self.channels.report()

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
+from fusedfog.engine.mix_strength import first_mixed, rate_of
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.kernels import CompressedChannel, Compression, GradientInputs, Gradients, Mixing, Pass, Precision
@@ -32,7 +33,7 @@ _UNMIXED = 1 << 20
 class StepInputs:
     """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once.
 
-    `scaled` says that the flag is a GradScaler's, which expects gradients that overflow.
+    `scaled` says that the flag is a GradScaler's, which expects gradients that overflow; `strength` is what a function has said.
     """
 
     grad_scale: Tensor | None = None
@@ -40,6 +41,7 @@ class StepInputs:
     scaled: bool = False
     numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
     inverse_norm: Tensor | None = None
+    strength: float | None = None
 
 
 class Engine(Protocol):
@@ -89,7 +91,7 @@ def pass_of(
         mixing=Mixing(
             sent=tuple(segment.tensor(name) for name in algorithm.messages) if takes_message else (),
             inbox=inbox.tensors,
-            weights=inbox.weights,
+            weights=weights_of(engine, inbox),
             row_sum=0.0 if stage.differences else inbox.row_sum,
             alarm=_alarm(engine, segment, inbox),
         ),
@@ -129,7 +131,31 @@ def _compression(engine: Engine, pass_group: PassGroup, inbox: Inbox, following:
     if engine.channels is None:
         return UNCOMPRESSED
     given = engine.codes_for(pass_group, following)
-    return Compression(inbox.channels, inbox.scales, given=given, spoilt=engine.channels.flag)
+    strength = strength_of(engine) if inbox.channels and inbox.numbers is None else 1.0
+    return Compression(inbox.channels, inbox.scales, strength, given, engine.channels.flag)
+
+
+def weights_of(engine: Engine, inbox: Inbox) -> tuple[float, ...]:
+    """What a pass weighs the neighbours' differences by. Compressed ones have the strength of mixing as another number."""
+    if engine.schedule.mix_strength.constant == 1 or not inbox.weights or inbox.channels or inbox.numbers is not None:
+        return inbox.weights
+    strength = strength_of(engine)
+    return inbox.weights if strength == 1 else tuple([strength * weight for weight in inbox.weights])
+
+
+def strength_of(engine: Engine) -> float:
+    """s of this step, which mixes with I + s (W - I); a function is asked once a step.
+
+    Raises:
+        ValueError: as `MixStrength.at`.
+    """
+    strength, inputs = engine.schedule.mix_strength, engine.inputs
+    if strength.constant is not None:
+        return strength.constant
+    if inputs.strength is None:
+        lr = float(engine.groups[first_mixed(engine.groups)].get("lr") or 0.0) if strength.takes_rate else 0.0
+        inputs.strength = strength.at(engine.rank, engine.clock.steps, rate_of(lr, engine.clock.largest_lr))
+    return inputs.strength
 
 
 def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
@@ -171,8 +197,8 @@ def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) 
     algorithm, segment = engine.algorithm, pass_group.segment
     grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
     scale = segment.param.new_zeros((), dtype=torch.float32) if engine.schedule.max_grad_norm is not None else None
-    # Of their own: what the first step takes, learning rates above all, is not known yet.
-    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale)
+    # Of their own, with any strength: what the first step takes, learning rates above all, is not known yet.
+    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale, strength=1.0)
     try:
         if algorithm.before is not None:
             yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())

@@ -1,4 +1,4 @@
-"""Numbers of param groups that should be the same on all ranks, learning rates above all: compared now and then, without a wait.
+"""Numbers that should be the same on all ranks, those of param groups and `mix_strength`: compared now and then, without a wait.
 
 Construction compares all of them once. What a schedule makes of them afterwards is each rank's own affair, and a run whose
 learning rates drift apart (ReduceLROnPlateau on each rank's own loss) looks healthy. So every 100 exchanges a rank writes
@@ -51,8 +51,10 @@ class SameNumbers:
     def _key(self, rank: int, slot: int) -> str:
         return f"{self._prefix}/{rank}/{slot}"
 
-    def look(self, groups: Sequence[Mapping[str, Any]], count: int) -> None:
+    def look(self, groups: Sequence[Mapping[str, Any]], count: int, strength: float | None = None) -> None:
         """After exchange number `count`: if it is time, compare the groups' numbers with other ranks'.
+
+        `strength` is what a function has said of this exchange; see `mix_strength`.
 
         Warns:
             MismatchWarning: once for each entry of a group that differs.
@@ -61,7 +63,8 @@ class SameNumbers:
             return
         self._compared = count
         turn = count // EVERY
-        self._own = {turn: numbers_of(groups), **{t: own for t, own in self._own.items() if t == turn - 1}}
+        numbers = numbers_of(groups) | ({} if strength is None else {"mix_strength": strength})
+        self._own = {turn: numbers, **{t: own for t, own in self._own.items() if t == turn - 1}}
         # The store may have gone with the rank that hosted it, which is not for us to complain about.
         with contextlib.suppress(RuntimeError):
             store: Any = dist.distributed_c10d._get_default_store()

@@ -38,7 +38,8 @@ from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.engine.gradient_scale import flag_of, own_multiplier
 from fusedfog.engine.hooks import BackwardHooks
-from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm
+from fusedfog.engine.mix_strength import first_mixed
+from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm, strength_of
 from fusedfog.engine.same_numbers import SameNumbers
 from fusedfog.gossip.buckets import EMPTY, Buckets, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import Hierarchy
@@ -182,11 +183,17 @@ class Scheduler(BetweenSteps):
             raise RuntimeError(f"step() inside {self.blocked_by}: leave the with-block first")
         if self.communicator is not None and self.communicator.ended is not None:
             raise self.communicator.ended
+        self._ask_strength()
         self.take_back_moved()
         self.take_edits()
         for segment in self.segments:
             if not self.algorithm.plain or own_states(segment, self.channels):
                 segment.touch_all()
+
+    def _ask_strength(self) -> None:
+        """If a function says how strongly this step mixes, ask it before anything is changed."""
+        if self.schedule.mix_strength.constant is None and self.exchanges.due(self.clock.steps):
+            strength_of(self)
 
     def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
         """Make all passes of this step and start the messages that they make; GradScaler's factor is `grad_scale`."""
@@ -197,10 +204,11 @@ class Scheduler(BetweenSteps):
 
     def end_step(self) -> None:
         """The clock ticks."""
-        self.exchanges.end_step([float(group.get("lr") or 0.0) for group in self.groups])
+        self.exchanges.end_step([float(group.get("lr") or 0.0) for group in self.groups], first_mixed(self.groups))
         if self._same_numbers is not None:
             clock = self.clock
-            self._same_numbers.look(self.groups, clock.steps if self.exchanges.topology is None else clock.exchanges)
+            count = clock.steps if self.exchanges.topology is None else clock.exchanges
+            self._same_numbers.look(self.groups, count, self.inputs.strength)
         self.inputs = StepInputs()
         self.hooks.begin_step()
         self.buckets.begin_step()
@@ -288,6 +296,7 @@ class Scheduler(BetweenSteps):
 
     def pass_bucket(self, place: int) -> None:
         """See `hooks.PassMaker`."""
+        self._ask_strength()
         self.take_back_moved(self.buckets.all[place])
         self.take_edits()
         view = self.communicator.view if self.communicator is not None else None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedfog.comm.profiling import span
 from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
+from fusedfog.engine.passes import weights_of
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
@@ -63,7 +64,7 @@ class AroundScheduler(Scheduler):
                     (),
                     (),
                     pass_group.region,
-                    mixing=Mixing((param,), (received,), inbox.weights, row_sum=0.0, alarm=alarm),
+                    mixing=Mixing((param,), (received,), weights_of(self, inbox), row_sum=0.0, alarm=alarm),
                 )
             )
         return received[0]

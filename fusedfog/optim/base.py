@@ -57,6 +57,10 @@ class DecentralizedOptimizer(Controls):
         mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
             `topology` (then of as many nodes as there are machines), dim 1 inside by averaging. For FSDP2 parameters, dim 1
             is where their shards lie; see `fusedfog.params.shards`.
+        mix_strength: s from 0 to 1: every exchange mixes with W_t = I + s (W - I), be it with neighbours, on a mesh or over all
+            ranks. A number, or a function of the step that mixes (from 0), or of that and the rate, lr over the largest lr so
+            far of the first param group that is mixed. `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC,
+            Wang and Johansson 2026). See "How strongly ranks mix" in the docs.
         communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
             (Gossip-PGA, Chen et al. 2021).
@@ -109,6 +113,7 @@ class DecentralizedOptimizer(Controls):
             bf16 on a GPU before sm_80; low_precision without 16-bit parameters; DTensors that are not sharded
             inside machines and replicated across them (`fusedfog.params.shards`).
         UnsupportedEnvironment (a ValueError): CUDA parameters without Triton, or with one before 3.5.
+        TypeError: `mix_strength` is neither a number nor a function of one or two arguments.
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
         PeerTimeout: another rank never came to build its optimizer.
@@ -200,6 +205,7 @@ class DecentralizedOptimizer(Controls):
             NonFiniteError: this rank's parameters are not finite, and messages are compressed; a GPU reports it later.
             MismatchError, PeerTimeout: parameters were unfrozen, but not the same on every rank before the same step.
             StorageReplacedError: a parameter was given another shape, dtype or device.
+            ValueError: the value of `mix_strength` in this step is not from 0 to 1.
             RuntimeError: the optimizer was released.
             RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
         """

@@ -215,6 +215,7 @@ def _schedule(options: Options) -> StepSchedule:
         max_grad_norm=options.max_grad_norm,
         measure=options.measure,
         nonfinite=options.nonfinite,
+        mix_strength=options.strength,
     )
 
 
@@ -239,9 +240,11 @@ def _compile(
     """Whether the passes are compiled; all ranks together."""
     if not options.cpu_compile or device.on_gpu(place_of(groups, options.group)):
         return False
-    neighbours = {1}
+    # A strength of zero, which a function may have, leaves all neighbours out.
+    pausing = options.communicate_every > 1 or not options.strength.constant
+    neighbours = {1, 0} if pausing else {1}
     if options.mesh is None:
-        averaging, pausing = options.global_average_every is not None, options.communicate_every > 1
+        averaging = options.global_average_every is not None
         neighbours = numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
     if view.size == 1 and not passes:

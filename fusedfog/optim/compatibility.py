@@ -275,6 +275,7 @@ _COLUMNS: dict[str, Mapping[str, Any]] = {
     "`communicate_every` > 1": {"communicate_every": 2},
     "`global_average_every`": {"global_average_every": 2},
     "`mesh`": {"mesh": "machines"},
+    "`mix_strength`": {"mix_strength": 0.5},
     "`wire_dtype`": {"wire_dtype": "bf16"},
     "`low_precision`": {"low_precision": "kahan"},
     "`state_dtype` bf16": {"state_dtype": torch.bfloat16},

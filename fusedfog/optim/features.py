@@ -115,6 +115,10 @@ def _pauses(setup: Setup) -> bool:
     return _keyword("communicate_every", 1).present(setup) or bool(setup.value("global_average_every"))
 
 
+def _changes(setup: Setup) -> bool:
+    return callable(setup.options.get("mix_strength"))
+
+
 def _promises_no_degree(setup: Setup) -> bool:
     if setup.topology is None or setup.topology.period is not None or setup.ranks == 1:
         return False
@@ -142,6 +146,14 @@ FEATURES: dict[str, Feature] = {
     "communicate_every": _keyword("communicate_every", 1),
     "global_average_every": _keyword("global_average_every"),
     "outer": _keyword("outer"),
+    "mix_strength": Feature(
+        lambda setup: setup.options.get("mix_strength", 1.0) != 1.0,
+        "`mix_strength`",
+        lambda setup: "mix_strength=" + ("a function" if _changes(setup) else repr(setup.options["mix_strength"])),
+    ),
+    "mix_strength that changes": Feature(
+        lambda setup: _changes(setup), "`mix_strength` as a function", lambda setup: "mix_strength=a function"
+    ),
     "fused_backward": _keyword("fused_backward"),
     "wire_dtype": _keyword("wire_dtype"),
     "low_precision": _keyword("low_precision"),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithms import Outer
+from fusedfog.engine.mix_strength import MixStrength, Strength
 from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format
 from fusedfog.params.precision import WAYS, Storage, Way
@@ -32,6 +33,7 @@ class Keywords(TypedDict, total=False):
     algorithm: str
     group: dist.ProcessGroup | None
     mesh: DeviceMesh | None
+    mix_strength: Strength
     communicate_every: int
     global_average_every: int | None
     outer: Outer | None
@@ -58,6 +60,7 @@ class Options:
     algorithm: str = "awc"
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    mix_strength: Strength = 1.0
     communicate_every: int = 1
     global_average_every: int | None = None
     outer: Outer | None = None
@@ -78,8 +81,13 @@ class Options:
 
     @staticmethod
     def of(keywords: Keywords) -> Options:
-        """Check the value of each keyword by itself; ValueError says which one is wrong. `compatibility` has combinations."""
+        """Check the value of each keyword by itself; `compatibility` has combinations.
+
+        Raises:
+            ValueError, TypeError: one is wrong; says which.
+        """
         options = Options(**keywords)
+        MixStrength.of(options.mix_strength)
         for name in ("communicate_every", "global_average_every"):
             every = getattr(options, name)
             if not (isinstance(every, int) and every >= 1) and (name == "communicate_every" or every is not None):
@@ -113,6 +121,11 @@ class Options:
     def codes(self) -> torch.dtype | None:
         """dtype of compressed messages, or None; ValueError for formats that do not exist."""
         return wire_format(self.wire_dtype)
+
+    @property
+    def strength(self) -> MixStrength:
+        """How strongly steps mix."""
+        return MixStrength.of(self.mix_strength)
 
     @property
     def storage(self) -> Storage:

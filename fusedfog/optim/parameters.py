@@ -228,6 +228,6 @@ def fields_of(
                 known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))
                 fields[f"{name} of group {g}"] = repr(plain) if known else type(plain).__name__
     for entry in dataclasses.fields(options):
-        if entry.name not in ("topology", "group", "mesh", "model", "clock"):
+        if entry.name not in ("topology", "group", "mesh", "model", "clock", "mix_strength"):
             fields[entry.name] = repr(getattr(options, entry.name))
-    return fields
+    return fields | {"mix_strength": options.strength.described()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.engine.mix_strength import rate_of
 from fusedfog.gossip.push_sum import idle, push
 from fusedfog.kernels.reference import RULES
 from fusedfog.kernels.region import align
@@ -21,7 +23,7 @@ from fusedfog.topology import Round, Topology
 Mix: TypeAlias = Callable[[Tensor], Tensor]
 
 _Slot: TypeAlias = tuple[Tensor | None, Tensor, Tensor]
-"""The k-th neighbours: receivers [R] (None for all ranks) take weights [R, 1] of what senders [R] sent."""
+"""The k-th neighbours: receivers [R] (None for all ranks) take weights [R, 1], float64, of what senders [R] sent."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class _Mixing:
 
     slots: tuple[_Slot, ...] = ()
     row_sum: Tensor | float | None = None
+    strength: float = 1.0
 
     def __call__(self, base: Tensor) -> Tensor:
         """`kernels.reference.mix_messages` of every rank: the same operations in the same order, row by row."""
         mixed = base if self.row_sum is None else base * self.row_sum
-        for receivers, senders, weights in self.slots:
+        for receivers, senders, exact in self.slots if self.strength else ():
+            # Rounded once, as a pass does.
+            weights = (exact * self.strength).to(base.dtype)
             if receivers is None:
                 mixed = _contained(base[senders] - base).mul_(weights).add_(mixed)
             else:
@@ -48,9 +53,9 @@ def _contained(differences: Tensor) -> Tensor:
     return differences if math.isfinite(differences.sum()) else differences.masked_fill_(~differences.isfinite(), 0.0)
 
 
-def _everyone(base: Tensor) -> Tensor:
+def _everyone(base: Tensor, strength: float) -> Tensor:
     """A full average as an exchange with weight one."""
-    return _contained(_mean(base) - base).add_(base)
+    return _contained(_mean(base) - base).mul_(strength).add_(base) if strength else base
 
 
 def _mean(rows: Tensor) -> Tensor:
@@ -62,14 +67,14 @@ def _mean(rows: Tensor) -> Tensor:
     return total if all(fine) else total.mul_(len(rows) / max(1, sum(fine)))
 
 
-def _slots(received: Sequence[Mapping[int, float]], dtype: torch.dtype) -> tuple[_Slot, ...]:
+def _slots(received: Sequence[Mapping[int, float]]) -> tuple[_Slot, ...]:
     """From each rank's {neighbour: weight}, ascending, to slots; neighbours of weight zero are skipped."""
     lists = [[(peer, weight) for peer, weight in weights.items() if weight] for weights in received]
     slots = []
     for k in range(max(map(len, lists), default=0)):
         rows = [rank for rank, peers in enumerate(lists) if len(peers) > k]
         senders = torch.tensor([lists[rank][k][0] for rank in rows])
-        weights = torch.tensor([[lists[rank][k][1]] for rank in rows], dtype=dtype)
+        weights = torch.tensor([[lists[rank][k][1]] for rank in rows], dtype=torch.float64)
         slots.append((None if len(rows) == len(lists) else torch.tensor(rows), senders, weights))
     return tuple(slots)
 
@@ -127,7 +132,7 @@ class Ranks:
         if first_half and row.normalized:
             hyper = (*hyper, self._inverse_norms(self.flat[row.normalized]))
         if stage.differences and isinstance(mixing, _Mixing):
-            mixing = _Mixing(mixing.slots, 0.0)
+            mixing = replace(mixing, row_sum=0.0)
         mixed = tuple(mixing(self.flat[name]) for name in (("param",) if first_half else row.messages))
         names, g = stage.states(group), torch.zeros_like(x) if gradients is None else gradients
         states = tuple(self.flat[name] for name in names)
@@ -144,14 +149,17 @@ class Ranks:
             return self._push(exchanging)
         if not exchanging:
             return _Mixing(), _Mixing()
+        strength = self._strength(step)
         if self.schedule.is_global_average_step(step):
-            return _Mixing(), _everyone
+            return _Mixing(), partial(_everyone, strength=strength)
         number = self._round_number()
         if number not in self._mixings:
-            self._mixings[number] = _Mixing(
-                _slots([round_.recv for round_ in self._turns(number)], self.flat["param"].dtype)
-            )
-        return _Mixing(), self._mixings[number]
+            self._mixings[number] = _Mixing(_slots([round_.recv for round_ in self._turns(number)]))
+        return _Mixing(), replace(self._mixings[number], strength=strength)
+
+    def _strength(self, step: int) -> float:
+        """s of this step, for all ranks alike."""
+        return self.schedule.mix_strength.at(0, step, rate_of(self.group["lr"], self.clock.largest_lr))
 
     def _push(self, exchanging: bool) -> tuple[_Mixing, _Mixing]:
         """Push-sum's scale before and weights after, of all ranks; moves the scalars."""
@@ -159,7 +167,7 @@ class Ranks:
         self.scalars = made.after
         shares = [made.shares(rank) for rank in range(len(self.scalars))]
         return _Mixing(row_sum=self._column([one.scale for one in shares])), _Mixing(
-            _slots([one.recv for one in shares], self.flat["param"].dtype),
+            _slots([one.recv for one in shares]),
             self._column([one.row_sum for one in shares]),
         )
 

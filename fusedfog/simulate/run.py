@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusedfog import optim
 from fusedfog.algorithms import Algorithm, Outer, algorithm_for, alone
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.engine.mix_strength import Strength
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
@@ -60,6 +61,7 @@ def simulate(
     communicate_every: int = 1,
     global_average_every: int | None = None,
     outer: Outer | None = None,
+    mix_strength: Strength = 1.0,
     record_every: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -70,7 +72,7 @@ def simulate(
     Args:
         problem: see `Problem`.
         n: number of ranks.
-        topology, algorithm, communicate_every, global_average_every, outer: as for the optimizers.
+        topology, algorithm, communicate_every, global_average_every, outer, mix_strength: as for the optimizers.
         optimizer: the name of the optimizer class.
         steps: how many steps to make.
         lr: learning rate, or a function of the step (from 0).
@@ -85,7 +87,7 @@ def simulate(
 
     Raises:
         ValueError: whatever the optimizers refuse at construction, with their words; shapes that do not fit.
-        TypeError: unknown hyper-parameters.
+        TypeError: unknown hyper-parameters, and as the optimizers.
     """
     if n < 1 or steps < 0 or record_every < 1:
         raise ValueError(f"need n >= 1, steps >= 0, record_every >= 1; got {n}, {steps}, {record_every}")
@@ -98,6 +100,7 @@ def simulate(
         communicate_every=communicate_every,
         global_average_every=global_average_every,
         outer=outer,
+        mix_strength=mix_strength,
     )
     family, group = _group(optimizer, rate(0), hyper)
     row, graph, schedule = _resolve(keywords, family, group, n)
@@ -137,7 +140,7 @@ def _resolve(
     if n == 1:
         row, graph = alone(family), None
     every = options.outer.every if options.outer is not None else options.communicate_every
-    return row, graph, StepSchedule(every, options.global_average_every)
+    return row, graph, StepSchedule(every, options.global_average_every, mix_strength=options.strength)
 
 
 def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, dtype: torch.dtype) -> Tensor:

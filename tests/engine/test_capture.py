@@ -130,6 +130,14 @@ def compare(kind: str, keywords: dict[str, Any], dtype: torch.dtype) -> tuple[li
     )
 
 
+def by_step(step: int) -> float:
+    return 0.0 if step == 4 else 1 / (1 + step)
+
+
+def by_rate(step: int, rate: float) -> float:
+    return rate**4
+
+
 SGD_M = {"momentum": 0.9}
 CASES: dict[str, tuple[int, str, dict[str, Any], torch.dtype]] = {
     "sgd-one-peer": (4, "SGD", SGD_M | {"topology": "one_peer_exponential"}, torch.float32),
@@ -159,6 +167,13 @@ CASES: dict[str, tuple[int, str, dict[str, Any], torch.dtype]] = {
     "master": (2, "SGD", SGD_M | {"low_precision": "master", "measure": True}, torch.bfloat16),
     "int8-messages": (3, "AdamW", {"wire_dtype": "int8", "topology": "ring", "resumes": True}, torch.float32),
     "machines": (4, "AdamW", {"mesh": (2, 2)}, torch.float32),
+    "weaker-by-rate": (3, "AdamW", {"topology": "base_graph", "mix_strength": by_rate, "resumes": True}, torch.float32),
+    "weaker-int8-messages": (
+        3,
+        "SGD",
+        SGD_M | {"wire_dtype": "int8", "topology": "ring", "mix_strength": by_step},
+        torch.float32,
+    ),
     "grad-scaler": (2, "AdamW", {"scaled": True}, torch.float32),
 }
 

@@ -13,12 +13,20 @@ from torch import nn
 
 import fusedfog
 
+EXPONENT = [1.0]
+"""Of this process."""
+
+
+def strength(step: int, rate: float) -> float:
+    return float(0.5 ** EXPONENT[0])
+
 
 def drift(keywords: dict[str, Any], change: str, steps: int, rank: int = 2) -> list[str]:
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     keywords = dict(keywords)
     kind = getattr(fusedfog, keywords.pop("kind", "AdamW"))
+    EXPONENT[0] = 1.0
     opt = kind([{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}], lr=0.1, **keywords)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -30,6 +38,8 @@ def drift(keywords: dict[str, Any], change: str, steps: int, rank: int = 2) -> l
                     opt.param_groups[0]["betas"] = (0.8, 0.999)
                 elif change == "tensor":
                     opt.param_groups[0]["lr"] = torch.tensor(0.05)
+                elif change == "strength":
+                    EXPONENT[0] = 2.0
                 elif change == "rounding":
                     opt.param_groups[0]["lr"] *= 1 + 1e-9
             opt.step()
@@ -70,6 +80,13 @@ def test_every_rank_is_warned_once_with_ranks_and_values(
         assert "0.05 on rank 2" in texts[0] or "0.8 on rank 2" in texts[0]
         assert "fusedfog.mean(loss)" in texts[0]
     assert any(text in texts[0] for texts in results)
+
+
+def test_a_strength_of_mixing_that_is_another_one_on_a_rank_is_noticed(ranks: Pool) -> None:
+    for rank, texts in enumerate(ranks.run(4, drift, {"kind": "SGD", "mix_strength": strength}, "strength", 210)):
+        assert len(texts) == 1
+        assert texts[0].startswith(f"rank {rank}: mix_strength is 0.")
+        assert "0.25 on rank 2" in texts[0]
 
 
 def test_equal_numbers_and_the_last_digits_of_a_schedule_are_no_difference(ranks: Pool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "extra": {"communicate_every": "diverges", "global_average_every": "same"},
     "gradient_tracking": {"momentum": "momentum_tracking", "nesterov": "part of", "dampening": "part of"},
     "momentum_tracking": {"nesterov": "part of", "dampening": "part of"},
-    "push_sum": {"global_average_every": "use atc"},
+    "push_sum": {"global_average_every": "use atc", "mix_strength": "do not sum to one"},
+    "allreduce": {"mix_strength": "averages gradients"},
+    "local": {"mix_strength": "nothing to mix"},
 }
 OPTIONS = {
     "momentum": 0.9,
@@ -40,6 +43,7 @@ OPTIONS = {
     "weight_decay": 0.1,
     "communicate_every": 2,
     "global_average_every": 5,
+    "mix_strength": 0.5,
 }
 
 
@@ -56,7 +60,8 @@ def test_the_table_has_every_algorithm_of_both_families() -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", TABLE["SGD"])
 def test_every_sgd_option_is_accepted_or_refused_with_a_reason(name: str, option: str) -> None:
-    values: dict[str, Any] = {**dict.fromkeys(OPTIONS, None), "communicate_every": 1, option: OPTIONS[option]}
+    values: dict[str, Any] = {**dict.fromkeys(OPTIONS), "communicate_every": 1, "mix_strength": 1.0}
+    values[option] = OPTIONS[option]
     setup = Setup("SGD", TABLE["SGD"][name], values)
     reason = REFUSED.get(name, {}).get(option)
     if reason is None:
@@ -91,6 +96,13 @@ def refused_by_every_rank(kind: str, keywords: dict[str, Any]) -> str:
         ("SGD", {"algorithm": "extra", "topology": "exponential"}, "static symmetric"),
         ("SGD", {"algorithm": "decentlam", "topology": "one_peer_hypercube"}, "static symmetric"),
         ("AdamW", {"algorithm": "quasi_global", "amsgrad": True}, "amsgrad"),
+        ("SGD", {"algorithm": "extra", "mix_strength": math.cos}, "give a number, or use quasi_global"),
+        (
+            "AdamW",
+            {"algorithm": "push_sum", "mix_strength": math.cos},
+            "with mix_strength=a function: it uses edges alone",
+        ),
+        ("AdamW", {"algorithm": "local", "mix_strength": 0.0}, "with mix_strength=0.0: it exchanges nothing"),
         ("AdamW", {"algorithm": "decentlam"}, "unknown algorithm 'decentlam' for Adam"),
         ("AdamW", {"algorithm": "atc", "outer": Outer(every=3)}, "use algorithm='local'"),
         ("AdamW", {"algorithm": "local", "outer": Outer(every=3), "communicate_every": 2}, "outer= has a rhythm"),

@@ -67,6 +67,14 @@ def irregular() -> topology.Topology:
     return topology.from_networkx(networkx.DiGraph(edges))
 
 
+def by_step(step: int) -> float:
+    return 0.0 if step % 6 == 3 else 1 / (1 + step)
+
+
+def by_rate(step: int, rate: float) -> float:
+    return rate**0.5
+
+
 # family's optimizer, algorithm, topology, options
 ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("SGD", "awc", "exponential", {"momentum": 0.9, "weight_decay": 0.1}),
@@ -94,6 +102,12 @@ ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("AccumAdamW", "awc", "exponential", {"accum_steps": 4, "weight_decay": 0.1}),
     ("AccumAdamW", "atc", "ring", {"accum_steps": 3}),
     ("AccumAdamW", "local", None, {"accum_steps": 2}),
+    ("SGD", "awc", "exponential", {"momentum": 0.9, "mix_strength": 0.3}),
+    ("SGD", "atc", "one_peer_exponential", {"communicate_every": 2, "mix_strength": by_rate}),
+    ("SGD", "extra", "star", {"momentum": 0.5, "mix_strength": 0.7}),
+    ("SGD", "momentum_tracking", "base_graph", {"momentum": 0.9, "mix_strength": by_step}),
+    ("SGD", "local", topology.random_matching(4, 3), {"outer": Outer(every=4, lr=0.7), "mix_strength": by_step}),
+    ("AdamW", "quasi_global", "ring", {"weight_decay": 0.1, "mix_strength": by_rate}),
 ]
 
 
@@ -121,6 +135,7 @@ SUMMED: list[tuple[str, str, dict[str, Any]]] = [
     ("AdamW", "allreduce", {"weight_decay": 0.1}),
     ("SGD", "awc", {"global_average_every": 5}),
     ("SGD", "gradient_tracking", {"global_average_every": 5, "communicate_every": 2}),
+    ("SGD", "awc", {"global_average_every": 3, "mix_strength": by_step}),
 ]
 
 

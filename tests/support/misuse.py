@@ -122,6 +122,11 @@ def misspelt_value() -> None:
     fusedfog.SGD(net().parameters(), lr=0.1, topology="exponentail")
 
 
+@misuse("give `mix_strength=` a number above 1")
+def too_strong() -> None:
+    fusedfog.SGD(net().parameters(), lr=0.1, mix_strength=1.5)
+
+
 @misuse("give the module, not its parameters")
 def a_module() -> None:
     fusedfog.SGD(net(), lr=0.1)  # type: ignore[arg-type]

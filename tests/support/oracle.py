@@ -26,6 +26,7 @@ from support.oracle_base import (
     ring,
     run,
     static_exponential,
+    strengthened,
 )
 from support.oracle_outer import DiLoCo, NoLoCo, SlowMo, choco, top_k, with_outer
 from support.oracle_sgd import (
@@ -103,6 +104,7 @@ __all__ = [
     "ring",
     "run",
     "static_exponential",
+    "strengthened",
     "top_k",
     "with_outer",
 ]

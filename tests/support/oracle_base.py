@@ -57,6 +57,14 @@ def rhythm(w: Mixing, every: int = 1, average_every: int | None = None) -> Calla
     return matrix
 
 
+def strengthened(w: Mixing, s: Rate) -> Mixing:
+    """I + s (W - I), for each step if either changes: the mixing matrix under `mix_strength`."""
+    if not callable(w) and not callable(s):
+        return np.eye(len(w)) + s * (w - np.eye(len(w)))
+    at, strength = matrices(w), rates(s)
+    return lambda t: np.eye(len(at(t))) + strength(t) * (at(t) - np.eye(len(at(t))))
+
+
 def circulant(n: int, weights: dict[int, float]) -> Array:
     """W[i, (i - hop) mod n] = weights[hop]: node i receives from i - hop."""
     w = np.zeros((n, n))
