@@ -81,6 +81,8 @@ class Algorithm:
         weighs: push-sum's scalars weigh what ranks hold, so row sums are not one.
         takes_outer: `outer=` may run over its steps.
         outer: an `Outer` does: the state "outer_param" is where the last exchange left the parameters.
+        begins_with: state -> (the inner optimizer's state that it is after data-parallel steps, whether times lr); others
+            begin with zero.
         refuses: option -> (why, what to use instead), for options outside the theory; `compatibility` reads it.
     """
 
@@ -99,6 +101,7 @@ class Algorithm:
     weighs: bool = False
     takes_outer: bool = False
     outer: bool = False
+    begins_with: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
     refuses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
@@ -196,6 +199,14 @@ _NOTHING_TO_MIX = {
     "mesh": ("it exchanges nothing, so machines have nothing to mix", "leave out mesh=, or use awc or atc"),
     "mix_strength": ("it exchanges nothing, so there is nothing to mix", "leave it out, or use awc or atc"),
 }
+_DATA_PARALLEL = {
+    "data_parallel_steps": ("all its steps are data-parallel", "leave it out, or use awc or atc"),
+    "lr_scale": ("it never mixes parameters", "give another lr"),
+}
+_NO_MIXING_YET = {
+    "data_parallel_steps": ("it exchanges nothing, so no rank would mix afterwards", "use awc or atc, or outer="),
+    "lr_scale": ("it exchanges nothing", "give another lr"),
+}
 _EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
 
@@ -224,12 +235,13 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             None,
             inner,
             exchanges="gradients",
-            refuses={
+            refuses=_DATA_PARALLEL
+            | {
                 "wire_dtype": ("it sends gradients, and what is compressed are parameters", "use awc or atc"),
                 "mix_strength": ("it averages gradients, and mixes no parameters", "leave it out, or use awc or atc"),
             },
         ),
-        Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX),
+        Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET),
     ]
     return {row.name: replace(row, plain=True) for row in rows}
 
@@ -248,6 +260,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             messages=("message",),
             passes_without_exchange=True,
             graph="symmetric",
+            begins_with={"last_move": ("momentum_buffer", True)},
             refuses=_NO_NESTEROV | _STATIC,
         ),
         Algorithm(
@@ -316,7 +329,13 @@ def _tracking_sgd() -> list[Algorithm]:
             refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | _NO_NESTEROV,
         ),
         Algorithm(
-            "momentum_tracking", None, tracking, messages=("param", "tracker"), conserves=True, refuses=_NO_NESTEROV
+            "momentum_tracking",
+            None,
+            tracking,
+            messages=("param", "tracker"),
+            conserves=True,
+            begins_with={"tracker": ("momentum_buffer", False), "tracked": ("momentum_buffer", False)},
+            refuses=_NO_NESTEROV,
         ),
     ]
 
@@ -371,7 +390,8 @@ TABLE: dict[str, dict[str, Algorithm]] = {"SGD": _sgd_family(), "Adam": _adam_fa
 WRAPPED = {
     "awc": Algorithm("awc", None, MIX, plain=True),
     "atc": Algorithm("atc", Stage("outside"), MIX, plain=True),
-    "local": Algorithm("local", None, MIX, exchanges="nothing", plain=True, refuses=_NOTHING_TO_MIX),
+    "allreduce": Algorithm("allreduce", None, MIX, exchanges="gradients", plain=True, refuses=_DATA_PARALLEL),
+    "local": Algorithm("local", None, MIX, exchanges="nothing", plain=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET),
 }
 """Around another optimizer's own step (`Scheduler.step_around`), which is a pass of no rule."""
 
@@ -401,6 +421,11 @@ def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorit
     numbers = (outer.lr, outer.momentum, float(outer.nesterov))
     stage = Stage("outer", lambda group, previous_lr: numbers, lambda group: ("outer_param", "outer_momentum"))
     return Algorithm(name, INNER[family], stage, takes_outer=True, outer=True)
+
+
+def data_parallel(family: str) -> Algorithm:
+    """Data-parallel training with the inner optimizer."""
+    return algorithm_for("allreduce", family)
 
 
 def alone(family: str) -> Algorithm:

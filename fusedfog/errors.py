@@ -64,6 +64,10 @@ class NonFiniteError(RuntimeError):
     """
 
 
+class DivergedError(RuntimeError):
+    """Ranks that average gradients no longer have the same parameters; names them."""
+
+
 class ForeignCheckpointWarning(UserWarning):
     """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs."""
 

@@ -35,7 +35,7 @@ from fusedfog.comm.membership import Membership
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
 from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.comm.watchdog import Watchdog
-from fusedfog.errors import ExchangeError, NonFiniteError, PeerTimeout, RankLeft
+from fusedfog.errors import DivergedError, ExchangeError, NonFiniteError, PeerTimeout, RankLeft
 from fusedfog.kernels import device
 
 LAST_MOMENT = 5.0
@@ -249,7 +249,7 @@ class Communicator:
 
     def give_up(self, failure: Exception) -> None:
         """End the communicator if a rank has left, or cannot go on: those who wait for this one are then told in their turn."""
-        if isinstance(failure, (RankLeft, NonFiniteError)):
+        if isinstance(failure, (RankLeft, NonFiniteError, DivergedError)):
             self.end(failure, 0.0)
 
     def end(self, reason: Exception, patience: float) -> None:

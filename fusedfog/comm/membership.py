@@ -6,11 +6,17 @@ import contextlib
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch.distributed as dist
 
 from fusedfog.comm.group import GroupView
-from fusedfog.errors import ExchangeError, NonFiniteError, PeerTimeout, RankLeft
+from fusedfog.errors import DivergedError, ExchangeError, NonFiniteError, PeerTimeout, RankLeft
+
+CannotGoOn: TypeAlias = NonFiniteError | DivergedError
+"""What ends one rank and, since it exchanges nothing more, all others in their turn."""
+
+_KINDS: dict[str, type[CannotGoOn]] = {kind.__name__: kind for kind in (NonFiniteError, DivergedError)}
 
 
 def is_timeout(error: Exception) -> bool:
@@ -37,10 +43,11 @@ class Membership:
     prefix: str
     timeout: timedelta
 
-    def note_leaving(self, steps: int, why: str = "") -> None:
-        """Tell the others that this rank exchanges nothing more, after so many steps; `why`, if values are not finite."""
+    def note_leaving(self, steps: int, why: CannotGoOn | None = None) -> None:
+        """Tell the others that this rank exchanges nothing more, after so many steps; `why`, if it had to."""
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{self.prefix}/left/{self.view.rank}", f"{steps} {why}".strip())
+        reason = f" {type(why).__name__} {why}" if why is not None else ""
+        store.set(f"{self.prefix}/left/{self.view.rank}", f"{steps}{reason}")
 
     def left(self) -> dict[int, str]:
         """Ranks that have left, their numbers of steps, and why if they had to. Asks the store: for what has failed already."""
@@ -58,7 +65,8 @@ class Membership:
         found: Exception
         reasons = [why for _, _, why in (note.partition(" ") for note in notes.values()) if why]
         if reasons:
-            found = NonFiniteError(f"{where}: no rank can go on. {reasons[0]}")
+            kind, _, why = reasons[0].partition(" ")
+            found = _KINDS[kind](f"{where}: no rank can go on. {why}")
         elif notes:
             gone = ", ".join(f"rank {rank} after {steps} steps" for rank, steps in notes.items())
             rest = [rank for rank in range(self.view.size) if rank not in notes]

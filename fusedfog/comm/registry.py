@@ -11,7 +11,7 @@ from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.calls import current_call
 from fusedfog.comm.communicator import LAST_MOMENT, Communicator
 from fusedfog.comm.group import GroupView, group_timeout
-from fusedfog.errors import NonFiniteError
+from fusedfog.comm.membership import CannotGoOn
 from fusedfog.kernels import device
 
 
@@ -66,7 +66,7 @@ def communicator_for(
     return known[key]
 
 
-def leave(communicator: Communicator, steps: int, reason: NonFiniteError | None = None) -> None:
+def leave(communicator: Communicator, steps: int, reason: CannotGoOn | None = None) -> None:
     """Tell the other ranks that this one exchanges nothing more, deliver what was sent, and end the communicator.
 
     Communicators among some of these ranks, those of a mesh, end with it.
@@ -78,5 +78,5 @@ def leave(communicator: Communicator, steps: int, reason: NonFiniteError | None 
     ended = reason or RuntimeError(f"rank {view.rank} has left (opt.leave()); to train on, build a new optimizer")
     for other in _current().communicators.values():
         if set(other.view.ranks) <= set(view.ranks):
-            other.membership.note_leaving(steps, str(reason or ""))
+            other.membership.note_leaving(steps, reason)
             other.end(ended, LAST_MOMENT)

@@ -1,5 +1,7 @@
 """The exchange on two levels: the mean inside each machine, mixed across machines, W_machine (x) J_local on a mesh.
 
+Ranks of a machine that have equal tensors already, since they average gradients, leave out the first phase.
+
 With L local ranks on each machine, the one at local coordinate l owns shard l of a flat tensor, 1/L of it:
 
     inside    every rank sends shard l to its owner, who takes the mean: (L-1)/L of the tensor out, as much in
@@ -103,7 +105,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Paths:
-    """The ways of an exchange's three phases; None along a line that has no other rank."""
+    """The ways of an exchange's three phases; None along a line that has no other rank, and for what is left out."""
 
     collect: Path | None
     across: Path | None

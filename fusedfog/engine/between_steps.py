@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 from weakref import WeakMethod
 
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.exchanges import Exchanges
+from fusedfog.engine.gradient_means import GradientMeans
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.gossip.buckets import Buckets, BucketState
 from fusedfog.params.flat import FlatSegment
@@ -26,7 +28,9 @@ class BetweenSteps:
     buckets: Buckets
     communicator: Communicator | None
     blocked_by: str | None
+    means: GradientMeans | None
     adopt_edits: WeakMethod[Callable[[], None]] | None = None
+    announce: WeakMethod[Callable[[bool], None]] | None = None
 
     def has_unfrozen(self) -> bool:
         """Whether parameters that were frozen are to be trained now, as torch.optim does with whatever has a gradient.
@@ -38,6 +42,12 @@ class BetweenSteps:
         if self.hooks.unfrozen is None:
             self.hooks.unfrozen = any(map(is_trained, self.frozen))
         return self.hooks.unfrozen
+
+    def read_clock(self) -> dict[str, Any]:
+        """The clock as plain data."""
+        if self.means is not None:
+            self.exchanges.clock.gradient_squares = self.means.squares
+        return self.exchanges.read_clock()
 
     def discard(self) -> None:
         """Wait for what is in flight and forget it: the next step starts its own exchange."""
@@ -58,6 +68,12 @@ class BetweenSteps:
             self.communicator.meet(call)
 
     @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, gradients that arrive are left where they are."""
+        with self.hooks.accumulate(), self.means.accumulate() if self.means is not None else nullcontext():
+            yield
+
+    @contextmanager
     def block_steps(self, where: str) -> Iterator[None]:
         """Inside, no step may be made and hooks do nothing; `where` names the with-block in the error."""
         previous, self.blocked_by = self.blocked_by, where
@@ -75,6 +91,12 @@ class BetweenSteps:
         adopt = self.adopt_edits() if self.adopt_edits is not None else None
         if adopt is not None:
             adopt()
+
+    def announce_average(self, again: bool) -> None:
+        """See `gradient_means.Trainer`."""
+        announce = self.announce() if self.announce is not None else None
+        if announce is not None:
+            announce(again)
 
     def take_back_moved(self, only: BucketState | None = None) -> None:
         """Have all parameters, or those of one bucket, lie in the flat buffers again, with the values that they have now.

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
+from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multipliers
 from fusedfog.engine.passes import StepInputs, hyper_of, seed_of_pass, strength_of, weights_of
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
@@ -177,7 +177,7 @@ class CapturableScheduler(Scheduler):
         """What is recorded: device work alone, the same in every step."""
         assert self._numbers is not None
         self.inputs.found_inf = flag_of(self, found_inf)
-        self.inputs.grad_scale = own_multiplier(self, grad_scale)
+        self.inputs.grad_scale, self.inputs.unmixed_scale = own_multipliers(self, grad_scale)
         for pass_group, place in zip(self.buckets.wholes, self._places, strict=True):
             segment = pass_group.segment
             grads = (

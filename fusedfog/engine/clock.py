@@ -19,6 +19,7 @@ class Clock:
         largest_lr: the largest learning rate of the first group that is mixed.
         push_sum: all ranks' push-sum scalars.
         encoded: the compressed messages of the next exchange are made already.
+        gradient_squares: of data-parallel steps; see `GradientMeans.squares`.
     """
 
     steps: int = 0
@@ -27,6 +28,7 @@ class Clock:
     largest_lr: float = 0.0
     push_sum: list[float] | None = None
     encoded: bool = False
+    gradient_squares: list[list[float]] | None = None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from saved fields; missing ones count from zero."""

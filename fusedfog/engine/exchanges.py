@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from fusedfog.algorithms import Algorithm
 from fusedfog.comm.communicator import Communicator
-from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.engine.clock import Clock
+from fusedfog.engine.phases import Phase
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
-from fusedfog.gossip.by_machine import ByMachine, Hierarchy
+from fusedfog.gossip.by_machine import ByMachine
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
 from fusedfog.gossip.global_average import GlobalAverage
@@ -38,16 +36,15 @@ class Exchanges:
     def __init__(
         self,
         segments: list[FlatSegment],
-        algorithm: Algorithm,
+        phase: Phase,
         communicator: Communicator | None,
         channel: int,
-        schedule: StepSchedule,
-        hierarchy: Hierarchy | None,
-        codes: torch.dtype | None,
+        clock: Clock,
+        stats: ExchangeStats,
     ) -> None:
+        algorithm, schedule, hierarchy, codes = phase.algorithm, phase.schedule, phase.hierarchy, phase.codes
         self.communicator, self.schedule, self._algorithm = communicator, schedule, algorithm
-        self.hierarchy = hierarchy
-        self.clock, self.stats = Clock(), ExchangeStats()
+        self.hierarchy, self.clock, self.stats = hierarchy, clock, stats
         self.topology: Topology | None = None
         self.mailbox: Mailbox | None = None
         self.channels: CompressedChannels | None = None
@@ -87,6 +84,13 @@ class Exchanges:
             keeps_edits="param" in algorithm.messages and not algorithm.weighs,
         )
 
+    def go_on_from(self, before: Exchanges) -> None:
+        """Do not say again what an earlier phase's exchanges have said once."""
+        if self.quarantine is not None and before.quarantine is not None:
+            self.quarantine.warned = before.quarantine.warned
+        if self.mailbox is not None and before.mailbox is not None:
+            self.mailbox.warned_torn = before.mailbox.warned_torn
+
     def use_topology(self, topology: Topology | None) -> None:
         """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
         self.topology = topology
@@ -97,6 +101,7 @@ class Exchanges:
         if self._algorithm.weighs and topology is not None and self.communicator is not None:
             old = self._push_sum
             self._push_sum = PushSum(topology, self.communicator.view.rank)
+            self._push_sum.exchanges = self.clock.exchanges
             if old is not None:
                 self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
 

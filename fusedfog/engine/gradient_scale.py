@@ -1,4 +1,4 @@
-"""What gradients are multiplied by before a pass reads them, whether somebody scales them at all, and their norm after it."""
+"""What gradients are multiplied by before a pass reads them, and their norm after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fusedfog.comm.finite import all_finite
 from fusedfog.engine.passes import Engine
 from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.instances import instances
 from fusedfog.params.shards import Sharding
 
 
@@ -46,19 +45,36 @@ def gradients_of(segments: Sequence[FlatSegment]) -> list[Tensor]:
     return [grad for grad in found if grad is not None]
 
 
-def own_multiplier(engine: Engine, grad_scale: Tensor | None) -> Tensor | None:
-    """`multiplier` of this rank's own gradients."""
-    limit = engine.schedule.max_grad_norm
-    return multiplier(gradients_of(engine.segments) if limit is not None else [], grad_scale, limit, engine.sharding)
+def own_multipliers(engine: Engine, grad_scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`multiplier` of this rank's own gradients, and of those of parameters that are not mixed; see `StepInputs`."""
+    limit, segments = engine.schedule.max_grad_norm, engine.segments
+    unmixed = [segment for segment in segments if not segment.layout.mix]
+    if limit is None or engine.means is None or not unmixed:
+        own = gradients_of(segments) if limit is not None else []
+        factor = multiplier(own, grad_scale, limit, engine.sharding)
+        return factor, factor
+    mixed = [segment for segment in segments if segment.layout.mix]
+    one, other = (multiplier(gradients_of(part), grad_scale, limit, engine.sharding) for part in (mixed, unmixed))
+    return one, other
 
 
 def flag_of(engine: Engine, found_inf: Tensor | None) -> Tensor | None:
     """A step's non-finite flag: GradScaler's, or if steps skip gradients that are not finite one of this rank's own gradients.
 
     The flag is fp32 of one element, and not zero if there are some; shards of one replica have the same. No host sync on GPUs.
+    Where gradients are averaged, all ranks that average have the same flag, which also tells that one was left out of a mean,
+    and that a mean overflowed although no GradScaler looks at this step.
     """
-    if found_inf is not None or not engine.schedule.skips:
-        return found_inf
+    means = engine.means
+    unseen = means is not None and means.overflows_unseen and engine.schedule.nonfinite != "propagate"
+    if found_inf is None and (engine.schedule.skips or unseen):
+        found_inf = _flag_of_gradients(engine)
+        if means is not None:
+            found_inf = found_inf + means.somebody_left_out
+    return found_inf if found_inf is None or means is None else means.agree(found_inf)
+
+
+def _flag_of_gradients(engine: Engine) -> Tensor:
     gradients = [gradient for gradient in gradients_of(engine.segments) if gradient.numel()]
     flag = torch.zeros((), dtype=torch.float32, device=engine.place)
     if gradients and device.on_gpu(flag):
@@ -67,13 +83,6 @@ def flag_of(engine: Engine, found_inf: Tensor | None) -> Tensor | None:
     elif not all(map(all_finite, gradients)):
         flag.fill_(1.0)
     return flag if engine.sharding is None else engine.sharding.norm(flag)
-
-
-def grad_scaler_exists() -> bool:
-    """Whether the process has an enabled GradScaler; one look through all objects."""
-    # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
-    # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
-    return any(scaler.is_enabled() for scaler in instances(torch.amp.GradScaler))
 
 
 def measured_norms(segments: Sequence[FlatSegment], in_two_halves: bool) -> dict[str, float]:

@@ -1,9 +1,12 @@
-"""`fused_backward`: autograd hooks that make a bucket's pass as soon as its last gradient has arrived.
+"""Autograd hooks, which act on a bucket as soon as its last gradient has arrived.
 
-Buckets go in the one order that all ranks share, so a hook makes the passes of all buckets that are complete, in order, and
-leaves the rest to later hooks or to `step`.
+    `BackwardHooks`                       with fused_backward, make the bucket's pass
+    `gradient_means.GradientMeans`        start the average of its gradients over ranks
 
-A hook only notes that its gradient has come. The passes are made by the next one, or when backward ends: by then the user's
+Buckets go in the one order that all ranks share, so a hook acts on all buckets that are complete, in order, and leaves the
+rest to later hooks, or to the end of backward, or to `step`.
+
+A hook only notes that its gradient has come. What is due is done by the next one, or when backward ends: by then the user's
 own hooks on the same parameter, also those that were registered after ours, have seen the gradient. It is used, and freed,
 one parameter later.
 """
@@ -11,6 +14,7 @@ one parameter later.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,8 +23,65 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from fusedfog.engine.gradient_scale import grad_scaler_exists
 from fusedfog.gossip.buckets import BucketState
+from fusedfog.params.flat import FlatSegment
+from fusedfog.params.instances import instances
+from fusedfog.params.layout import Bucket
+
+
+class Hooked(Protocol):
+    """Parameters `[layout.first, layout.last)` of a segment."""
+
+    segment: FlatSegment
+    layout: Bucket
+
+
+class GradientHooks(ABC):
+    """Hooks on the parameters of buckets.
+
+    Attributes:
+        accumulating: inside `no_sync()`.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.accumulating = False
+
+    @abstractmethod
+    def ready(self, bucket: Hooked, name: str) -> None:
+        """A parameter of `bucket` has its gradient."""
+
+    @abstractmethod
+    def backward_ends(self, number: int) -> None:
+        """The backward has come to its end in which `call_at_the_end(number)` was called."""
+
+    def hook(self, buckets: Sequence[Hooked]) -> None:
+        """Hook all parameters of these buckets, and let go of those hooked before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            param.register_post_accumulate_grad_hook(_Hook(self, bucket))
+            for bucket in buckets
+            for param in bucket.segment.params[bucket.layout.first : bucket.layout.last]
+            if param.requires_grad
+        ]
+
+    def detach(self) -> None:
+        """Let go of all parameters."""
+        self.hook(())
+
+    def call_at_the_end(self, number: int = 0) -> None:
+        """Inside backward: have `backward_ends(number)` called at its end, behind what others have asked for."""
+        torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(self, number))
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Inside, gradients that arrive are left where they are."""
+        previous, self.accumulating = self.accumulating, True
+        try:
+            yield
+        finally:
+            self.accumulating = previous
 
 
 class PassMaker(Protocol):
@@ -41,52 +102,30 @@ class PassMaker(Protocol):
         ...
 
 
-class BackwardHooks:
-    """The hooks of one scheduler, and how far they have come in this step.
+class BackwardHooks(GradientHooks):
+    """The hooks of `fused_backward`, and how far passes have come in this step.
 
     Args:
         maker: the scheduler; not kept alive.
-        clips: passes need all gradients first.
+        holds: passes need all gradients first.
 
     Attributes:
         passed: how many buckets have had their pass in this step.
-        accumulating: inside `no_sync()`.
         unfrozen: the answer of `Scheduler.has_unfrozen` in this step, once somebody has asked.
     """
 
-    def __init__(self, maker: PassMaker, *, clips: bool) -> None:
+    def __init__(self, maker: PassMaker, *, holds: bool) -> None:
+        super().__init__()
         self._maker = weakref.ref(maker)
-        self._holds: bool | None = True if clips else None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._holds: bool | None = True if holds else None
         self._buckets: Sequence[BucketState] = ()
         self.passed = 0
-        self.accumulating = False
         self.unfrozen: bool | None = None
-
-    def detach(self) -> None:
-        """Let go of all parameters."""
-        self.attach(())
 
     def attach(self, buckets: Sequence[BucketState]) -> None:
         """Hook all parameters of these buckets, and let go of those hooked before."""
-        for handle in self._handles:
-            handle.remove()
         self._buckets = buckets
-        self._handles = [
-            param.register_post_accumulate_grad_hook(_Hook(self, bucket))
-            for bucket in buckets
-            for param in bucket.segment.params[bucket.layout.first : bucket.layout.last]
-            if param.requires_grad
-        ]
-
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Inside, gradients that arrive are left where they are."""
-        previous, self.accumulating = self.accumulating, True
-        try:
-            yield
-        finally:
-            self.accumulating = previous
+        self.hook(buckets)
 
     def begin_step(self) -> None:
         """No bucket has had its pass."""
@@ -94,8 +133,9 @@ class BackwardHooks:
         for bucket in self._buckets:
             bucket.ready = 0
 
-    def ready(self, bucket: BucketState, name: str) -> None:
-        """A parameter of `bucket` has its gradient."""
+    def ready(self, bucket: Hooked, name: str) -> None:
+        """See `GradientHooks`."""
+        assert isinstance(bucket, BucketState)
         maker = self._maker()
         if maker is None or self.accumulating or self._wait_for_step(maker):
             return
@@ -109,8 +149,11 @@ class BackwardHooks:
         self.pass_complete()
         bucket.ready += 1
         if bucket.ready == bucket.layout.last - bucket.layout.first:
-            # For the bucket that no other gradient follows.
-            torch.autograd.Variable._execution_engine.queue_callback(_AtTheEnd(self))
+            self.call_at_the_end()  # For the bucket that no other gradient follows.
+
+    def backward_ends(self, number: int) -> None:
+        """See `GradientHooks`."""
+        self.pass_complete()
 
     def pass_complete(self) -> None:
         """Make the pass of every bucket that has all its gradients, in order, without waiting."""
@@ -130,10 +173,17 @@ class BackwardHooks:
         return self._holds or maker.blocked_by is not None or maker.has_unfrozen()
 
 
+def grad_scaler_exists() -> bool:
+    """Whether the process has an enabled GradScaler; one look through all objects."""
+    # Autograd hooks cannot see whether the loss was scaled, and torch keeps no list of its scalers. Holding passes back
+    # is always right, applying scaled gradients never: so one look through live objects, at the first backward.
+    return any(scaler.is_enabled() for scaler in instances(torch.amp.GradScaler))
+
+
 class _Hook:
     """Reports, if the hooks still live, that a parameter's gradient is complete."""
 
-    def __init__(self, hooks: BackwardHooks, bucket: BucketState) -> None:
+    def __init__(self, hooks: GradientHooks, bucket: Hooked) -> None:
         self._hooks = weakref.ref(hooks)
         self._bucket = weakref.ref(bucket)
 
@@ -145,13 +195,13 @@ class _Hook:
 
 
 class _AtTheEnd:
-    """Makes, if the hooks still live, the passes that are due when backward ends."""
+    """Reports, if the hooks still live, that backward ends."""
 
-    def __init__(self, hooks: BackwardHooks) -> None:
-        self._hooks = weakref.ref(hooks)
+    def __init__(self, hooks: GradientHooks, number: int) -> None:
+        self._hooks, self._number = weakref.ref(hooks), number
 
     @_disable_dynamo
     def __call__(self) -> None:
         hooks = self._hooks()
         if hooks is not None:
-            hooks.pass_complete()
+            hooks.backward_ends(self._number)

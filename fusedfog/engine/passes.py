@@ -15,7 +15,9 @@ from torch import Tensor
 from fusedfog.algorithms import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
+from fusedfog.engine.gradient_means import GradientMeans
 from fusedfog.engine.mix_strength import first_mixed, rate_of
+from fusedfog.engine.phases import Phase
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.kernels import CompressedChannel, Compression, GradientInputs, Gradients, Mixing, Pass, Precision
@@ -33,12 +35,14 @@ _UNMIXED = 1 << 20
 class StepInputs:
     """What holds for one step: GradScaler's and clipping's gradient multiplier, the non-finite flag, numbers computed once.
 
-    `scaled` says that the flag is a GradScaler's, which expects gradients that overflow; `strength` is what a function has said.
+    `unmixed_scale` is the multiplier of what is not mixed, which is clipped by itself where gradients are averaged: what ranks
+    share would otherwise be clipped differently on each, and no longer be equal.
+    `strength` is what a function has said.
     """
 
     grad_scale: Tensor | None = None
+    unmixed_scale: Tensor | None = None
     found_inf: Tensor | None = None
-    scaled: bool = False
     numbers: dict[tuple[int, str], tuple[float, ...]] = field(default_factory=dict)
     inverse_norm: Tensor | None = None
     strength: float | None = None
@@ -57,10 +61,17 @@ class Engine(Protocol):
     sharding: Sharding | None
     exchanges: Exchanges
     place: torch.device
+    phase: Phase
+    means: GradientMeans | None
 
     @property
     def rank(self) -> int:
         """This rank, 0 where it is alone."""
+        ...
+
+    @property
+    def node(self) -> int:
+        """See `Scheduler`."""
         ...
 
     def codes_for(self, pass_group: PassGroup, following: tuple[int, int] | None) -> tuple[CompressedChannel, ...]:
@@ -97,7 +108,7 @@ def pass_of(
         ),
         gradient=GradientInputs(
             grads=grads,
-            grad_scale=inputs.grad_scale if grads is not None else None,
+            grad_scale=None if grads is None else inputs.grad_scale if segment.layout.mix else inputs.unmixed_scale,
             found_inf=inputs.found_inf if grads is not None else None,
             missing=stage.missing,
             steps=segment.steps_of(region),
@@ -154,7 +165,8 @@ def strength_of(engine: Engine) -> float:
         return strength.constant
     if inputs.strength is None:
         lr = float(engine.groups[first_mixed(engine.groups)].get("lr") or 0.0) if strength.takes_rate else 0.0
-        inputs.strength = strength.at(engine.rank, engine.clock.steps, rate_of(lr, engine.clock.largest_lr))
+        rate = rate_of(lr * engine.phase.lr_scale, engine.clock.largest_lr)
+        inputs.strength = strength.at(engine.rank, engine.clock.steps, rate)
     return inputs.strength
 
 
@@ -163,17 +175,19 @@ def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
     numbers = engine.inputs.numbers
     if (number, stage.rule) not in numbers:
         group = engine.groups[number]
+        if engine.phase.lr_scale != 1.0:
+            group = {**group, "lr": group["lr"] * engine.phase.lr_scale}
         previous = engine.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
         numbers[number, stage.rule] = stage.hyper(group, previous)
     return numbers[number, stage.rule]
 
 
 def seed_of_pass(engine: Engine, segment: FlatSegment, first_half: bool) -> int:
-    """Of a pass' random roundings: other ones on every rank, in every step and pass, the same after a resume."""
+    """Of a pass' random roundings: other ones on every node, in every step and pass, the same after a resume."""
     mix = segment.layout.mix
     # What a rank does not mix may be there on that rank alone, and changes nothing for the others.
     place = [one for one in engine.segments if one.layout.mix == mix].index(segment) + (0 if mix else _UNMIXED)
-    return seed_of(engine.rank, engine.clock.steps, 2 * place + first_half)
+    return seed_of(engine.node if mix else engine.rank, engine.clock.steps, 2 * place + first_half)
 
 
 def _inverse_norm(engine: Engine, segment: FlatSegment, name: str) -> Tensor:
@@ -198,7 +212,7 @@ def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) 
     grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
     scale = segment.param.new_zeros((), dtype=torch.float32) if engine.schedule.max_grad_norm is not None else None
     # Of their own, with any strength: what the first step takes, learning rates above all, is not known yet.
-    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale, strength=1.0)
+    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale, unmixed_scale=scale, strength=1.0)
     try:
         if algorithm.before is not None:
             yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())

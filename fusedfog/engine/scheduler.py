@@ -4,7 +4,7 @@ One step of rank i, for every bucket in backward order:
 
     awc and kin   wait for the inbox -> fused pass -> send the new parameters   (travels until the next step's wait)
     atc and kin   pass before -> send -> ... all buckets ... -> wait -> pass after
-    allreduce     pack and reduce gradients -> ... all buckets ... -> wait -> fused pass
+    allreduce     fused pass, of gradients that backward has averaged (`gradient_means`)
 
 What stands before the dots runs in `step`, or with `fused_backward` in autograd hooks as each bucket's last gradient
 arrives; what stands behind them always runs in `step`. A hook never makes the host wait: on CPUs
@@ -29,20 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.algorithms import Stage
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
-from fusedfog.engine.between_steps import BetweenSteps
-from fusedfog.engine.clock import Clock, StepSchedule
-from fusedfog.engine.exchanges import Exchanges
-from fusedfog.engine.gradient_scale import flag_of, own_multiplier
-from fusedfog.engine.hooks import BackwardHooks
+from fusedfog.engine.between_phases import BetweenPhases
+from fusedfog.engine.clock import Clock
+from fusedfog.engine.gradient_scale import flag_of, own_multipliers
 from fusedfog.engine.mix_strength import first_mixed
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm, strength_of
+from fusedfog.engine.phases import Phases
 from fusedfog.engine.same_numbers import SameNumbers
 from fusedfog.gossip.buckets import EMPTY, Buckets, BucketState, Inbox, PassGroup
-from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.kernels import CompressedChannel, Gradients, device, run_pass, warm_pass
@@ -51,7 +49,7 @@ from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
 
 
-class Scheduler(BetweenSteps):
+class Scheduler(BetweenPhases):
     """Runs one optimizer's passes and exchanges over its flat segments.
 
     A subclass makes steps in another order. These methods are there to be overridden, and are called in this order:
@@ -70,20 +68,23 @@ class Scheduler(BetweenSteps):
 
     Args:
         groups: the optimizer's param groups, read at every step (learning-rate schedules).
+        phases: what it does, from which step on.
         communicator: the ranks' communicator; None for a rank that is alone.
         channel: this optimizer's channel on the communicator.
-        hierarchy: this rank's place on a mesh, where `topology` is between machines.
-        codes: dtype of compressed messages; None sends the flat tensors themselves.
+        mean_bytes: the size of buckets in which gradients are averaged.
         sharding: how the parameters are sharded, if they are.
         frozen: the groups' parameters that have no place in segments, since nothing trains them.
         place: the device of all segments, for when there are none yet.
 
     Attributes:
+        phase: the one that the next step belongs to; `algorithm` and `schedule` are its.
         buckets: in their order, with what is in flight.
         exchanges: which steps exchange what.
+        means: the averages of gradients over ranks, in a phase that has them.
         inputs: what holds for the step that is being made.
-        clock, stats, channels: those of `exchanges`.
+        clock, stats: how far it has come, in all phases together.
         adopt_edits: a weak method that is called before passes, for whoever shows states to a user.
+        announce: another one, called before backward averages gradients over ranks.
     """
 
     channels: CompressedChannels | None
@@ -92,13 +93,10 @@ class Scheduler(BetweenSteps):
         self,
         groups: list[dict[str, Any]],
         segments: list[FlatSegment],
-        algorithm: Algorithm,
-        topology: Topology | None,
+        phases: Phases,
         communicator: Communicator | None,
         channel: int,
-        schedule: StepSchedule,
-        hierarchy: Hierarchy | None = None,
-        codes: torch.dtype | None = None,
+        mean_bytes: int,
         sharding: Sharding | None = None,
         frozen: Sequence[Tensor] = (),
         place: torch.device | None = None,
@@ -106,24 +104,14 @@ class Scheduler(BetweenSteps):
         self.groups, self.segments = groups, segments
         self.frozen = list(frozen)
         self.place = segments[0].param.device if segments else place or torch.device("cpu")
-        self.algorithm, self.communicator, self.schedule = algorithm, communicator, schedule
+        self.phases, self.communicator, self._channel, self._mean_bytes = phases, communicator, channel, mean_bytes
         self.sharding = sharding
         self.blocked_by: str | None = None
         self.warned_of_buffers = False
-        # Not with fused_backward: how many buckets the hooks have passed differs by rank, and with it the order of pass
-        # groups, in which messages are started and NCCL matches them.
-        self._by_segment = not schedule.fused_backward
-        self.hooks = BackwardHooks(self, clips=schedule.max_grad_norm is not None or schedule.skips)
-        self.inputs = StepInputs()
-        self.exchanges = Exchanges(segments, algorithm, communicator, channel, schedule, hierarchy, codes)
-        self.clock: Clock = self.exchanges.clock
-        self.stats: ExchangeStats = self.exchanges.stats
-        self.channels = self.exchanges.channels
+        self.inputs, self.clock, self.stats = StepInputs(), Clock(), ExchangeStats()
         self._same_numbers = SameNumbers(communicator, channel) if communicator is not None else None
         self.buckets = Buckets(())
-        self.rebuild_buckets()
-        self.use_topology(topology)
-        self.warm_up()
+        self.enter(phases.at(0))
 
     @property
     def rank(self) -> int:
@@ -145,6 +133,8 @@ class Scheduler(BetweenSteps):
             self.exchanges.lay_out(self.buckets.all)
         if self.exchanges.samples is not None:
             self.exchanges.samples.lay_out(self.buckets.all)
+        if self.means is not None:
+            self.means.lay_out(self.segments)
         self.hooks.attach(self.buckets.all if self.schedule.fused_backward else ())
         for segment in self.segments if self.algorithm.outer else ():
             if "outer_param" not in segment.states:
@@ -173,7 +163,7 @@ class Scheduler(BetweenSteps):
                 "the gradients were scaled by a GradScaler that was created after the first backward, so fused_backward "
                 "has already applied them unscaled: build the GradScaler before training, or use fused_backward=False"
             )
-        self.inputs.found_inf, self.inputs.scaled = flag_of(self, found_inf), found_inf is not None
+        self.inputs.found_inf = self.averaged_flag(found_inf)
         self.passes_around_exchange(grad_scale)
         self.end_step()
 
@@ -195,16 +185,25 @@ class Scheduler(BetweenSteps):
         if self.schedule.mix_strength.constant is None and self.exchanges.due(self.clock.steps):
             strength_of(self)
 
+    def averaged_flag(self, found_inf: Tensor | None) -> Tensor | None:
+        """The step's non-finite flag, once all gradients are averaged that are to be."""
+        if self.means is not None:
+            self.means.average(scaled=found_inf is not None)
+            if self.schedule.nonfinite == "heal":
+                self.means.heal()
+        return flag_of(self, found_inf)
+
     def passes_around_exchange(self, grad_scale: Tensor | None) -> None:
         """Make all passes of this step and start the messages that they make; GradScaler's factor is `grad_scale`."""
-        self.inputs.grad_scale = own_multiplier(self, grad_scale)
+        self.inputs.grad_scale, self.inputs.unmixed_scale = own_multipliers(self, grad_scale)
         self.before_exchange_all()
         if self.algorithm.before is not None:
             self.after_exchange()
 
     def end_step(self) -> None:
         """The clock ticks."""
-        self.exchanges.end_step([float(group.get("lr") or 0.0) for group in self.groups], first_mixed(self.groups))
+        rates = [float(group.get("lr") or 0.0) * self.phase.lr_scale for group in self.groups]
+        self.exchanges.end_step(rates, first_mixed(self.groups))
         if self._same_numbers is not None:
             clock = self.clock
             count = clock.steps if self.exchanges.topology is None else clock.exchanges
@@ -214,6 +213,11 @@ class Scheduler(BetweenSteps):
         self.buckets.begin_step()
         if self.exchanges.quarantine is not None:
             self.exchanges.quarantine.end_step(self.clock.steps - 1)
+        if self.means is not None:
+            self.means.end_step()
+        phase = self.phases.at(self.clock.steps)
+        if phase is not self.phase:
+            self.change_phase(phase)
 
     def pass_groups(self, first: int) -> Sequence[PassGroup]:
         """The passes that cover all buckets from number `first` on, in the order of passes and messages."""

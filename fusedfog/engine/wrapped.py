@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from fusedfog.comm.profiling import span
-from fusedfog.engine.gradient_scale import flag_of, gradients_of, own_multiplier
+from fusedfog.engine.gradient_scale import gradients_of, own_multipliers
 from fusedfog.engine.passes import weights_of
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
+from fusedfog.params.flat import FlatSegment
 
 
 class AroundScheduler(Scheduler):
     """A scheduler that leaves the update to somebody else."""
 
     _healed = False
+    _inner: weakref.ref[torch.optim.Optimizer] | None = None
+
+    def has_second_moments(self) -> bool:
+        """Not known before the wrapped optimizer has made a step."""
+        return True
+
+    def second_moments(self, segment: FlatSegment, position: int) -> list[Tensor]:
+        """See `Scheduler`; those that are called as torch's optimizers call them."""
+        inner = self._inner() if self._inner is not None else None
+        state = inner.state.get(segment.owners[position], {}) if inner is not None else {}
+        return [state[name] for name in ("exp_avg_sq", "max_exp_avg_sq") if isinstance(state.get(name), Tensor)]
 
     def step_around(self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """A step whose update `x = inner(x)` is another optimizer's, in place, with passes around it that only mix.
@@ -24,14 +38,16 @@ class AroundScheduler(Scheduler):
         awc   wait for the inbox -> c = W x - x, into the inbox -> x = inner(x) -> x += c -> send x
         atc   x = inner(x) -> send x -> wait -> x = W x
         """
+        self._inner = weakref.ref(inner)
         self.begin_step()
+        flag = self.averaged_flag(found_inf)
         exchanges, step = self.exchanges, self.clock.steps
         ahead, exchanging, pass_groups = self.algorithm.before is None, exchanges.due(step), self.pass_groups(0)
         if ahead and exchanging:
             exchanges.start_missing(self.buckets.all)
             exchanges.find_edits()
         corrections = [self._correction(pass_group) if ahead and exchanging else None for pass_group in pass_groups]
-        self._update_outside(inner, grad_scale, flag_of(self, found_inf))
+        self._update_outside(inner, grad_scale, flag)
         target = exchanges.following() if ahead else (step, self.clock.exchanges) if exchanging else None
         for pass_group, correction in zip(pass_groups, corrections, strict=True):
             if correction is not None:
@@ -76,13 +92,13 @@ class AroundScheduler(Scheduler):
             self._unscale(grad_scale)
             inner.found_inf, inner.grad_scale = found_inf, None  # type: ignore[attr-defined]
             try:
-                inner.step()
+                self._step_scaled(inner)
             finally:
                 del inner.found_inf, inner.grad_scale  # type: ignore[attr-defined]
         elif found_inf is None or not found_inf.item():
             # The host waits for the flag here, as GradScaler does itself for an optimizer that cannot skip on the device.
             self._unscale(grad_scale)
-            inner.step()
+            self._step_scaled(inner)
         self.take_back_moved()
         if self._healed:
             self._healed = False
@@ -92,7 +108,22 @@ class AroundScheduler(Scheduler):
                         value.nan_to_num_(0.0, 0.0, 0.0)
         self.buckets.begin_step()  # The update's own writes are no edits.
 
+    def _step_scaled(self, inner: torch.optim.Optimizer) -> None:
+        """The inner step at the phase's learning rates, which its groups show nobody else."""
+        scale = self.phase.lr_scale
+        rates = [group.get("lr") for group in self.groups] if scale != 1.0 else []
+        for group, rate in zip(self.groups, rates, strict=False):
+            if rate is not None:
+                group["lr"] = rate * scale
+        try:
+            inner.step()
+        finally:
+            for group, rate in zip(self.groups, rates, strict=False):
+                if rate is not None:
+                    group["lr"] = rate
+
     def _unscale(self, grad_scale: Tensor | None) -> None:
-        factor = own_multiplier(self, grad_scale)
-        if factor is not None:
-            torch._foreach_mul_(gradients_of(self.segments), factor)
+        for mix, factor in zip((True, False), own_multipliers(self, grad_scale), strict=True):
+            gradients = gradients_of([segment for segment in self.segments if segment.layout.mix == mix])
+            if factor is not None and gradients:
+                torch._foreach_mul_(gradients, factor)

@@ -1,7 +1,8 @@
 """Mixing across machines at the cost of one model per machine: W_machine (x) J_local on a two-dimensional mesh.
 
 A bucket's exchange is `two_level.exchange`'s, in three phases: collected inside the machine, mixed across machines, handed round
-inside. So a machine sends its model once to each neighbour machine.
+inside. So a machine sends its model once to each neighbour machine. Where the ranks of a machine average gradients, they
+have the same parameters, and there is nothing to collect.
 
 The phases of one exchange depend on each other. On gloo a single thread per optimizer chains them, bucket after bucket in
 the order that all ranks share, so the training thread never waits. On NCCL they are queued at once, on two side streams in
@@ -84,20 +85,32 @@ def _finish(phases: Iterator[Transfer]) -> None:
 class Hierarchy:
     """One rank's place on the mesh: its communicators inside the machine, and to its counterparts across machines.
 
+    Args:
+        equal: the ranks of a machine have the same parameters, as they average gradients.
+
     Attributes:
         machine, machines, local, locals: this rank's coordinates on the mesh and the mesh's shape.
+        gradients: the communicator on which they do; None if a machine has one rank, or they do not.
         bytes_inside, bytes_across: sent so far.
         refuse: see `two_level.exchange`.
     """
 
-    def __init__(self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None, *, equal: bool = False
+    ) -> None:
         self._lines = across, inside = mesh_lines(mesh)
         self.machine, self.machines = across.place, across.size
         self.local, self.locals = inside.place, inside.size
         on_gpu = device.on_gpu(place)
-        self._inside = _open(inside, place, comm_sms)
+        # On NCCL operations of one communicator run in the order in which they were queued, and a thread beside the training
+        # one must not share its: gradients have a communicator of their own.
+        own = communicator_for(inside.view, place, comm_sms, 2) if equal and inside.size > 1 else None
+        self.equal, self.gradients = equal, own
+        self._inside = None if equal else _open(inside, place, comm_sms)
         self._across = _open(across, place, comm_sms)
-        self._back = _open(inside, place, comm_sms, number=1) if on_gpu else self._inside
+        self._back = self._inside
+        if on_gpu or equal:
+            self._back = _open(inside, place, comm_sms, number=1 if on_gpu else 0)
         self._pump = None if on_gpu else ThreadPoolExecutor(1, "fusedfog-hierarchy")
         self._streams = cycle([torch.cuda.Stream(place) for _ in range(2)] if on_gpu else [])
         self.bytes_inside = self.bytes_across = 0
@@ -128,7 +141,8 @@ class Hierarchy:
         """
         for sent, _ in pairs:
             own = shards_of(sent, self.locals)[self.local].nbytes
-            self.bytes_inside += 2 * (sent.nbytes - own) if self._inside is not None else 0
+            if self.locals > 1:
+                self.bytes_inside += (1 if self.equal else 2) * (sent.nbytes - own)
             self.bytes_across += len(round_.send) * own
         on = self._pump if self._pump is not None else next(self._streams)
         return Chain(communicator, label, self._all_phases(pairs, round_, number, label), on)

@@ -96,8 +96,8 @@ class CompressedChannels:
         kinds = [f"{kind}{number}" for number in range(self.period) for kind in ("replica", "neighbor_delta")]
         return tuple(f"{name}_{kind}" for name in self.messages for kind in [*kinds, *["encoded"] * self.ahead])
 
-    def _start_replicas(self) -> None:
-        """Agree with the other ranks on replicas."""
+    def start_replicas(self) -> None:
+        """Agree with the other ranks on replicas. Collective."""
         for segment in self.segments:
             for name in self.messages if segment.layout.mix else ():
                 first, *others = (self._wire(segment, name, number) for number in range(self.period))
@@ -113,7 +113,7 @@ class CompressedChannels:
     def of(self, segment: FlatSegment, exchange: int) -> tuple[CompressedChannel, ...]:
         """A segment's channels in exchange number `exchange`, one per message. The first call is collective."""
         if not self._replicas_agree:
-            self._start_replicas()
+            self.start_replicas()
         return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
 
     def encode(self, bucket: BucketState, exchange: int) -> None:

@@ -46,7 +46,7 @@ class FiniteMean(Transfer):
         for one, flags in zip(sums, self.flags if sums else (), strict=True):
             self._quarantine.refuse(make_mean(one, flags, math.nan))
         if sums and device.on_gpu(self.flags):
-            self._quarantine.refuse_late(self.flags)
+            self._quarantine.refuse_late(self.flags, range(self.flags.shape[1]))
 
 
 class GlobalAverage(OneMean):

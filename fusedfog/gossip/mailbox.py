@@ -32,6 +32,7 @@ class Mailbox:
         average: how averages over all ranks are, if there are to be some.
         inboxes: where all of them deliver.
         samples: of what is sent at the end of a step, where that are the parameters.
+        warned_torn: somebody has been told of edits.
         in_flight: every message not yet waited for, for whoever must finish them.
     """
 
@@ -51,7 +52,7 @@ class Mailbox:
         self.in_flight: list[Transfer] = []
         self._deliveries = [gossip] if average is None else [gossip, average]
         self.samples, self._keeps_edits = samples, keeps_edits
-        self._warned_torn = False
+        self.warned_torn = False
         # The finalizer must not hold the mailbox, so it holds the one list of what is in flight.
         weakref.finalize(self, abandon, communicator, self.in_flight)
 
@@ -161,8 +162,8 @@ class Mailbox:
         )
 
     def _warn_torn(self, bucket: BucketState, outcome: str) -> None:
-        if not self._warned_torn:
-            self._warned_torn = True
+        if not self.warned_torn:
+            self.warned_torn = True
             warn_user(
                 f"rank {self.communicator.view.rank}: parameters of bucket {bucket.number} were edited in place "
                 f"while they were being sent, so neighbours may have mixed a torn or outdated value. {outcome}. Wrap such "

@@ -45,6 +45,7 @@ class Quarantine:
     Attributes:
         alarm: 16 bytes on the device, zeros until something is not finite.
         watching: for how many steps more a GPU looks at every message.
+        warned: the ranks that have been named.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Quarantine:
         self._every = 1 if heals or conserves else _EVERY
         self._step = 0
         self._seen: set[int] = set()
-        self._warned: set[int] = set()
+        self.warned: set[int] = set()
         self._told: deque[int] = deque()
         self._alarm_read, self._verdicts_read, self._flags_read = LateRead(), LateRead(), LateRead()
         self._verdicts: list[tuple[tuple[int, ...], Tensor]] = []
@@ -118,9 +119,9 @@ class Quarantine:
         """These ranks' values were left out of an average; from any thread."""
         self._told.extend(ranks)
 
-    def refuse_late(self, flags: Tensor) -> None:
-        """The same on a GPU, of ranks whose column in flags [messages, ranks] is not all ones."""
-        self._flags_read.ask(flags)
+    def refuse_late(self, flags: Tensor, ranks: Sequence[int]) -> None:
+        """The same on a GPU, of those of `ranks` whose column in flags [messages, ranks] is not all ones."""
+        self._flags_read.ask(flags, ranks)
 
     def _tellers(self, inbox: Inbox) -> tuple[int, ...]:
         return (self.rank, *(rank for rank, weight in zip(inbox.ranks, inbox.weights, strict=True) if weight))
@@ -165,8 +166,8 @@ class Quarantine:
             for ranks in members:
                 self._convict(ranks, verdict[: len(ranks)])
                 verdict = verdict[len(ranks) :]
-        for seen, _ in self._flags_read.answers():
-            self.refuse(rank for rank, fine in enumerate(seen.min(0).tolist()) if not fine)
+        for seen, ranks in self._flags_read.answers():
+            self.refuse(rank for rank, fine in zip(ranks, seen.min(0).tolist(), strict=True) if not fine)
         if self._verdicts:
             members, verdicts = zip(*self._verdicts, strict=True)
             self._verdicts_read.ask(torch.cat(verdicts), members)
@@ -183,8 +184,8 @@ class Quarantine:
         if self.conserves is not None:
             self._raise(ranks)
         for rank in ranks:
-            if rank not in self._warned:
-                self._warned.add(rank)
+            if rank not in self.warned:
+                self.warned.add(rank)
                 warn_user(self._words(rank), NonFiniteWarning)
 
     def _words(self, rank: int) -> str:

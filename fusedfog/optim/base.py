@@ -51,12 +51,17 @@ class DecentralizedOptimizer(Controls):
         topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
             default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise.
         algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
-            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (mean gradient, the baseline), "local", or one of the
+            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as
+            DistributedDataParallel), "local", or one of the
             methods in `fusedfog.algorithms`.
         group: process group; None is the default one. Ranks in topologies are group ranks.
-        mesh: hierarchical mixing W_machine (x) J_local on a 2-D DeviceMesh over the whole group: dim 0 across machines along
-            `topology` (then of as many nodes as there are machines), dim 1 inside by averaging. For FSDP2 parameters, dim 1
-            is where their shards lie; see `fusedfog.params.shards`.
+        mesh: machines as nodes, on a 2-D DeviceMesh over the whole group: dim 0 across machines along `topology` (then of as
+            many nodes as there are machines), dim 1 the ranks inside. For FSDP2 parameters, dim 1 is where their shards lie;
+            see `fusedfog.params.shards`.
+        inside: what the ranks of a machine average. "gradients": a machine is data-parallel and has one model; backward leaves
+            the machine's mean in `.grad`, every rank makes the same step, and exchanges its share of the model across
+            machines. Looked at every 64 steps: a rank whose parameters are no longer its machine's raises `DivergedError`.
+            "parameters": W_machine (x) J_local as in BlueFog; each rank steps by its own gradient.
         mix_strength: s from 0 to 1: every exchange mixes with W_t = I + s (W - I), be it with neighbours, on a mesh or over all
             ranks. A number, or a function of the step that mixes (from 0), or of that and the rate, lr over the largest lr so
             far of the first param group that is mixed. `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC,
@@ -99,6 +104,12 @@ class DecentralizedOptimizer(Controls):
             peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
         measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
             disagreement.
+        data_parallel_steps: the first so many steps are data-parallel training, exactly as DistributedDataParallel with the
+            namesake: backward averages gradients over all ranks, so that `.grad` is the mean when it returns, and all ranks
+            have the same parameters, to the last bit. Then the algorithm takes over. Momentum goes on, and second moments are
+            multiplied by E_i ||g_i||^2 / ||mean g||^2, measured parameter by parameter in these steps: so much larger is the
+            squared gradient that one rank sees. More than one backward in a step: `no_sync()` around all but the last.
+        lr_scale: a factor on learning rates once gossip has begun, which param groups do not show.
         sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
         model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
             buffers and the parameters that this optimizer does not hold.
@@ -147,6 +158,7 @@ class DecentralizedOptimizer(Controls):
             claim.drop()
             raise
         self._scheduler.adopt_edits = WeakMethod(self._take_edits)
+        self._scheduler.announce = WeakMethod(self._announce_average)
         return self._scheduler
 
     @property
@@ -161,7 +173,7 @@ class DecentralizedOptimizer(Controls):
         if self._scheduler is None:
             saved, clock = dict(self.state), self._options.clock
             engine = self._build()
-            engine.exchanges.set_clock(dict(clock))
+            engine.set_clock(dict(clock))
             self._adopt_states(saved)
         assert self._scheduler is not None
         return self._scheduler
@@ -328,7 +340,7 @@ class DecentralizedOptimizer(Controls):
         make_room_for_clock(self.param_groups)
         engine.discard()
         pairs = parameters.pair_parameters(self.param_groups, state_dict)
-        engine.exchanges.set_clock(clock)
+        engine.set_clock(clock)
         self._adopt_states({param: originals[key] for param, key in pairs if key in originals}, own)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -340,7 +352,7 @@ class DecentralizedOptimizer(Controls):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        clock = self._scheduler.exchanges.read_clock() if self._scheduler else self._options.clock
+        clock = self._scheduler.read_clock() if self._scheduler else self._options.clock
         own = {
             "state": plain(self.state),
             "_options": self._options.portable(clock),

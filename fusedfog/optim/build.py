@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.algorithms import Algorithm, algorithm_for
+from fusedfog.algorithms import Algorithm, algorithm_for, data_parallel
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
 from fusedfog.comm.registry import communicator_for
-from fusedfog.engine.allreduce import AllReduceScheduler
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
+from fusedfog.engine.phases import Phase, Phases
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
@@ -98,22 +98,19 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
         if options.mesh is not None and topology is not None:
-            hierarchy = Hierarchy(options.mesh, place, options.comm_sms)
-    compiled = _compile(kind, algorithm, groups, layouts, topology, view, communicator, options)
+            hierarchy = Hierarchy(options.mesh, place, options.comm_sms, equal=options.inside == "gradients")
+    compiled = _compile(kind, family, algorithm, groups, layouts, topology, view, communicator, options)
     segments = _adopt(groups, layouts, options, communicator, claim, compiled=compiled)
     frozen = _frozen(groups, specs)
     if options.sync_init:
         make_equal([*_mixed_of(groups, frozen), *beside.values()], communicator)
-    engine = _scheduler_for(algorithm, family, options)(
+    engine = _scheduler_for(family, options)(
         groups,
         segments,
-        algorithm,
-        topology,
+        phases_of(family, algorithm, topology, options, hierarchy, alone=communicator is None),
         communicator,
         channel,
-        _schedule(options),
-        hierarchy,
-        options.codes,
+        int(options.bucket_mb * 2**20),
         sharding,
         frozen,
         place,
@@ -167,7 +164,7 @@ def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
 
     Awc and kin in step mode wait for all messages, make one pass and send all again: more messages are only more calls.
     """
-    pipelined = options.fused_backward or algorithm.before is not None or algorithm.exchanges == "gradients"
+    pipelined = options.fused_backward or algorithm.before is not None
     by_default = options.bucket_mb == Options.bucket_mb and options.mesh is None and not pipelined
     return int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
 
@@ -219,16 +216,38 @@ def _schedule(options: Options) -> StepSchedule:
     )
 
 
-def _scheduler_for(algorithm: Algorithm, family: str, options: Options) -> type[Scheduler]:
+def phases_of(
+    family: str,
+    algorithm: Algorithm,
+    topology: Topology | None,
+    options: Options,
+    hierarchy: Hierarchy | None,
+    *,
+    alone: bool,
+) -> Phases:
+    """What the options make of a run: `data_parallel_steps`, then the algorithm; one phase for a rank that is alone."""
+    schedule = _schedule(options)
+    if alone:
+        return Phases.of(Phase(algorithm, topology, schedule))
+    first = Phase(
+        data_parallel(family),
+        None,
+        dataclasses.replace(schedule, communicate_every=1, global_average_every=None),
+    )
+    gradients = hierarchy.gradients if hierarchy is not None else None
+    last = Phase(algorithm, topology, schedule, options.codes, hierarchy, options.lr_scale, gradients)
+    return Phases.of(last, first, options.data_parallel_steps)
+
+
+def _scheduler_for(family: str, options: Options) -> type[Scheduler]:
     if family == "wrapped":
         return AroundScheduler
-    if algorithm.exchanges == "gradients":
-        return AllReduceScheduler
     return CapturableScheduler if options.capturable else Scheduler
 
 
 def _compile(
     kind: str,
+    family: str,
     algorithm: Algorithm,
     groups: Groups,
     layouts: Sequence[Segment],
@@ -247,6 +266,8 @@ def _compile(
         averaging = options.global_average_every is not None
         neighbours = numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
+    if options.data_parallel_steps and view.size > 1:
+        passes += kinds_of_passes(data_parallel(family), groups, layouts, {0})
     if view.size == 1 and not passes:
         return False
     # With a group together, whatever each rank has to compile: unmixed parameters differ.
@@ -263,7 +284,7 @@ def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
     setup = running_setup(family, engine, options)
-    check(dataclasses.replace(setup, groups=groups, topology=engine.exchanges.topology))
+    check(dataclasses.replace(setup, groups=groups, topology=engine.phases.last.topology))
 
 
 def extend(kind: str, family: str, engine: Scheduler, groups: Groups, options: Options, claim: Claim) -> None:
@@ -342,7 +363,7 @@ def _grow(
     engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, claim: Claim, *, sync: bool
 ) -> list[FlatSegment]:
     """Give the trained ones of `specs`, those of all parameters of `groups`, a place in a running scheduler."""
-    layouts = build_layout(specs, _bucket_bytes(options, engine.algorithm))
+    layouts = build_layout(specs, _bucket_bytes(options, engine.phases.last.algorithm))
     compiled = any(region.compiled for segment in engine.segments for region in segment.regions)
     options = dataclasses.replace(options, sync_init=sync)
     segments = _adopt(groups, layouts, options, engine.communicator, claim, compiled=compiled)
@@ -360,13 +381,11 @@ def change_topology(
     kind: str, family: str, engine: Scheduler, topology: Topology | str | None, options: Options
 ) -> None:
     """Give a running scheduler another topology; all ranks together."""
-    size = engine.exchanges.topology.size if engine.exchanges.topology is not None else 1
+    current = engine.phases.last.topology
+    size = current.size if current is not None else 1
     chosen = choose_topology(running_setup(family, engine, options), topology, size)
     if engine.communicator is not None:
         view = engine.communicator.view
         fields = {"topology": name_topology(chosen)}
         agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology", "set_topology()")
-    engine.discard()
-    engine.use_topology(chosen)
-    engine.exchanges.open_connections()
-    engine.warm_up()
+    engine.replace_topology(chosen)

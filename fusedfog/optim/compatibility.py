@@ -163,6 +163,18 @@ ROWS: tuple[Refusal, ...] = (
         "train the bare module (ddp.module), or leave out fused_backward=True",
     ),
     Refusal("capturable", "fused_backward", "its hooks start messages inside backward", _ONE_OF_THEM),
+    Refusal(
+        "capturable",
+        "data_parallel_steps",
+        "backward waits for other ranks in these steps, and the passes that follow are others",
+        "leave out capturable=True, or begin with data-parallel steps in a run of their own",
+    ),
+    Refusal(
+        "capturable",
+        "machines that average gradients",
+        "backward waits for other ranks there",
+        "use inside='parameters', or leave out capturable=True",
+    ),
     Refusal("capturable", "cpu_compile", "compiled passes take numbers as arguments", _ONE_OF_THEM),
     Refusal(
         "capturable",

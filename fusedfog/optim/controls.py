@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,7 +21,9 @@ from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.description import brief, without_clock
 from fusedfog.optim.export import save_averaged
+from fusedfog.optim.options import Keywords
 from fusedfog.optim.swapped import Values, pairs_of, swapped
+from fusedfog.optim.switching import switch, switched
 from fusedfog.optim.uneven import UnevenSteps
 from fusedfog.params.owners import Claim
 from fusedfog.topology import Topology
@@ -245,8 +247,48 @@ class Controls(UnevenSteps):
         self._show_states()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Accumulate gradients under `fused_backward`: a backward inside leaves them in `p.grad`; use for all but the last."""
-        return self._engine.hooks.accumulate()
+        """Accumulate gradients: a backward inside leaves them in `p.grad`; use for all but the last of a step.
+
+        For `fused_backward`, and where backward averages gradients over ranks (`data_parallel_steps`, `algorithm="allreduce"`).
+        """
+        return self._engine.accumulate()
+
+    @announced("switch()")
+    def switch(
+        self,
+        *,
+        algorithm: str | None = None,
+        topology: Topology | str | None = None,
+        communicate_every: int | None = None,
+    ) -> None:
+        """Go on with another algorithm, topology or rhythm from the next step on. Collective, discards messages in flight.
+
+            opt = fusedfog.AdamW(model.parameters(), algorithm="allreduce")
+            ...                                          # a fast phase as DistributedDataParallel makes it
+            opt.switch(algorithm="awc")                  # what data_parallel_steps=N does before step N
+            ...
+            opt.switch(algorithm="allreduce")            # from the mean of all ranks' parameters and states on
+
+        Parameters, torch.optim's states and the clock go on. What only the old algorithm kept (trackers, duals) ends, and what
+        only the new one keeps begins with zero, but after data-parallel steps momentum goes on, and second moments are
+        scaled as `data_parallel_steps` says. Into "allreduce", parameters and states become their means over all ranks. Of
+        `data_parallel_steps` none are left. Buckets remain as they were cut at construction, 256 MB for awc and kin by
+        default: give `bucket_mb=25` there if atc is to follow.
+
+        Args:
+            algorithm, topology, communicate_every: as at construction; what is left out stays. A topology that was left out at
+                construction too is the new algorithm's default.
+
+        Raises:
+            ValueError: as at construction; or the optimizer was built with algorithm="local", which knows no other rank.
+            MismatchError: ranks were given different things; nothing has changed then.
+        """
+        given = {"algorithm": algorithm, "topology": topology, "communicate_every": communicate_every}
+        changes = cast(Keywords, {name: value for name, value in given.items() if value is not None})
+        options = switched(self._options, changes)
+        switch(self._kind, self._family, self._engine, options)
+        self._options = options
+        self._show_states()
 
     @announced("set_topology()")
     def set_topology(self, topology: Topology | str | None) -> None:

@@ -61,7 +61,7 @@ def check(kind: str, engine: Scheduler, setup: Setup) -> None:
     Raises:
         RuntimeError: it is there and the setup does not go with it, as the table of `compatibility` says.
     """
-    exchanges = engine.algorithm.exchanges == "parameters" and engine.communicator is not None
+    exchanges = engine.phases.last.algorithm.exchanges == "parameters" and engine.communicator is not None
     ranks = engine.communicator.view.ranks if exchanges and engine.communicator is not None else ()
     params = (param for segment in engine.segments for param in segment.params)
     found = _holders(params) if dist.is_initialized() else []

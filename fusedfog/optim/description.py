@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import torch
 import torch.distributed as dist
 
 from fusedfog.engine.scheduler import Scheduler
@@ -64,54 +65,64 @@ def ranks_of(engine: Scheduler) -> int:
     """How many ranks train together: those that exchange, or, where none do, those of the default group."""
     if engine.communicator is not None:
         return engine.communicator.view.size
-    return dist.get_world_size() if dist.is_initialized() and engine.algorithm.exchanges == "nothing" else 1
+    return dist.get_world_size() if dist.is_initialized() and engine.phases.last.algorithm.exchanges == "nothing" else 1
 
 
 def method(engine: Scheduler, options: Options) -> str:
     """Algorithm and topology, such as "awc on ring"; of a mesh also its shape."""
     outer = f" with outer every {options.outer.every} steps" if options.outer is not None else ""
-    topology, hierarchy = engine.exchanges.topology, engine.exchanges.hierarchy
+    topology, hierarchy = engine.phases.last.topology, engine.phases.last.hierarchy
     if engine.communicator is None or topology is None:
         return options.algorithm + outer
     over = (
         f" over {hierarchy.machines} machines of {_counted(hierarchy.locals, 'rank')}" if hierarchy is not None else ""
     )
-    return f"{options.algorithm}{outer} on {topology.name}{over}"
+    (begins, _) = engine.phases.begins[-1]
+    first = f", after {begins} data-parallel steps" if begins else ""
+    return f"{options.algorithm}{outer} on {topology.name}{over}{first}"
 
 
 def _traffic(engine: Scheduler, options: Options) -> list[str]:
     if engine.communicator is None:
         return ["nothing is sent"]
-    every, average = engine.schedule.communicate_every, engine.schedule.global_average_every
-    words = [f"{str(options.codes).removeprefix('torch.')} messages"] if engine.channels is not None else []
+    schedule = engine.phases.last.schedule
+    every, average = schedule.communicate_every, schedule.global_average_every
+    words = [f"{str(options.codes).removeprefix('torch.')} messages"] if _codes_of(engine) is not None else []
     words.append(f"{_bytes(bytes_of_exchange(engine))} {'a step' if every == 1 else f'every {every} steps'}")
     return words + ([f"an average over all ranks every {average} steps"] if average is not None else [])
 
 
 def bytes_of_exchange(engine: Scheduler) -> float:
     """What this rank sends in an exchange, on average over the topology's rounds, in bytes."""
-    exchanges = engine.exchanges
+    phase = engine.phases.last
     if engine.communicator is None:
         return 0.0
-    if engine.algorithm.exchanges == "gradients":
+    if phase.data_parallel:
         n = engine.communicator.view.size
         return sum(2.0 * segment.param.nbytes * (n - 1) / n for segment in engine.segments if segment.layout.mix)
     mixed = [segment for segment in engine.segments if segment.layout.mix]
-    messages = sum(_message_bytes(engine, segment, name) for segment in mixed for name in engine.algorithm.messages)
-    rounds = Rounds(exchanges.hierarchy.machine if exchanges.hierarchy is not None else engine.communicator.view.rank)
-    rounds.use(exchanges.topology)
+    messages = sum(_message_bytes(engine, segment, name) for segment in mixed for name in phase.algorithm.messages)
+    rounds = Rounds(phase.hierarchy.machine if phase.hierarchy is not None else engine.communicator.view.rank)
+    rounds.use(phase.topology)
     counts = [len(round_.send) for round_ in rounds.ahead()]
     sends = sum(counts) / len(counts) if counts else 0.0
-    if exchanges.hierarchy is None:
+    if phase.hierarchy is None:
         return sends * messages
-    # Inside a machine, reduce-scatter and all-gather; across, this rank's share.
-    share = messages / exchanges.hierarchy.locals
-    return 2 * (messages - share) + sends * share
+    share = messages / phase.hierarchy.locals
+    # Inside a machine gradients are reduced, or parameters collected; mixed ones are handed round; across goes this rank's share.
+    gradients = sum(segment.param.nbytes for segment in mixed) if phase.hierarchy.equal else messages / 2
+    own = 1 - 1 / phase.hierarchy.locals
+    return (2 * gradients + messages) * own + sends * share
+
+
+def _codes_of(engine: Scheduler) -> torch.dtype | None:
+    phase = engine.phases.last
+    return phase.codes if engine.communicator is not None and phase.algorithm.exchanges == "parameters" else None
 
 
 def _message_bytes(engine: Scheduler, segment: FlatSegment, name: str) -> float:
-    if engine.channels is not None:
-        codes = engine.channels.dtype
+    codes = _codes_of(engine)
+    if codes is not None:
         return segment.layout.numel * (codes.itemsize + (1 / ELEMENTS_PER_SCALE if FORMATS[codes] is not None else 0))
     # The tensor itself may not have been made yet.
     itemsize = segment.layout.dtype.itemsize

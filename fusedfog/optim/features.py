@@ -159,6 +159,8 @@ FEATURES: dict[str, Feature] = {
     "low_precision": _keyword("low_precision"),
     "state_dtype": _keyword("state_dtype", torch.float32),
     "max_grad_norm": _keyword("max_grad_norm"),
+    "data_parallel_steps": _keyword("data_parallel_steps"),
+    "lr_scale": _keyword("lr_scale", 1.0),
     "capturable": _keyword("capturable"),
     "measure": _keyword("measure"),
     "heals": Feature(
@@ -172,6 +174,16 @@ FEATURES: dict[str, Feature] = {
     # Of FSDP2 parameters it only says where shards lie.
     "mesh": Feature(
         lambda setup: setup.value("mesh") is not None and not setup.sharded, "`mesh`", lambda setup: "mesh="
+    ),
+    "machines that average gradients": Feature(
+        lambda setup: (
+            setup.value("mesh") is not None
+            and not setup.sharded
+            and setup.value("inside") != "parameters"
+            and setup.algorithm.exchanges == "parameters"
+        ),
+        "`mesh` with `inside='gradients'`",
+        lambda setup: "mesh= with inside='gradients'",
     ),
     # As torch does it, with a warning: each time that it is listed, it is updated.
     "listed twice": Feature(

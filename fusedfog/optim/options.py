@@ -23,6 +23,9 @@ NonFinite: TypeAlias = Literal["contain", "skip", "heal", "propagate"]
 """What becomes of values that are not finite; `DecentralizedOptimizer` explains them."""
 
 
+Inside: TypeAlias = Literal["gradients", "parameters"]
+"""What the ranks of a machine average: their gradients, so that it is one node of the graph, or their parameters."""
+
 _WIRES = {"bfloat16": "bf16", "float8": "fp8", "e4m3": "fp8", "i8": "int8", "uint8": "int8"}
 
 
@@ -33,6 +36,7 @@ class Keywords(TypedDict, total=False):
     algorithm: str
     group: dist.ProcessGroup | None
     mesh: DeviceMesh | None
+    inside: Inside
     mix_strength: Strength
     communicate_every: int
     global_average_every: int | None
@@ -48,6 +52,8 @@ class Keywords(TypedDict, total=False):
     capturable: bool
     measure: bool
     sync_init: bool
+    data_parallel_steps: int
+    lr_scale: float
     comm_sms: int | None
     model: torch.nn.Module | None
 
@@ -60,6 +66,7 @@ class Options:
     algorithm: str = "awc"
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    inside: Inside = "gradients"
     mix_strength: Strength = 1.0
     communicate_every: int = 1
     global_average_every: int | None = None
@@ -75,6 +82,8 @@ class Options:
     capturable: bool = False
     measure: bool = False
     sync_init: bool = True
+    data_parallel_steps: int = 0
+    lr_scale: float = 1.0
     comm_sms: int | None = None
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
@@ -107,11 +116,21 @@ class Options:
         sms = options.comm_sms
         if sms is not None and not (isinstance(sms, int) and not isinstance(sms, bool) and 1 <= sms <= 64):
             raise ValueError(f"comm_sms must be a whole number of 1 to 64, or None for NCCL's own choice, got {sms!r}")
+        if options.inside not in get_args(Inside):
+            raise ValueError(
+                f"inside is 'gradients' or 'parameters', what ranks of a machine average, got {options.inside!r}"
+                f"{did_you_mean(options.inside, get_args(Inside))}"
+            )
         if options.nonfinite not in get_args(NonFinite):
             ways = ", ".join(map(repr, get_args(NonFinite)))
             raise ValueError(
                 f"nonfinite is one of {ways}, got {options.nonfinite!r}{did_you_mean(options.nonfinite, get_args(NonFinite))}"
             )
+        steps = options.data_parallel_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"data_parallel_steps must be a whole number of steps, 0 for none, got {steps!r}")
+        if not (math.isfinite(options.lr_scale) and options.lr_scale > 0):
+            raise ValueError(f"lr_scale must be positive and finite, got {options.lr_scale!r}; 1 changes nothing")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")

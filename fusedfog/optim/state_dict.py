@@ -32,7 +32,7 @@ def origin_of(engine: Scheduler) -> dict[str, Any]:
     if engine.communicator is None:
         return {}
     view = engine.communicator.view
-    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.exchanges.topology)}
+    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.phases.last.topology)}
 
 
 def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
@@ -87,7 +87,7 @@ def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str,
 
 def saved_clock(engine: Scheduler, algorithm: str) -> dict[str, Any]:
     """What a `state_dict()` has beside torch's format."""
-    return {"algorithm": algorithm, **origin_of(engine), **engine.exchanges.read_clock()}
+    return {"algorithm": algorithm, **origin_of(engine), **engine.read_clock()}
 
 
 @contextmanager

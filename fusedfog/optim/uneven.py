@@ -42,6 +42,8 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
     _scheduler: Scheduler | None
     _options: Options
     _block: Block | None = None
+    _announced = -1
+    """The step that has been announced last."""
     _join_config = _JoinConfig.construct_disabled_join_config()
 
     @property
@@ -102,11 +104,28 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
         """Tell `Join`, and ranks that have left an `uneven` block, that this rank makes a step."""
         if (self._block is None and not self._join_config.enable) or recording():
             return
+        if self._announced == engine.clock.steps:
+            return
+        self._announced = engine.clock.steps
         work = Join.notify_join_context(self)
         if work is not None:
             work.wait()
         if self._block is not None:
             self._block.begin_step(self)
+
+    def _announce_average(self, again: bool) -> None:
+        """The same, for a backward that averages gradients: whoever has no data contributes zeros then, and once a step.
+
+        Raises:
+            RuntimeError: gradients are averaged a second time in one step.
+        """
+        engine = self._engine
+        if again and (self._block is not None or self._join_config.enable):
+            raise RuntimeError(
+                f"rank {engine.rank}: a second backward averages gradients before step(), and ranks without data average once a "
+                f"step: wrap all but the last backward of a step in `with opt.no_sync():`"
+            )
+        self._announce_step(engine)
 
     def _mix_only(self) -> None:
         """Make a step as a rank without data."""

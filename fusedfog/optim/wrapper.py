@@ -43,7 +43,7 @@ class Decentralized(DecentralizedOptimizer):
 
     Args:
         optimizer: the wrapped one, `opt.inner`; it must have been built on the very parameters that are trained.
-        decentralized: the keywords of `DecentralizedOptimizer`; `algorithm` is "awc", "atc" or "local".
+        decentralized: the keywords of `DecentralizedOptimizer`; `algorithm` is "awc", "atc", "allreduce" or "local".
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
@@ -146,7 +146,7 @@ class Decentralized(DecentralizedOptimizer):
             group["mix"] = mix
         engine.groups = self.param_groups
         engine.discard()
-        engine.exchanges.set_clock(clock)
+        engine.set_clock(clock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}

@@ -96,6 +96,16 @@ class GradientReader:
         """The gradients of parameters `[first, last)` as they are."""
         return list(map(_grad_of, self.between(first, last)))
 
+    def holds_gradient(self, position: int, found: Tensor) -> bool:
+        """Whether `found`, of `found_gradients`, is the gradient that users see, and no copy of it."""
+        return self.params[position].grad is found
+
+    def set_gradient(self, position: int, value: Tensor) -> None:
+        """Have users see this value as the gradient of parameter number `position`, in the dtype that its gradients have."""
+        param = self.params[position]
+        dtype = param.grad.dtype if param.grad is not None else getattr(param, "grad_dtype", None) or param.dtype
+        param.grad = value.to(dtype, copy=True)
+
     def gradients(self, first: int, last: int) -> Gradients:
         """The gradients of parameters `[first, last)` where autograd left them.
 

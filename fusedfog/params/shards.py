@@ -327,6 +327,20 @@ class ShardSegment(FlatSegment):
             _local_gradient(self.owners[p], self.params[p], self.layout.slots[p].spec.name) for p in range(first, last)
         ]
 
+    def holds_gradient(self, position: int, found: Tensor) -> bool:
+        """See `FlatSegment`."""
+        grad = self.owners[position].grad
+        return grad is not None and grad._local_tensor is found
+
+    def set_gradient(self, position: int, value: Tensor) -> None:
+        """See `FlatSegment`; `value` is this rank's shard."""
+        owner = self.owners[position]
+        if owner._local_tensor.numel():
+            local = value.to(owner.grad.dtype if owner.grad is not None else owner.dtype, copy=True)
+            owner.grad = DTensor.from_local(
+                local, owner.device_mesh, owner.placements, run_check=False, shape=owner.shape, stride=owner.stride()
+            )
+
 
 def _local_gradient(owner: Any, param: Tensor, name: str) -> Tensor | None:
     grad = owner.grad

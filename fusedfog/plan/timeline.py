@@ -254,24 +254,19 @@ class _Run:
     # -- one step --------------------------------------------------------------------------------------------------------
 
     def _reduce(self, pace: Times) -> None:
-        """Gradients are averaged: under backward for DDP and with fused_backward, after it otherwise."""
-        overlaps = self.method.algorithm == "ddp" or self.method.fused_backward
-        packing = 2  # Each gradient is copied into the bucket; DDP also copies the mean back.
+        """Gradients are averaged under backward."""
+        packing = 2  # Each gradient is copied into the bucket, and the mean back.
         ready = []
         now, at = self.now + pace * self.forward_s, 0.0
         for bucket in self.buckets:
-            if overlaps:
-                now = now + pace * (bucket.ready_s - at) + self._pass(bucket, packing)
-                at = bucket.ready_s
-                ready.append(now)
-        now = now + pace * (self.backward_s - at)
-        for bucket in () if overlaps else self.buckets:
-            now = now + self._pass(bucket, packing)
+            now = now + pace * (bucket.ready_s - at) + self._pass(bucket, packing)
+            at = bucket.ready_s
             ready.append(now)
+        now = now + pace * (self.backward_s - at)
         end = 0.0
         for bucket, posted in zip(self.buckets, ready, strict=True):
             end = max(end, float(posted.max())) + self._reduce_seconds(bucket)
-        after = self.workload.optimizer_tensors + (2 if self.method.algorithm == "ddp" else 0)
+        after = self.workload.optimizer_tensors + packing
         self.now = np.maximum(now, end) + self.workload.pass_seconds(self.workload.size, after)
 
     def _reduce_seconds(self, bucket: Bucket) -> float:

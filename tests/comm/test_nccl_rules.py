@@ -440,7 +440,7 @@ def mesh_links() -> Any:
         mock.patch.object(torch.cuda, "Stream", Stream),
     ):
         mesh = init_device_mesh("cpu", (3, 2))
-        opt = fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, mesh=mesh, topology="ring")
+        opt = fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, mesh=mesh, inside="parameters", topology="ring")
         found = opt._engine.exchanges.mailbox.gossip.hierarchy
         inside, across, back = found._inside[0], found._across[0], found._back[0]
         before = {id(communicator.group) for communicator in (inside, across, back)}

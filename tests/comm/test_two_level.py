@@ -53,7 +53,7 @@ def by_optimizer(mesh: DeviceMesh, graph: Any, count: int) -> Tensor:
     """What one step of AWC with lr = 0 leaves: the mixed parameters. Two of them, in buckets of their own."""
     x = values(dist.get_rank(), count)
     params = [nn.Parameter(part.clone()) for part in x.tensor_split([count // 3])]
-    opt = fusedfog.SGD(params, lr=0.0, topology=graph, mesh=mesh, sync_init=False, bucket_mb=1e-4)
+    opt = fusedfog.SGD(params, lr=0.0, topology=graph, mesh=mesh, inside="parameters", sync_init=False, bucket_mb=1e-4)
     for param in params:
         param.grad = torch.zeros_like(param)
     opt.step()

@@ -166,7 +166,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], torch.dtype]] = {
     "stochastic": (3, "AdamW", {"low_precision": "stochastic", "state_dtype": torch.bfloat16}, torch.bfloat16),
     "master": (2, "SGD", SGD_M | {"low_precision": "master", "measure": True}, torch.bfloat16),
     "int8-messages": (3, "AdamW", {"wire_dtype": "int8", "topology": "ring", "resumes": True}, torch.float32),
-    "machines": (4, "AdamW", {"mesh": (2, 2)}, torch.float32),
+    "machines": (4, "AdamW", {"mesh": (2, 2), "inside": "parameters"}, torch.float32),
     "weaker-by-rate": (3, "AdamW", {"topology": "base_graph", "mix_strength": by_rate, "resumes": True}, torch.float32),
     "weaker-int8-messages": (
         3,

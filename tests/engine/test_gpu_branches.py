@@ -39,7 +39,9 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd push-sum": ("SGD", {"algorithm": "push_sum"}),
     "sgd averaging": ("SGD", {"global_average_every": 3}),
     "sgd int8": ("SGD", {"wire_dtype": "int8", "topology": "ring"}),
-    "sgd mesh": ("SGD", {"mesh": True, "topology": "ring"}),
+    "sgd mesh": ("SGD", {"mesh": True, "inside": "parameters", "topology": "ring"}),
+    "sgd machines": ("SGD", {"mesh": True, "topology": "ring", "momentum": 0.5}),
+    "adamw start": ("AdamW", {"data_parallel_steps": 3}),
     "sgd allreduce": ("SGD", {"algorithm": "allreduce", "momentum": 0.9}),
     "sgd measured": ("SGD", {"measure": True, "max_grad_norm": 1.0}),
     "adamw awc": ("AdamW", {"weight_decay": 0.1}),
@@ -72,7 +74,8 @@ def train(kind: str, options: dict[str, Any]) -> tuple[list[torch.Tensor], Any]:
         options["mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     torch.manual_seed(0)
     model = Model()
-    opt = getattr(fusedfog, kind)(model.parameters(), lr=0.125, **options)
+    # As a warm-up schedule does, the rate of the first step is set after kernels have been compiled.
+    opt = getattr(fusedfog, kind)(model.parameters(), lr=1.0, **options)
     data = torch.Generator().manual_seed(1 + dist.get_rank())
     graph = None
     for step in range(STEPS):
@@ -254,6 +257,7 @@ def steps_without_syncs() -> dict[str, str]:
             "sgd mesh",
             "sgd int8",
             "sgd allreduce",
+            "sgd machines",
             "adamw awc",
         ):
             kind, options = TRAINED[name]
@@ -261,6 +265,9 @@ def steps_without_syncs() -> dict[str, str]:
             if options.pop("mesh", False):
                 options["mesh"] = init_device_mesh("cpu", (2, 2))
             model = Model()
+            if name in ("sgd allreduce", "sgd machines"):
+                # Whether another rank has the gradient that this one lacks, the host has to know, as under DDP.
+                model.idle.requires_grad_(False)
             opt = getattr(fusedfog, kind)(model.parameters(), lr=0.125, **options)
             for step in range(4):
                 with gpu.without_syncs() if step > 1 else contextlib.nullcontext():

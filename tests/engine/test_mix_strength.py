@@ -140,7 +140,9 @@ def test_on_a_mesh_w_is_that_of_all_ranks(ranks: Pool) -> None:
 
 def train_on_mesh(hessians: np.ndarray, linear: np.ndarray, x0: np.ndarray, rates: list[float]) -> np.ndarray:
     mesh = init_device_mesh("cpu", (2, 2))
-    return train("SGD", hessians, linear, x0, rates, mesh=mesh, topology="ring", mix_strength=as_rate)
+    return train(
+        "SGD", hessians, linear, x0, rates, mesh=mesh, inside="parameters", topology="ring", mix_strength=as_rate
+    )
 
 
 def test_an_outer_step_mixes_with_the_strength_of_its_step(ranks: Pool) -> None:

@@ -73,7 +73,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "awc hooks": ("SGD", {"fused_backward": True}),
     "awc every two": ("SGD", {"communicate_every": 2}),
     "awc averaging": ("SGD", {"global_average_every": 2}),
-    "awc mesh": ("SGD", {"mesh": True, "topology": "ring"}),
+    "awc mesh": ("SGD", {"mesh": True, "inside": "parameters", "topology": "ring"}),
     "capturable": ("SGD", {"capturable": True}),
     "master": ("SGD", {"low_precision": "master"}),
     "tracking": ("SGD", {"algorithm": "gradient_tracking"}),

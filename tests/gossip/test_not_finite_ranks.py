@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ SETUPS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"topology": "ring", "communicate_every": 2}),
     ("AdamW", {"global_average_every": 2}),
     ("AdamW", {"mesh": "machines"}),
-    ("SGD", {"mesh": "machines", "algorithm": "atc"}),
+    ("SGD", {"mesh": "machines", "algorithm": "atc", "inside": "parameters"}),
     ("AdamW", {"fused_backward": True}),
     ("AdamW", {"capturable": True}),
     ("AdamW", {"low_precision": "master"}),
@@ -35,6 +37,9 @@ SETUPS: list[tuple[str, dict[str, Any]]] = [
     ("Decentralized", {"topology": "ring"}),
     ("Decentralized", {"algorithm": "atc"}),
     ("AdamW", {"algorithm": "local", "outer": Outer(every=2), "topology": "ring"}),
+    ("AdamW", {"data_parallel_steps": 4}),
+    ("SGD", {"data_parallel_steps": 4, "momentum": 0.9, "algorithm": "decentlam", "topology": "ring"}),
+    ("Decentralized", {"algorithm": "allreduce"}),
 ]
 CONSERVING = [(kind, {"algorithm": row.name}) for kind, row in ROWS if row.conserves]
 PHASES = ("gradient", "parameter", "state")
@@ -46,7 +51,7 @@ def tensors_of(opt: Any, params: list[nn.Parameter], phase: str) -> list[torch.T
     if phase == "state":
         states = [opt.state[p] for p in params if p in opt.state]
         return [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
-    return [p.grad if phase == "gradient" else p.data for p in params if p.grad is not None]
+    return [p.data for p in params if p.grad is not None]
 
 
 def spoil(opt: Any, model: nn.Module, phase: str, whole: bool, value: float) -> None:
@@ -54,6 +59,24 @@ def spoil(opt: Any, model: nn.Module, phase: str, whole: bool, value: float) -> 
     params = list(model.parameters())
     for tensor in tensors_of(opt, params if whole else params[:1], phase):
         (tensor if whole else tensor.flatten()[:1]).fill_(value)
+
+
+@contextmanager
+def spoilt_gradients(model: nn.Module, whole: bool, value: float) -> Iterator[None]:
+    """The same of the gradients that a backward inside brings."""
+
+    def of(gradient: torch.Tensor) -> torch.Tensor:
+        spoilt = gradient.clone()
+        (spoilt if whole else spoilt.flatten()[:1]).fill_(value)
+        return spoilt
+
+    params = list(model.parameters())
+    handles = [param.register_hook(of) for param in (params if whole else params[:1])]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def train(kind: str, keywords: dict[str, Any], phase: str, whole: bool, value: float, steps: int) -> dict[str, Any]:
@@ -75,8 +98,11 @@ def train(kind: str, keywords: dict[str, Any], phase: str, whole: bool, value: f
         try:
             for step in range(steps):
                 opt.zero_grad()
-                model(torch.randn(5, 6, dtype=dtype)).square().mean().backward()
-                if me == SICK and step == AT:
+                sick = me == SICK and step == AT
+                # Where backward averages gradients, they are spoilt before it does.
+                with spoilt_gradients(model, whole, value) if sick and phase == "gradient" else nullcontext():
+                    model(torch.randn(5, 6, dtype=dtype)).square().mean().backward()
+                if sick and phase != "gradient":
                     spoil(opt, model, phase, whole, value)
                 opt.step()
         except fusedfog.NonFiniteError as found:
@@ -170,8 +196,9 @@ def test_skipping_a_step_leaves_the_rank_well_and_keeps_mixing(ranks: Pool) -> N
     setups: list[Case] = [(*setup, "gradient", True, math.inf) for setup in SETUPS]
     for case, found in each(ranks, 4, setups, "skip"):
         assert all(one["finite"] for one in found), case
-        # Under allreduce the others hear of it, for all skip the step.
-        assert case[1].get("algorithm") == "allreduce" or not any(one["refused"] for one in found), case
+        # Where gradients are averaged the others hear of it, for theirs are averaged without these.
+        averages = case[1].get("algorithm") == "allreduce" or {"data_parallel_steps", "mesh"} & case[1].keys()
+        assert averages or not any(one["refused"] for one in found), case
 
 
 def skip_as_a_scaler(kind: str, keywords: dict[str, Any], scaled: bool) -> list[list[float]]:

@@ -342,7 +342,7 @@ def test_one_rank_is_the_wrapped_optimizer_and_may_be_copied() -> None:
 @pytest.mark.parametrize(
     ("keywords", "match"),
     [
-        ({"algorithm": "decentlam"}, r"'awc', 'atc' or 'local', not 'decentlam'.*fusedfog.SGD"),
+        ({"algorithm": "decentlam"}, r"'awc', 'atc', 'allreduce' or 'local', not 'decentlam'.*fusedfog\.SGD"),
         ({"fused_backward": True}, "fused_backward.*all parameters at once"),
         ({"outer": fusedfog.Outer()}, "outer"),
         ({"cpu_compile": True}, "cpu_compile"),

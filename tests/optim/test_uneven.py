@@ -11,6 +11,7 @@ import torch.distributed as dist
 from support.pool import Pool
 from torch import nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedfog
@@ -28,6 +29,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "global_average_every": {"global_average_every": 4},
     "allreduce": {"algorithm": "allreduce"},
     "allreduce-fused_backward": {"algorithm": "allreduce", "fused_backward": True},
+    "start": {"data_parallel_steps": 4, "topology": "ring"},
+    "machines": {"mesh": True},
     "local": {"algorithm": "local"},
     "outer": {"algorithm": "local", "outer": fusedfog.Outer(every=3)},
     "push_sum": {"algorithm": "push_sum"},
@@ -52,6 +55,9 @@ def step(model: nn.Module, opt: Any) -> None:
 def train(keywords: dict[str, Any], way: str, batches: tuple[int, ...]) -> tuple[int, int, float, bool]:
     """Steps made inside, and in all after two more, the distance between ranks then, and whether gradients were kept."""
     model = net()
+    keywords = dict(keywords)
+    if keywords.get("mesh"):
+        keywords["mesh"] = init_device_mesh("cpu", (2, 2))
     dtype = torch.float32 if "wire_dtype" in keywords else torch.float64
     model.to(dtype)
     opt = fusedfog.SGD(model.parameters(), lr=0.05, momentum=0.9, bucket_mb=1e-4, **keywords)
@@ -111,6 +117,29 @@ def test_a_rank_without_data_mixes_and_does_not_update(ranks: Pool) -> None:
     assert ranks.run(2, values, "awc") == [[-0.5], [0.5]]
     # Rank 1 contributes zero to the mean gradient, as under DistributedDataParallel's join, and makes rank 0's step with lr 0.
     assert ranks.run(2, values, "allreduce") == [[-0.5], [1.0]]
+
+
+def twice(way: str) -> str:
+    """The error of a second backward that would average gradients again, which a rank without data could not know."""
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.05, algorithm="allreduce")
+    with opt.uneven() if way == "uneven" else Join([opt]):
+        loss = model(torch.ones(2, 6, dtype=torch.float64)).sum()
+        with opt.no_sync():
+            loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            opt.step()
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("way", ["uneven", "Join"])
+def test_gradients_are_averaged_once_a_step_inside(ranks: Pool, way: str) -> None:
+    for rank, text in enumerate(ranks.run(2, twice, way)):
+        assert text.startswith(f"rank {rank}: a second backward averages gradients before step()")
 
 
 def several() -> tuple[int, int]:

@@ -24,6 +24,7 @@ from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.group import GroupView
 from fusedfog.engine import scheduler
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.engine.phases import Phase, Phases
 from support.recorded import record
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -106,14 +107,18 @@ def among_echoes(
     engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
     # Echoes have no store in which ranks compare their numbers.
     with mock.patch.object(scheduler, "SameNumbers", lambda *_: None):
+        phase = Phase(
+            algorithm_for(algorithm, optimizer._family),
+            bent or topology.ring(size),
+            schedule or StepSchedule(fused_backward=fused_backward),
+        )
         optimizer._scheduler = type(engine)(
             optimizer.param_groups,
             engine.segments,
-            algorithm_for(algorithm, optimizer._family),
-            bent or topology.ring(size),
+            Phases.of(phase),
             EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
             0,
-            schedule or StepSchedule(fused_backward=fused_backward),
+            2**20,
         )
     optimizer._scheduler.adopt_edits = engine.adopt_edits
     return optimizer

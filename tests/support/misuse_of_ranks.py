@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedfog
@@ -229,6 +230,8 @@ ONE_MORE_STEP = "make one more step on rank 0, while the others go on without fu
 OTHERS_ENDED = "the same, when the others have ended"
 STOPPED = "suspend a process (`kill -STOP`), or cut it off"
 DRIFTED = "change the learning rate on one rank"
+OF_A_MACHINE = "the same with `mesh=`, on one rank of a machine; on the other"
+TWICE = "two backwards before `step()` inside `uneven()`, where backward averages gradients"
 RAISED = "leave `uneven()` by an error on one rank; on those that have no more data"
 LEFT = "call `leave()` on one rank; on the others"
 
@@ -302,6 +305,35 @@ def drifted() -> Texts:
             opt.step()
 
     return {DRIFTED: said(train)}
+
+
+@world(OF_A_MACHINE, size=4, pg_timeout=20.0)
+def unlike_its_machine() -> Texts:
+    model = net()
+    mesh = init_device_mesh("cpu", (2, 2))
+    opt = fusedfog.SGD(model.parameters(), lr=0.01, mesh=mesh, topology="ring")
+
+    def train() -> None:
+        for step in range(70):
+            if step == 50 and dist.get_rank() == 3:
+                opt.param_groups[0]["lr"] = 0.005
+            iterate(model, opt)
+
+    text = said(train)
+    wait_until_all_are_told()
+    return end({OF_A_MACHINE: text} if dist.get_rank() == 2 else {})
+
+
+@world(TWICE)
+def averaged_twice() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, algorithm="allreduce")
+    with opt.uneven():
+        loss = model(torch.ones(4, 8)).square().mean()
+        loss.backward(retain_graph=True)
+        text = said(loss.backward)
+        opt.step()
+    return {TWICE: text}
 
 
 @world(RAISED, pg_timeout=20.0)

@@ -90,7 +90,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
             if reduces or (not early and graph is not None):
                 lead = 2 if reduces else workload.optimizer_tensors
                 clock, at = now[i] + f * forward, 0.0
-                overlap = ddp or method.fused_backward
+                overlap = reduces or method.fused_backward
                 for b, bucket in enumerate(buckets):
                     if overlap:
                         clock += f * (bucket.ready_s - at) + moved(bucket.size, lead)
@@ -123,7 +123,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
             end = 0.0
             for b, bucket in enumerate(buckets):
                 end = max(end, *ends[b]) + allreduce_seconds(network, bucket.size, method.collective)
-            after = workload.optimizer_tensors + (2 if ddp else 0)
+            after = workload.optimizer_tensors + 2
             now = [max(clock, end) + moved(workload.size, after) for clock in now]
         elif early and exchanging(t + 1):
             posted.update({(t + 1, b, i): ends[b][i] for b in range(count) for i in range(n)})

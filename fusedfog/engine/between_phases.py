@@ -1,0 +1,162 @@
+"""How a scheduler goes over from one phase of a run into another: what it holds anew, and what goes on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from fusedfog.algorithms import Algorithm
+from fusedfog.comm.communicator import Communicator
+from fusedfog.engine.between_steps import BetweenSteps
+from fusedfog.engine.clock import Clock, StepSchedule
+from fusedfog.engine.exchanges import Exchanges
+from fusedfog.engine.gradient_means import GradientMeans
+from fusedfog.engine.hand_over import hand_over
+from fusedfog.engine.hooks import BackwardHooks
+from fusedfog.engine.phases import Phase, Phases
+from fusedfog.gossip.buckets import BucketState
+from fusedfog.gossip.compression import CompressedChannels
+from fusedfog.gossip.delivery import ExchangeStats
+from fusedfog.params.flat import FlatSegment
+from fusedfog.topology import Topology
+
+
+class BetweenPhases(BetweenSteps):
+    """A scheduler while it changes its phase; `Scheduler` sets its attributes, and explains them."""
+
+    groups: list[dict[str, Any]]
+    phase: Phase
+    phases: Phases
+    algorithm: Algorithm
+    schedule: StepSchedule
+    clock: Clock
+    stats: ExchangeStats
+    channels: CompressedChannels | None
+    _channel: int
+    _mean_bytes: int
+    _by_segment: bool
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """See `Scheduler`."""
+
+    @abstractmethod
+    def pass_bucket(self, place: int) -> None:
+        """See `hooks.PassMaker`."""
+
+    @abstractmethod
+    def may_pass(self, bucket: BucketState) -> bool:
+        """See `hooks.PassMaker`."""
+
+    @abstractmethod
+    def rebuild_buckets(self, *, local: bool = False) -> None:
+        """See `Scheduler`."""
+
+    @abstractmethod
+    def use_topology(self, topology: Topology | None) -> None:
+        """See `Scheduler`."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """See `Scheduler`."""
+
+    @property
+    def node(self) -> int:
+        """This rank; 0 where all ranks have the same parameters, and with gradients averaged inside machines the machine."""
+        if self.phase.data_parallel:
+            return 0
+        return self.phase.hierarchy.machine if self.phase.gradients is not None and self.phase.hierarchy else self.rank
+
+    def enter(self, phase: Phase) -> None:
+        """Make steps as this phase says, beginning with nothing in flight."""
+        schedule, gradients = phase.schedule, phase.gradients
+        self.phase, self.algorithm, self.schedule = phase, phase.algorithm, schedule
+        # Not with fused_backward: how many buckets the hooks have passed differs by rank, and with it the order of pass
+        # groups, in which messages are started and NCCL matches them.
+        self._by_segment = not schedule.fused_backward
+        self._drop_states()
+        averages = gradients is not None or phase.data_parallel
+        self.hooks = BackwardHooks(self, holds=averages or schedule.max_grad_norm is not None or schedule.skips)
+        before: Exchanges | None = getattr(self, "exchanges", None)
+        self.exchanges = Exchanges(self.segments, phase, self.communicator, self._channel, self.clock, self.stats)
+        if before is not None:
+            self.exchanges.go_on_from(before)
+        self.channels, self.means = self.exchanges.channels, None
+        over = self.communicator if phase.data_parallel else gradients
+        if over is not None:
+            self.means = GradientMeans(
+                self,
+                over,
+                self._members_of(over),
+                self.exchanges.quarantine,
+                self._mean_bytes,
+                frees=schedule.fused_backward,
+                # With "allreduce" alone ranks may start apart, as under DistributedDataParallel without its broadcast.
+                compares=gradients is not None or phase is not self.phases.last,
+                measures=phase.data_parallel and self.has_second_moments(),
+            )
+        self.rebuild_buckets()
+        self.use_topology(phase.topology)
+        self.warm_up()
+
+    def _members_of(self, part: Communicator) -> list[int]:
+        """The ranks of a communicator, as this one's calls them."""
+        assert self.communicator is not None
+        return [self.communicator.view.ranks.index(rank) for rank in part.view.ranks]
+
+    def replace_topology(self, topology: Topology | None) -> None:
+        """Exchange along another topology from the next step on, or once the phase begins that has exchanges."""
+        ahead = self.phase is not self.phases.last
+        self.phases = self.phases.with_topology(topology)
+        if not ahead:
+            self.discard()
+            self.phase = self.phases.last
+            self.use_topology(topology)
+            self.exchanges.open_connections()
+            self.warm_up()
+
+    def set_clock(self, saved: dict[str, Any]) -> None:
+        """Resume from `read_clock`'s data, in the phase that this is in; missing entries count from zero."""
+        self.clock.restore(saved)
+        phase = self.phases.at(self.clock.steps)
+        if phase is not self.phase:
+            self.discard()
+            self.hooks.detach()
+            if self.means is not None:
+                self.means.detach()
+            self.enter(phase)
+        self.exchanges.set_clock(saved)
+        if self.means is not None:
+            self.means.squares = self.clock.gradient_squares or []
+
+    def change_phase(self, phase: Phase) -> None:
+        """Go over into another phase. Collective, if one of the two is data-parallel."""
+        self.discard()
+        self.hooks.detach()
+        if self.means is not None:
+            self.means.detach()
+        hand_over(self, self.phase, phase)
+        self.enter(phase)
+        self.exchanges.open_connections()
+        if self.channels is not None:
+            self.channels.start_replicas()  # A checkpoint of this moment has them.
+        self.buckets.bump_versions()
+
+    def _drop_states(self) -> None:
+        """Free the states of phases that are over."""
+        for segment in self.segments:
+            names = self.algorithm.state_names(self.groups[segment.layout.group])
+            kept = {*names, segment.remainder_name}
+            segment.states = {name: state for name, state in segment.states.items() if name in kept}
+
+    def has_second_moments(self) -> bool:
+        """Whether updates divide by a mean of squared gradients."""
+        return any("exp_avg_sq" in self.algorithm.state_names(group) for group in self.groups)
+
+    def second_moments(self, segment: FlatSegment, position: int) -> list[Tensor]:
+        """Those of a segment's parameter number `position`, as far as they have begun."""
+        names = [name for name in ("exp_avg_sq", "max_exp_avg_sq") if name in segment.states]
+        return [segment.state_view(name, position) for name in names]
