@@ -5,7 +5,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from fusedfog import ops, topology
-from fusedfog.algorithms import Outer
+from fusedfog.algorithm import Outer
 from fusedfog.comm.group import is_main, rank, world_size
 from fusedfog.comm.join import init
 from fusedfog.comm.subgroup import new_group

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import fully_shard
 
 import fusedfog
 from fusedfog import topology
-from fusedfog.algorithms import TABLE, WRAPPED, Outer, algorithm_for
+from fusedfog.algorithm import Outer
+from fusedfog.algorithms import TABLE, WRAPPED, algorithm_for
 from fusedfog.optim import compatibility
 from fusedfog.optim.compatibility import ROWS, Refusal, check, first_refusal
 from fusedfog.optim.features import FEATURES, HYPER, ROWS_OF_ALGORITHMS, Setup

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
     ("topology", "kernels", "errors", "log", "environment"),
+    ("algorithm",),
     ("algorithms",),
     ("comm",),
     ("params", "ops"),

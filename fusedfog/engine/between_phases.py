@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedfog.algorithms import Algorithm
+from fusedfog.algorithm import Algorithm
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.between_steps import BetweenSteps
 from fusedfog.engine.clock import Clock, StepSchedule

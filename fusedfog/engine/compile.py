@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusedfog.algorithms import MIX, Algorithm
+from fusedfog.algorithm import Algorithm
+from fusedfog.algorithms import MIX
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fusedfog.algorithms import Algorithm
+from fusedfog.algorithm import Algorithm
 from fusedfog.comm.averaging import average_in_place
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.clock import Clock

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.algorithm import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.engine.gradient_means import GradientMeans

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusedfog.algorithms import Algorithm
+from fusedfog.algorithm import Algorithm
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.gossip.by_machine import Hierarchy

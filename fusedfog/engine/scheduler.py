@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedfog.algorithms import Stage
+from fusedfog.algorithm import Stage
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span

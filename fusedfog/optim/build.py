@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.algorithms import Algorithm, algorithm_for, data_parallel
+from fusedfog.algorithm import Algorithm
+from fusedfog.algorithms import algorithm_for, data_parallel
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fusedfog.algorithms import TABLE, Algorithm
+from fusedfog.algorithm import Algorithm
+from fusedfog.algorithms import TABLE
 from fusedfog.optim.features import FEATURES, OPTIMIZERS, ROWS_OF_ALGORITHMS, Setup
 from fusedfog.topology import Topology, base_graph, named, one_peer_exponential, symmetric_exponential
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fusedfog.algorithms import TABLE, WRAPPED, Algorithm, alone
+from fusedfog.algorithm import Algorithm
+from fusedfog.algorithms import TABLE, WRAPPED, alone
 from fusedfog.kernels import device
 from fusedfog.topology import Topology
 

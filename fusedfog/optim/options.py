@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fusedfog.algorithms import Outer
+from fusedfog.algorithm import Outer
 from fusedfog.engine.mix_strength import MixStrength, Strength
 from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format

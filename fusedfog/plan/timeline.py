@@ -23,7 +23,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fusedfog.algorithms import TABLE, Algorithm
+from fusedfog.algorithm import Algorithm
+from fusedfog.algorithms import TABLE
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.plan.network import (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusedfog.algorithms import Algorithm, Stage
+from fusedfog.algorithm import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.mix_strength import rate_of
 from fusedfog.gossip.push_sum import idle, push

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedfog import optim
-from fusedfog.algorithms import Algorithm, Outer, algorithm_for, alone
+from fusedfog.algorithm import Algorithm, Outer
+from fusedfog.algorithms import algorithm_for, alone
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.mix_strength import Strength
 from fusedfog.optim.compatibility import choose_topology

@@ -12,7 +12,8 @@ from support.pool import Pool
 from torch import nn
 
 import fusedfog
-from fusedfog.algorithms import TABLE, Outer
+from fusedfog.algorithm import Outer
+from fusedfog.algorithms import TABLE
 
 TINY = 0.0005
 

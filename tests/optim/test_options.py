@@ -12,7 +12,8 @@ from torch import nn
 
 import fusedfog
 from fusedfog import topology
-from fusedfog.algorithms import TABLE, Algorithm, Outer, algorithm_for
+from fusedfog.algorithm import Algorithm, Outer
+from fusedfog.algorithms import TABLE, algorithm_for
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 

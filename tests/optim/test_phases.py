@@ -89,7 +89,11 @@ def resumed(keywords: dict[str, Any], at: int) -> tuple[list[Tensor], list[Tenso
     return values(one), values(other)
 
 
-@pytest.mark.parametrize("name", SETUPS)
+USUAL = ("SGD awc", "decentlam", "AdamW int8", "AdamW clipped", "AdamW stochastic", "Decentralized")
+"""What `make test` tries of the slower ones."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else [pytest.mark.slow]) for n in SETUPS])
 def test_a_resume_around_the_hand_over_is_the_uninterrupted_run(ranks: Pool, name: str) -> None:
     for at in (START - 1, START, START + 1):
         for one, other in ranks.run(4, resumed, SETUPS[name], at):
