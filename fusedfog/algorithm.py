@@ -52,6 +52,7 @@ class Algorithm:
         passes_without_exchange: steps without an exchange have a pass `after` too, which mixes with W = I.
         graph: the topologies the theory covers: any doubly stochastic sequence, a static symmetric matrix, or any graph,
             of which only the edges are used.
+        wants_static: its default graph is static, since it does badly on those that change.
         lazy: W is replaced by (I + W)/2.
         normalized: a state whose inverse global norm the `before` pass takes as an extra number.
         waits_at_zero_lr: a step with lr = 0 does not count for bias correction.
@@ -72,6 +73,7 @@ class Algorithm:
     messages: tuple[str, ...] = ("param",)
     passes_without_exchange: bool = False
     graph: Literal["doubly_stochastic", "symmetric", "any"] = "doubly_stochastic"
+    wants_static: bool = False
     lazy: bool = False
     normalized: str | None = None
     waits_at_zero_lr: bool = False

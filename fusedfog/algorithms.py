@@ -224,6 +224,7 @@ def _adam_family() -> dict[str, Algorithm]:
             _DESCEND,
             Stage("dag", _plain(adam_hyper), _adam_states),
             messages=("message",),
+            wants_static=True,
             passes_without_exchange=True,
             waits_at_zero_lr=True,
         ),

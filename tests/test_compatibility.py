@@ -26,7 +26,7 @@ from fusedfog import topology
 from fusedfog.algorithm import Outer
 from fusedfog.algorithms import TABLE, WRAPPED, algorithm_for
 from fusedfog.optim import compatibility
-from fusedfog.optim.compatibility import ROWS, Refusal, check, first_refusal
+from fusedfog.optim.compatibility import ROWS, Refusal, check, choose_topology, first_refusal
 from fusedfog.optim.features import FEATURES, HYPER, ROWS_OF_ALGORITHMS, Setup
 
 PACKAGE = Path(fusedfog.__file__).parent
@@ -344,3 +344,18 @@ def test_algorithms_are_asked_for_by_name_in_their_table_alone() -> None:
 def test_a_question_by_name_would_be_found() -> None:
     for code in ('row.name == "push_sum"', 'row.after.rule in ("outer", "mix")', 'algorithm_for("local", family)'):
         assert any(map(asks_by_name, ast.walk(ast.parse(code)))), code
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "graph"),
+    [
+        ("Adam", "awc", 8, "one_peer_exponential"),
+        ("SGD", "atc", 6, "base_graph"),
+        ("Adam", "dag", 8, "symmetric_exponential"),
+        ("SGD", "exact_diffusion", 6, "symmetric_exponential"),
+    ],
+)
+def test_the_default_graph_is_one_that_serves_the_algorithm(family: str, name: str, size: int, graph: str) -> None:
+    chosen = choose_topology(Setup(family, TABLE[family][name], ranks=size), None, size)
+    assert chosen is not None
+    assert graph in chosen.name

@@ -49,7 +49,8 @@ class DecentralizedOptimizer(Controls):
 
     Keyword arguments of every optimizer, beside torch's own:
         topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
-            default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise.
+            default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise; the symmetric
+            exponential graph for methods that need a static one, and for dag, which one-peer graphs serve badly.
         algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
             "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as
             DistributedDataParallel), "local", or one of the

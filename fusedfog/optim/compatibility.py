@@ -253,7 +253,7 @@ def resolve_topology(
 
     The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
     every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
-    methods that need one static symmetric matrix, and if `static` asks for one round.
+    methods that need one static symmetric matrix or do better with it (dag), and if `static` asks for one round.
 
     Raises:
         ValueError: the topology is of another size, or unknown. Whether the theory covers it, `choose_topology` says.
@@ -276,7 +276,7 @@ def resolve_topology(
 
 
 def _default(algorithm: Algorithm, size: int) -> Topology:
-    if algorithm.graph == "symmetric":
+    if algorithm.graph == "symmetric" or algorithm.wants_static:
         return symmetric_exponential(size)
     return one_peer_exponential(size) if size & (size - 1) == 0 else base_graph(size)
 
