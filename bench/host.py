@@ -1,7 +1,8 @@
 """What a step costs the host on the GPU path, measured without a GPU: python bench/host.py [--profile | --no-save]
 
 300 parameters of one element each, so that nothing but the host is at work: the engine's own loops, Triton's launcher down
-to a driver library that only counts (tests/support/stub_driver.py), and a neighbour that is silent in the place of NCCL.
+to a driver library that only counts (tests/support/stub_driver.py), and a neighbour that is silent in the place of NCCL. All
+launches of a step are made: those of passes, and where parameters are sent ahead the two that keep and compare samples.
 Beside it, in turns in the same run, `torch.optim.AdamW(fused=True)` on 300 such parameters, on the CPU: its loops are those
 of the GPU, its launches are not in it. The least of 200 steps counts, since what is more was somebody else's. Targets: one
 neighbour in at most 150 us, and in at most half of torch's time.

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ import triton
 import triton.language as tl
 
 from . import rules
+from .launcher import Constants, Launcher
 from .lossy import give, mix_wired, nearest, restored, stochastic
 from .passes import Pass
 from .region import ALIGNMENT, BLOCK
+from .warps import num_warps
 from .wire import CompressedChannel
 
 Tensors = tuple[torch.Tensor, ...]
@@ -264,26 +265,7 @@ def fused_pass(
         give(value, given[2 * m], given[2 * m + 1], replicas[m], spoilt, at, lanes, real, inside, BLOCK)
 
 
-@functools.cache
-def num_warps(param: torch.dtype, grad: torch.dtype, others: tuple[torch.dtype, ...], states: int) -> int:
-    """Warps per block of 1,024 elements: 4, eight elements a thread, where that is safe; else 8, four a thread.
-
-    Eight a thread needs one width throughout: where 2-byte and 4-byte elements meet, the compiler would exchange them
-    through shared memory. It also needs registers, which a block keeps for every tensor loaded and above all for
-    Adam's square root and division: measured with ptxas for sm_80, sm_90 and sm_100, it takes at most 60 with one state
-    at most, one tensor beside it and parameter and gradient, and at most 8 bytes an element in these (66 with 12 bytes, Adam
-    72 to 126, one state beside compensated parameters 80). What is not finite takes a predicate for each element, of which
-    there are seven: Triton 3.5 spills them with two inboxes of bf16.
-
-    Args:
-        param: dtype of the parameters.
-        grad: dtype of the gradients.
-        others: dtypes of every state, sent message, inbox tensor and message, of the remainder and of compressed channels.
-        states: how many of them are states or a remainder.
-    """
-    widths = {dtype.itemsize for dtype in (param, grad, *others)}
-    light = len(others) - states <= 1 and sum(dtype.itemsize for dtype in others) <= 8
-    return 4 if len(widths) == 1 and states <= 1 and light else 8
+LAUNCHER = Launcher(fused_pass)
 
 
 def launch(work: Pass) -> None:
@@ -293,18 +275,15 @@ def launch(work: Pass) -> None:
         ValueError: as `arguments_of`.
     """
     arguments, constants = arguments_of(work)
-    with _on(work.param):
-        fused_pass[(len(work.region.blocks),)](*arguments, **constants)
+    LAUNCHER.launch(work.region.blocks.shape[0], arguments, constants)  # type: ignore[union-attr]  # seen to
 
 
 def warm(work: Pass) -> None:
     """Compile the kernel that `launch` would launch, and launch nothing. Only dtypes and what there is of a pass count."""
-    arguments, constants = arguments_of(work)
-    with _on(work.param):
-        fused_pass.warmup(*arguments, grid=(1,), **constants)
+    LAUNCHER.warm(*arguments_of(work))
 
 
-def arguments_of(work: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(work: Pass) -> tuple[tuple[Any, ...], Constants]:
     """A pass as the kernel's arguments, and its constants.
 
     Raises:
@@ -360,26 +339,48 @@ def _arguments(work: Pass, sent: Tensors, received: Tensors) -> tuple[Any, ...]:
     )
 
 
-def _constants(work: Pass, sent: Tensors, received: Tensors) -> dict[str, Any]:
+def _constants(work: Pass, sent: Tensors, received: Tensors) -> Constants:
     """What makes another kernel, and how it is compiled."""
     param, grads, remainder, compression = work.param, work.gradient.grads, work.precision.remainder, work.compression
-    grad_dtype = param.dtype if grads is None else grads.dtype
     others = [one.dtype for one in (*work.states, *work.mixing.sent, *received, *work.messages)]
     if remainder is not None:
         others.append(remainder.dtype)
     for wire in (*compression.taken, *compression.given):
         others += [wire.codes.dtype, wire.replica.dtype]
-    return {
-        "RULE": getattr(rules, work.rule),
-        "NAMES": rules.names_of(work.rule),
-        "LEFT": rules.left_by(work.rule),
-        "OWN": sum([1 << m for m, tensor in enumerate(sent) if tensor is param]),
-        "ZERO_MISSING": work.gradient.missing == "zero",
-        "GRAD_DTYPE": DTYPES[grad_dtype],
+    return _constants_of(
+        work.rule,
+        sum([1 << m for m, tensor in enumerate(sent) if tensor is param]),
+        work.gradient.missing,
+        param.dtype,
+        param.dtype if grads is None else grads.dtype,
+        tuple(others),
+        len(work.states) + (remainder is not None),
+    )
+
+
+@functools.cache
+def _constants_of(
+    rule: str,
+    own: int,
+    missing: str,
+    param: torch.dtype,
+    grad: torch.dtype,
+    others: tuple[torch.dtype, ...],
+    states: int,
+) -> Constants:
+    """The same of what it depends on; dtypes as `num_warps` has them."""
+    compiled = {
+        "RULE": getattr(rules, rule),
+        "NAMES": rules.names_of(rule),
+        "LEFT": rules.left_by(rule),
+        "OWN": own,
+        "ZERO_MISSING": missing == "zero",
+        "GRAD_DTYPE": DTYPES[grad],
         "BLOCK": BLOCK,
-        "num_warps": num_warps(param.dtype, grad_dtype, tuple(others), len(work.states) + (remainder is not None)),
-        "enable_fp_fusion": FP_FUSION,
     }
+    return Constants(
+        compiled, {"num_warps": num_warps(param, grad, others, states), "enable_fp_fusion": FP_FUSION}
+    )
 
 
 def _scales(work: Pass) -> tuple[torch.Tensor, ...]:
@@ -396,9 +397,3 @@ def _ends(channels: Sequence[CompressedChannel]) -> tuple[torch.Tensor, ...]:
     return tuple(
         tensor for wire in channels for tensor in (wire.codes, wire.codes if wire.scales is None else wire.scales)
     )
-
-
-def _on(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, where launches go; the interpreter's tensors are on the CPU."""
-    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()

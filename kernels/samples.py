@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+
+from .launcher import Constants, Launcher
 
 BLOCK = 256
 """Words of one program."""
@@ -28,13 +30,18 @@ def sample_words(addresses, seen, edits, COMPARE: tl.constexpr, BLOCK: tl.conste
         tl.store(seen + at, word)
 
 
-def launch(addresses: torch.Tensor, seen: torch.Tensor, edits: torch.Tensor, compare: bool) -> None:
-    """One launch on the current stream of the tensors' device.
+LAUNCHER = Launcher(sample_words)
+_CONSTANTS = {compare: Constants({"COMPARE": compare, "BLOCK": BLOCK}, {}) for compare in (False, True)}
+
+
+def launch_of(
+    addresses: torch.Tensor, seen: torch.Tensor, edits: torch.Tensor, compare: bool
+) -> Callable[[], None]:
+    """One launch on the current stream of the tensors' device, made whenever it is called; its kernel is compiled now.
 
     Args:
         addresses: int64 [N], N a multiple of `BLOCK`; seen: int16 [N]; edits: fp32 [N / BLOCK], counts that only grow.
         compare: count words that are no longer what they were; else keep them.
     """
-    elsewhere = addresses.is_cuda and addresses.get_device() != torch.cuda.current_device()
-    with torch.cuda.device(addresses.device) if elsewhere else nullcontext():
-        sample_words[(len(edits),)](addresses, seen, edits, COMPARE=compare, BLOCK=BLOCK)
+    LAUNCHER.warm((addresses, seen, edits), _CONSTANTS[compare])
+    return LAUNCHER.bound(edits.shape[0], (addresses, seen, edits), _CONSTANTS[compare])

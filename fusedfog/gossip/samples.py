@@ -10,7 +10,7 @@ some steps later without a wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,14 +144,14 @@ class Samples:
         for sample in self._samples:
             sample.keep()
 
-    def find(self) -> list[tuple[BucketState, int]]:
+    def find(self) -> Sequence[tuple[BucketState, int]]:
         """Before any pass of a step: mark the buckets that were edited since they were sent as `altered`, on CPUs.
 
         Returns:
             On GPUs, buckets that were edited some steps ago without anybody noticing, and how often.
         """
         if not self.kept:
-            return []
+            return ()
         self.kept = False
         if self._counts is not None:
             return self._counts.compare()
@@ -160,11 +160,14 @@ class Samples:
             if edited is not None:
                 for bucket, differs in zip(sample.owners, edited.tolist(), strict=True):
                     bucket.altered |= differs
-        return []
+        return ()
 
 
 class DeviceCounts:
-    """Comparisons that stay on a GPU: counts of edits by block, which the host reads when they have come."""
+    """Comparisons that stay on a GPU: counts of edits by block, which the host reads when they have come.
+
+    Their kernel is compiled at construction.
+    """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -177,12 +180,18 @@ class DeviceCounts:
         self._steps = 0
         self._reports = LateRead()
         self._told: tuple[list[float], list[int]] = ([0.0] * len(self._owners), [0] * len(self._owners))
+        self._launches: list[Callable[[], None]] = []
+        if by_kernel(self._addresses):
+            from fusedfog.kernels.samples import launch_of  # Needs Triton, which CPUs do without.
+
+            tables = self._addresses, self._seen, self._edits
+            self._launches = [launch_of(*tables, compare) for compare in (False, True)]
 
     def keep(self) -> None:
         """Keep what the words are."""
         self._launch(compare=False)
 
-    def compare(self) -> list[tuple[BucketState, int]]:
+    def compare(self) -> Sequence[tuple[BucketState, int]]:
         """Count what is no longer so; returns what an earlier report told, as `Samples.find`."""
         late = self._read()
         self._steps += 1
@@ -192,7 +201,7 @@ class DeviceCounts:
         self._launch(compare=True)
         return late
 
-    def _read(self) -> list[tuple[BucketState, int]]:
+    def _read(self) -> Sequence[tuple[BucketState, int]]:
         late: dict[int, tuple[BucketState, int]] = {}
         for answer, noticed in self._reports.answers():
             (edits, known), self._told = self._told, (answer.tolist(), noticed)
@@ -203,10 +212,8 @@ class DeviceCounts:
         return list(late.values())
 
     def _launch(self, *, compare: bool) -> None:
-        if by_kernel(self._addresses):
-            from fusedfog.kernels import samples  # Needs Triton, which CPUs do without.
-
-            samples.launch(self._addresses, self._seen, self._edits, compare)
+        if self._launches:
+            self._launches[compare]()
             return
         blocks = 0
         for sample in self._samples:  # A stand-in for a GPU, in tests.

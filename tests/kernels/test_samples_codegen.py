@@ -19,7 +19,7 @@ pytestmark = codegen.compiled_only
 def test_it_compiles(compiler: codegen.Compiler) -> None:
     addresses, seen = torch.zeros(512, dtype=torch.int64), torch.zeros(512, dtype=torch.int16)
     for compare in (False, True):
-        samples.launch(addresses, seen, torch.zeros(2), compare)
+        samples.launch_of(addresses, seen, torch.zeros(2), compare)()
     keeping, comparing = compiler.compiled(samples.sample_words)
     assert (
         codegen.accesses(keeping)["st b16"] + codegen.accesses(keeping)["st v2.b16"] > 0

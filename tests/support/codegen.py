@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass
+from fusedfog.kernels import BLOCK, Gradients, Region, fused_pass, samples
 from support.kernel_rules import ROWS
 from support.passes import make_pass
 
@@ -51,6 +51,8 @@ class Compiler:
         )
         self.launcher_cls = lambda source, metadata: lambda *arguments: None
         fused_pass.fused_pass.device_caches.pop(self.device, None)
+        for launcher in (fused_pass.LAUNCHER, samples.LAUNCHER):
+            launcher.forget()
 
     def get_current_device(self) -> str:
         return self.device

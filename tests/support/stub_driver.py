@@ -30,7 +30,8 @@ from unittest import mock
 import torch
 import triton
 
-from fusedfog.kernels import cpu_pass, device, fused_pass
+from fusedfog.gossip import samples as gossip_samples
+from fusedfog.kernels import cpu_pass, device, fused_pass, samples
 
 SOURCE = Path(__file__).with_name("stub_driver.c")
 _FORMATS = {"fp32": "<f", "fp64": "<d", "i1": "<?", "u1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q"}
@@ -65,12 +66,14 @@ class Launch:
     """One launch.
 
     Attributes:
+        handle: the driver's, of the kernel's variant.
         packed: the bytes of every parameter that the kernel's PTX declares, in order.
         arguments: the same by the names of the kernel's arguments, tuples nested as they were given: pointers and
             integers as int, floats as float; what was compiled into the kernel as it was then, None for an absent tensor.
     """
 
     kernel: str
+    handle: int
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
@@ -132,6 +135,7 @@ class StubGpu:
         source = self._sources[function]
         return Launch(
             library.stub_name(function).decode(),
+            function,
             tuple(record.grid),
             tuple(record.block),
             record.shared,
@@ -275,7 +279,7 @@ def stub_gpu(
         capability: of the device that Triton compiles for.
         also: other kernels that will be launched.
         take_gpu_way: also let the engine take its GPU way: `fusedfog.kernels.device.on_gpu` says yes to all tensors, and
-            passes that would run on the CPU are launched.
+            passes that would run on the CPU, and looks at samples, are launched.
         record: keep the launches.
         optimized: build Triton's launchers as Triton does, to time them.
     """
@@ -291,7 +295,8 @@ def stub_gpu(
         # Of its own: what stands for machine code here must not be found by a run on a GPU.
         "TRITON_CACHE_DIR": str(folder / ("cache-optimized" if optimized else "cache")),
     } | ({} if optimized else {"CC": str(folder / "cc")})
-    kernels = [*also, *(one for one in vars(fused_pass).values() if isinstance(one, triton.runtime.JITFunction))]
+    ours = [*vars(fused_pass).values(), *vars(samples).values()]
+    kernels = [*also, *(one for one in ours if isinstance(one, triton.runtime.JITFunction))]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, settings))
         driver, sources = _driver()
@@ -299,9 +304,13 @@ def stub_gpu(
         library.stub_set(*divmod(capability, 10), int(record))
         for kernel in kernels:
             stack.enter_context(mock.patch.dict(kernel.device_caches, clear=True))
+        for launcher in (fused_pass.LAUNCHER, samples.LAUNCHER):
+            launcher.forget()
+            stack.callback(launcher.forget)
         if take_gpu_way:
             stack.enter_context(mock.patch.object(device, "on_gpu", lambda where: True))
             stack.enter_context(mock.patch.object(cpu_pass, "run_pass", fused_pass.launch))
+            stack.enter_context(mock.patch.object(gossip_samples, "by_kernel", lambda tensor: True))
             stack.enter_context(mock.patch.object(torch.cuda, "Event", _Event))
             stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda where=None: None))
         triton.runtime.driver.set_active(driver)

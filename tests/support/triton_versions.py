@@ -28,6 +28,7 @@ TESTS = (
     "tests/kernels/test_kernel_codegen.py",
     "tests/kernels/test_codegen_lossy.py",
     "tests/kernels/test_launch_path.py",
+    "tests/kernels/test_launcher.py",
 )
 """What runs with each version."""
 
