@@ -87,8 +87,8 @@ class Algorithm:
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         """All states that this algorithm keeps for the parameters of a group."""
-        stages = (self.before, self.after) if self.before is not None else (self.after,)
-        return tuple(dict.fromkeys(name for stage in stages for name in stage.states(group)))
+        own = self.after.states(group)
+        return own if self.before is None else tuple(dict.fromkeys((*self.before.states(group), *own)))
 
     def passes_after_exchange(self, exchanging: bool) -> bool:
         """Whether a step, with or without exchange, ends with a pass `after` that takes no gradients."""

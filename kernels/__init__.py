@@ -45,7 +45,7 @@ def run_pass(work: Pass) -> None:
         ValueError: for an unknown rule or `missing`, lengths of sent, inbox and weights or of states and messages that
             disagree with each other or with the rule, and on CUDA for fp64 or a missing table.
     """
-    work.check(tuple(reference.RULES))
+    work.check(reference.RULES)
     if work.param.is_cuda:
         from .fused_pass import launch as run
     else:
@@ -59,7 +59,7 @@ def warm_pass(work: Pass) -> None:
     Raises:
         ValueError: as `run_pass`.
     """
-    work.check(tuple(reference.RULES))
+    work.check(reference.RULES)
     if work.param.is_cuda:
         from .fused_pass import warm
 

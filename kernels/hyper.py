@@ -170,7 +170,7 @@ def adam_hyper(group: Mapping[str, Any]) -> Adam:
     Raises:
         KeyError: if the group lacks one of torch's options.
     """
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+    beta1, beta2 = map(float, group["betas"])
     decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
     return Adam(
         lr=float(group["lr"]),

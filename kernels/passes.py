@@ -1,12 +1,13 @@
 """What one pass does, as data: the tensors it goes over, what neighbours sent, and how results are stored.
 
 A `Pass` has its rule and its own tensors, and groups of what belongs together: `Mixing`, `GradientInputs`, `Precision` and
-`Compression`. Groups that a pass does not need are shared defaults, which cost a step nothing.
+`Compression`. Groups that a pass does not need are shared defaults, which cost a step nothing. Nobody changes a pass or a
+group of it; those that every step makes are not frozen, since that would cost it 2 us.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,7 @@ from .region import Gradients, Region
 from .wire import CompressedChannel
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Mixing:
     """What neighbours sent, and the row of the mixing matrix that it is mixed by.
 
@@ -40,7 +41,7 @@ class Mixing:
     alarm: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class GradientInputs:
     """This step's gradients, what becomes of them, and the updates that they make.
 
@@ -106,7 +107,7 @@ AS_STORED = Precision()
 UNCOMPRESSED = Compression()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pass:
     """Mix, update and write back the parameters of a region, in place.
 
@@ -157,7 +158,7 @@ class Pass:
     norm_sums: Tensor | None = None
     numbers: Tensor | None = None
 
-    def check(self, rules: Sequence[str]) -> None:
+    def check(self, rules: Collection[str]) -> None:
         """Raise ValueError for an unknown rule or `missing`, a strange remainder or seed, or lengths that disagree."""
         mixing, missing, precision, compression = self.mixing, self.gradient.missing, self.precision, self.compression
         if self.rule not in rules:

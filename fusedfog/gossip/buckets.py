@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from operator import add
 
 from torch import Tensor
 
@@ -97,10 +98,13 @@ class BucketState:
     noticed: int = 0
     ready: int = 0
     _next_part: int = 0
+    _own_writes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         many = self.layout.last - self.layout.first >= MANY
         self.versions = [0] * (PARTS if many else 1)
+        first, last, parts = self.layout.first, self.layout.last, len(self.versions)
+        self._own_writes = [len(range(first + part, last, parts)) for part in range(parts)]
 
     @property
     def whole(self) -> slice:
@@ -138,9 +142,7 @@ class BucketState:
 
     def count_own_writes(self) -> None:
         """A pass has written every parameter once."""
-        first, last, parts = self.layout.first, self.layout.last, len(self.versions)
-        for part in range(parts):
-            self.versions[part] += len(range(first + part, last, parts))
+        self.versions = list(map(add, self.versions, self._own_writes))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,11 @@ class LateRead:
         answer.event.record(torch.cuda.current_stream(flag.device))
         self._pending.append((answer, about))
 
-    def answers(self) -> Iterator[tuple[np.ndarray[Any, Any], Any]]:
+    def answers(self) -> Iterable[tuple[np.ndarray[Any, Any], Any]]:
         """What has come by now, and what it is about."""
+        return self._take() if self._pending else ()
+
+    def _take(self) -> Iterator[tuple[np.ndarray[Any, Any], Any]]:
         while self._pending and self._pending[0][0].event.query():
             answer, about = self._pending.pop(0)
             self._spare.append(answer)

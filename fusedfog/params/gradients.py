@@ -167,10 +167,14 @@ class GradientReader:
             if not all(grad.is_contiguous() for grad in gradients if grad is not None):
                 return False
         if self.gradient_table is not None:
-            homes = self._homes_now = addresses_of(gradients)
-            if homes != (self._seen_homes if len(homes) == len(self._seen_homes) else self._seen_homes[first:last]):
-                self._seen_homes[first:last] = homes
-            elif not self._odd:
+            homes = addresses_of(gradients)
+            seen = self._seen_homes if len(homes) == len(self._seen_homes) else self._seen_homes[first:last]
+            if homes != seen:
+                self._seen_homes[first:last] = self._homes_now = homes
+            else:
+                # The same numbers, but as objects that `_grad_homes` has too, with which they are compared next.
+                self._homes_now = seen
+            if self._homes_now is seen and not self._odd:
                 self._turn = (self._turn + 1) % TURNS
                 if self._turn:
                     return True
