@@ -5,8 +5,8 @@
     step                                the same for gradients that no backward has brought (`p.grad = ...`, FSDP2)
 
 So clipping, a GradScaler and whatever looks at gradients see what they would see there; and `step` is one rank's own. Buckets are
-not those that travel between neighbours: they are cut from the end of backward, and the first one is small, so that it leaves
-early.
+not those that passes are made over: they are graded (`params.layout.cut`), so that the first one leaves early and the last one
+is small.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ from fusedfog.errors import DivergedError
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.layout import Bucket
-
-_FIRST = 2**20
-"""Bytes of the bucket that leaves first, as DistributedDataParallel's."""
+from fusedfog.params.layout import cut
 
 
 class Trainer(Protocol):
@@ -59,7 +56,7 @@ class GradientMeans(GradientHooks):
         trainer: the scheduler; not kept alive.
         communicator: of the ranks that average.
         members: what these are called in the group of all ranks that train.
-        bucket_bytes: of a bucket, but the first.
+        bucket_bytes: of the largest bucket.
         frees: see `GradientBucket`.
         compares: whether to look, now and then, that these ranks have the same parameters.
         measures: whether second moments will want to know how much larger one rank's gradient is than the mean.
@@ -96,7 +93,7 @@ class GradientMeans(GradientHooks):
             GradientBucket(segment, layout, self.communicator, self.quarantine, self.members, frees=self._frees)
             for segment in segments
             if segment.layout.mix and segment not in known
-            for layout in cut(segment, self._bucket_bytes)
+            for layout in cut(segment.layout.slots, segment.layout.numel, self._bucket_bytes, graded=True)
         ]
         # In the order of backward; sorting is stable, and mixed segments are the same on all ranks.
         self.buckets.sort(key=lambda bucket: -bucket.layout.depth)
@@ -107,7 +104,7 @@ class GradientMeans(GradientHooks):
 
     # -- in backward -------------------------------------------------------------------------------------------------
 
-    def ready(self, bucket: Hooked, name: str) -> None:
+    def ready(self, bucket: Hooked, name: str, *, final: bool) -> None:
         """See `GradientHooks`."""
         assert isinstance(bucket, GradientBucket)
         trainer = self._trainer()
@@ -117,10 +114,15 @@ class GradientMeans(GradientHooks):
         if task != self._task:
             self._begin_backward(trainer, task)
         # The gradients that came before this one: their parameters' hooks have all been called.
+        self._start_complete(trainer)
+        bucket.ready += 1
+        if final:
+            self._start_complete(trainer)
+
+    def _start_complete(self, trainer: Trainer) -> None:
         while self._started < len(self.buckets) and self.buckets[self._started].complete:
             self._start(trainer, self.buckets[self._started])
             self._started += 1
-        bucket.ready += 1
 
     def _begin_backward(self, trainer: Trainer, task: int) -> None:
         """Also inside another backward (reentrant checkpointing): a mean that is averaged again remains what it is."""
@@ -296,17 +298,3 @@ class GradientMeans(GradientHooks):
             ratio = torch.where(mean > 0, own / mean.clamp(min=1e-300), size / together).clamp(1, size / together)
             found += [(bucket.segment, bucket.layout.first + i, one) for i, one in enumerate(ratio)]
         return found
-
-
-def cut(segment: FlatSegment, bucket_bytes: int) -> list[Bucket]:
-    """A segment's parameters in buckets of at least so many bytes, from the last one on."""
-    slots, itemsize = segment.layout.slots, segment.layout.dtype.itemsize
-    found: list[Bucket] = []
-    last, stop = len(slots), segment.layout.numel
-    for first in reversed(range(len(slots))):
-        start, limit = slots[first].start, bucket_bytes if found else min(_FIRST, bucket_bytes)
-        if (stop - start) * itemsize >= limit or first == 0:
-            depth = min(slot.spec.depth for slot in slots[first:last])
-            found.append(Bucket(first, last, start, stop, depth))
-            last, stop = first, start
-    return found

@@ -6,9 +6,9 @@
 Buckets go in the one order that all ranks share, so a hook acts on all buckets that are complete, in order, and leaves the
 rest to later hooks, or to the end of backward, or to `step`.
 
-A hook only notes that its gradient has come. What is due is done by the next one, or when backward ends: by then the user's
-own hooks on the same parameter, also those that were registered after ours, have seen the gradient. It is used, and freed,
-one parameter later.
+The user's own hooks on a parameter see its gradient first, also those that were registered after ours. So a hook acts at
+once only where it is the parameter's last one; elsewhere it notes that the gradient has come, and the next hook acts, or the
+end of backward, and the gradient is used and freed one parameter later.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class GradientHooks(ABC):
         self.accumulating = False
 
     @abstractmethod
-    def ready(self, bucket: Hooked, name: str) -> None:
-        """A parameter of `bucket` has its gradient."""
+    def ready(self, bucket: Hooked, name: str, *, final: bool) -> None:
+        """A parameter of `bucket` has its gradient; `final` if no hook of the user's will see, or change, it after this."""
 
     @abstractmethod
     def backward_ends(self, number: int) -> None:
@@ -133,7 +133,7 @@ class BackwardHooks(GradientHooks):
         for bucket in self._buckets:
             bucket.ready = 0
 
-    def ready(self, bucket: Hooked, name: str) -> None:
+    def ready(self, bucket: Hooked, name: str, *, final: bool) -> None:
         """See `GradientHooks`."""
         assert isinstance(bucket, BucketState)
         maker = self._maker()
@@ -149,7 +149,10 @@ class BackwardHooks(GradientHooks):
         self.pass_complete()
         bucket.ready += 1
         if bucket.ready == bucket.layout.last - bucket.layout.first:
-            self.call_at_the_end()  # For the bucket that no other gradient follows.
+            if final:
+                self.pass_complete()
+            if self.passed <= bucket.place:
+                self.call_at_the_end()  # For the bucket that no other gradient follows.
 
     def backward_ends(self, number: int) -> None:
         """See `GradientHooks`."""
@@ -191,7 +194,17 @@ class _Hook:
     def __call__(self, param: Tensor) -> None:
         hooks, bucket = self._hooks(), self._bucket()
         if hooks is not None and bucket is not None:
-            hooks.ready(bucket, f"a parameter of shape {tuple(param.shape)}")
+            hooks.ready(bucket, f"a parameter of shape {tuple(param.shape)}", final=self._is_final(param))
+
+    def _is_final(self, param: Tensor) -> bool:
+        """Whether only hooks of ours follow this one."""
+        # torch keeps this dict for itself. Where it is not, users may have registered hooks anywhere.
+        for other in reversed((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
+            if not isinstance(other, _Hook):
+                return False
+            if other is self:
+                return True
+        return False
 
 
 class _AtTheEnd:

@@ -72,8 +72,10 @@ class DecentralizedOptimizer(Controls):
             (Gossip-PGA, Chen et al. 2021).
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
-        bucket_mb: size of an exchanged bucket in MB (2^20 bytes). The default is 256 instead of 25 where a step has nothing to
-            do between one bucket and the next: awc and kin without `fused_backward` and `mesh`.
+        bucket_mb: size of the largest exchanged bucket in MB (2^20 bytes). The default is 256 instead of 25 where a step has
+            nothing to do between one bucket and the next: awc and kin without `fused_backward` and `mesh`. Atc and its kin,
+            `fused_backward` and averages of gradients have graded ones: they grow from 0.5 MB to `bucket_mb` or a 16th of
+            the model, and shrink again, so that the first leaves early and the last takes little time.
         wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
             are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
             Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's

@@ -87,7 +87,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     algorithm = setup.running
     check_kernel(place)
     check_backend(view, place)
-    layouts = build_layout(specs, _bucket_bytes(options, algorithm))
+    layouts = _lay_out(specs, options, algorithm)
     communicator, channel, hierarchy = None, 0, None
     beside = shared_with_model(options.model, groups) if options.model is not None and options.sync_init else {}
     if view.size > 1:
@@ -160,14 +160,15 @@ def _mixed_of(groups: Groups, params: Sequence[Tensor]) -> list[Tensor]:
     return [param for param in parameters_of([group for group in groups if group["mix"]]) if id(param) in own]
 
 
-def _bucket_bytes(options: Options, algorithm: Algorithm) -> int:
-    """The size of buckets: as asked for; by default larger where a step does nothing between one bucket and the next.
+def _lay_out(specs: Sequence[ParamSpec], options: Options, algorithm: Algorithm) -> tuple[Segment, ...]:
+    """The layout: in graded buckets where a step passes and sends one while others compute or travel, in large ones elsewhere.
 
     Awc and kin in step mode wait for all messages, make one pass and send all again: more messages are only more calls.
     """
     pipelined = options.fused_backward or algorithm.before is not None
     by_default = options.bucket_mb == Options.bucket_mb and options.mesh is None and not pipelined
-    return int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
+    size = int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
+    return build_layout(specs, size, graded=pipelined)
 
 
 def _named(groups: Groups, specs: Sequence[ParamSpec]) -> dict[str, Tensor]:
@@ -364,7 +365,7 @@ def _grow(
     engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, claim: Claim, *, sync: bool
 ) -> list[FlatSegment]:
     """Give the trained ones of `specs`, those of all parameters of `groups`, a place in a running scheduler."""
-    layouts = build_layout(specs, _bucket_bytes(options, engine.phases.last.algorithm))
+    layouts = _lay_out(specs, options, engine.phases.last.algorithm)
     compiled = any(region.compiled for segment in engine.segments for region in segment.regions)
     options = dataclasses.replace(options, sync_init=sync)
     segments = _adopt(groups, layouts, options, engine.communicator, claim, compiled=compiled)

@@ -273,7 +273,7 @@ class Controls(UnevenSteps):
         only the new one keeps begins with zero, but after data-parallel steps momentum goes on, and second moments are
         scaled as `data_parallel_steps` says. Into "allreduce", parameters and states become their means over all ranks. Of
         `data_parallel_steps` none are left. Buckets remain as they were cut at construction, 256 MB for awc and kin by
-        default: give `bucket_mb=25` there if atc is to follow.
+        default: give a smaller one there, as `bucket_mb=1`, if atc is to follow.
 
         Args:
             algorithm, topology, communicate_every: as at construction; what is left out stays. A topology that was left out at

@@ -93,6 +93,13 @@ class Method:
         """Whether gradients travel, to everyone."""
         return self.row.exchanges == "gradients"
 
+    def buckets(self, workload: Workload) -> list[Bucket]:
+        """A workload's buckets, in the order in which backward completes them; graded where they travel under computation."""
+        if self.algorithm == "ddp":
+            return workload.ddp_buckets(self.bucket_mb)
+        graded = self.fused_backward or self.reduces or self.row.before is not None
+        return workload.buckets(self.bucket_mb, graded=graded)
+
     @property
     def name(self) -> str:
         """The label, or the options in words."""
@@ -194,7 +201,7 @@ class _Run:
         self.workload, self.network, self.method = workload, network, method
         self.row, self.every = method.row, method.communicate_every
         self.forward_s, self.backward_s = workload.forward_s, workload.backward_s
-        self.buckets = (workload.ddp_buckets if method.algorithm == "ddp" else workload.buckets)(method.bucket_mb)
+        self.buckets = method.buckets(workload)
         self.graph = method.graph(network) if network.ranks > 1 else None
         self.now, self.free = np.zeros(network.ranks), np.zeros(network.ranks)
         self.arrived = [np.zeros(network.ranks) for _ in self.buckets]

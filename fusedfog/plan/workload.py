@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
 from os import PathLike
 from pathlib import Path
+
+from fusedfog.params.layout import graded_bytes
 
 EVEN_LAYERS = 64
 
@@ -124,55 +125,46 @@ class Workload:
         """Seconds of a pass that moves `tensors` tensors of `size` bytes."""
         return size * tensors / self.memory_bandwidth
 
-    def buckets(self, cap_mb: float = DEFAULT_BUCKET_MB) -> list[Bucket]:
-        """Buckets in the order in which backward completes them, as `fusedfog.params.layout` cuts them: in registration order.
+    def buckets(self, cap_mb: float = DEFAULT_BUCKET_MB, *, graded: bool = False) -> list[Bucket]:
+        """Buckets in the order in which backward completes them, as `fusedfog.params.layout.cut` cuts them.
 
         Raises:
             ValueError: `cap_mb` (of 2^20 bytes) is not positive.
         """
-        if not cap_mb > 0:
-            raise ValueError(f"bucket size must be positive, got {cap_mb} MB")
-        return [
-            Bucket(sum(layer.size for layer in self.layers[first:last]), self._ready(first))
-            for first, last in reversed(_cut(self.layers, repeat(cap_mb * 2**20)))
-        ]
+        cap, total = _bytes_of(cap_mb), self.size
+        return self._cut(lambda done: graded_bytes(done, total, cap) if graded else cap)
 
     def ddp_buckets(self, cap_mb: float = DEFAULT_BUCKET_MB) -> list[Bucket]:
-        """DistributedDataParallel's: cut in the order of gradients; by default the first is small, to start early.
+        """DistributedDataParallel's; by default the first is small, to start early.
 
         Raises:
             ValueError: `cap_mb` (of 2^20 bytes) is not positive.
         """
-        if not cap_mb > 0:
-            raise ValueError(f"bucket size must be positive, got {cap_mb} MB")
-        backwards = self.layers[::-1]
-        count = len(backwards)
-        first = DDP_FIRST_BUCKET if cap_mb == DEFAULT_BUCKET_MB else cap_mb * 2**20
-        caps = chain([first], repeat(cap_mb * 2**20))
-        return [
-            Bucket(sum(layer.size for layer in backwards[first:last]), self._ready(count - last))
-            for first, last in _cut(backwards, caps)
-        ]
+        cap = _bytes_of(cap_mb)
+        first = DDP_FIRST_BUCKET if cap_mb == DEFAULT_BUCKET_MB else cap
+        return self._cut(lambda done: cap if done else first)
 
-    def _ready(self, shallowest: int) -> float:
-        return math.fsum(layer.backward_s for layer in self.layers[shallowest:])
+    def _cut(self, limit: Callable[[float], float]) -> list[Bucket]:
+        """Buckets in the order of gradients; each is closed once it holds its limit, which depends on the bytes before it."""
+        found: list[Bucket] = []
+        done = held = ready_s = 0.0
+        for layer in reversed(self.layers):
+            held += layer.size
+            ready_s += layer.backward_s
+            if held >= limit(done):
+                found.append(Bucket(held, ready_s))
+                done, held = done + held, 0.0
+        if held > 0:
+            found.append(Bucket(held, ready_s))
+        elif found[-1].ready_s < ready_s:  # Layers without parameters at the end belong to the bucket before them.
+            found[-1] = Bucket(found[-1].size, ready_s)
+        return found
 
 
-def _cut(layers: Sequence[Layer], caps: Iterable[float]) -> list[tuple[int, int]]:
-    """[first, last) of each bucket: closed once it holds its cap, the rest being the last one."""
-    limits = iter(caps)
-    cap, first, held = next(limits), 0, 0.0
-    cuts = []
-    for number, layer in enumerate(layers, start=1):
-        held += layer.size
-        if held >= cap:
-            cuts.append((first, number))
-            cap, first, held = next(limits), number, 0.0
-    if held > 0:
-        cuts.append((first, len(layers)))
-    elif first < len(layers):  # Layers without parameters at the end belong to the bucket before them.
-        cuts[-1] = (cuts[-1][0], len(layers))
-    return cuts
+def _bytes_of(cap_mb: float) -> float:
+    if not cap_mb > 0:
+        raise ValueError(f"bucket size must be positive, got {cap_mb} MB")
+    return cap_mb * 2**20
 
 
 def _even() -> list[tuple[float, float]]:

@@ -77,6 +77,27 @@ def test_a_hook_sees_and_changes_the_gradient_whenever_it_was_registered(
         assert seen == 18 and freed
 
 
+def test_a_bucket_is_passed_before_the_next_gradient_is_computed() -> None:
+    """Else its message would leave a layer later, and a network that is as slow as backward would never catch up."""
+    net, seen = net_of(), []
+    opt = fusedfog.SGD(net.parameters(), lr=0.1, fused_backward=True, bucket_mb=1e-5)
+
+    class Looks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            seen.extend(not torch.equal(p, value) for p, value in zip(net.parameters(), values, strict=True))
+            return grads[0]
+
+    values = [p.detach().clone() for p in net.parameters()]
+    net[2:](Looks.apply(net[:2](torch.ones(2, 3)))).sum().backward()
+    assert seen == [False, False, True, True, True, True]
+    opt.step()
+
+
 def test_a_backward_that_fails_half_way_leaves_what_follows_right() -> None:
     net = net_of()
     opt = fusedfog.SGD(net.parameters(), lr=0.1, fused_backward=True, bucket_mb=1e-5)

@@ -45,9 +45,10 @@ def messages(options: dict[str, Any]) -> int:
     ("options", "expected"),
     [
         ({}, 1),
-        ({"bucket_mb": 4}, 9),
-        ({"algorithm": "atc"}, 2),
-        ({"fused_backward": True}, 2),
+        ({"bucket_mb": 4}, 8),
+        ({"algorithm": "atc"}, 9),
+        ({"fused_backward": True}, 9),
+        ({"fused_backward": True, "bucket_mb": 5}, 9),
     ],
     ids=str,
 )

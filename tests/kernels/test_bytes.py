@@ -104,7 +104,7 @@ class Watch(TorchDispatchMode):
 def one_step(algorithm: str) -> dict[str, Any]:
     """What the third step hands to passes and to the link, with passes that do nothing."""
     net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
-    opt = fusedfog.AdamW(net.parameters(), lr=0.01, algorithm=algorithm, topology="ring", bucket_mb=0.002)
+    opt = fusedfog.AdamW(net.parameters(), lr=0.01, algorithm=algorithm, topology="ring", bucket_mb=0.0012)
     (segment,) = opt._engine.segments
     passes: list[Pass] = []
     sent: list[tuple[int, int]] = []

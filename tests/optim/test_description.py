@@ -77,7 +77,7 @@ def built(kind: str, keywords: dict[str, Any]) -> tuple[list[str], str, float, f
 LINES = {
     "awc": ("AdamW", {}, "4 ranks, gloo, AdamW awc on one_peer_exponential, 1.68k parameters in 1 bucket, 7.17 kB a step"),
     "ring": ("SGD", {"topology": "ring"}, "4 ranks, gloo, SGD awc on ring, 1.68k parameters in 1 bucket, 14.3 kB a step"),
-    "atc": ("Adam", {"algorithm": "atc", "bucket_mb": 0.004}, "4 ranks, gloo, Adam atc on .*, 1.68k parameters in 2 buckets"),
+    "atc": ("Adam", {"algorithm": "atc", "bucket_mb": 5e-4}, "4 ranks, gloo, Adam atc on .*, 1.68k parameters in 2 buckets"),
     "tracking": ("SGD", {"algorithm": "momentum_tracking", "momentum": 0.9}, "SGD momentum_tracking on .*, 14.3 kB a step"),
     "push_sum": ("SGD", {"algorithm": "push_sum", "topology": "star"}, "SGD push_sum on star"),
     "int8": ("AdamW", {"wire_dtype": "int8", "topology": "ring"}, "on ring, .* bucket, int8 messages, 3.81 kB a step"),

@@ -163,6 +163,13 @@ def test_fused_backward_sends_early_buckets_under_the_rest_of_backward() -> None
     assert predict(workload, network, Method("atc", "ring", bucket_mb=1)).step_s == pytest.approx(0.06 + 0.04)
 
 
+def test_only_what_travels_under_computation_has_graded_buckets() -> None:
+    workload = Workload(tuple(Layer(MB, 0.01, 0.02) for _ in range(12)))
+    pipelined = (Method("atc", "ring"), Method("awc", fused_backward=True), Method("allreduce"))
+    assert [len(method.buckets(workload)) for method in pipelined] == [12] * 3
+    assert [len(method.buckets(workload)) for method in (Method("awc"), Method("ddp"))] == [1, 2]
+
+
 def test_two_messages_take_twice_as_long() -> None:
     network = Network(8, Link(0.0, 1e8))
     plain, tracking = (predict(ONE_LAYER, network, Method(name, "ring")) for name in ("awc", "gradient_tracking"))
@@ -279,8 +286,8 @@ def test_a_faster_network_never_costs_time(case: tuple[Workload, Network, Method
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.sampled_from([1, 4, 25]))
-def test_buckets_are_those_of_torch_and_of_our_layout(blocks: list[int], cap_mb: int) -> None:
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.sampled_from([1, 4, 25]), st.booleans())
+def test_buckets_are_those_of_torch_and_of_our_layout(blocks: list[int], cap_mb: int, graded: bool) -> None:
     sizes = [64 * 1024 * count for count in blocks]  # elements; whole blocks, so that our layout adds no padding
     workload = Workload(tuple(Layer(4 * size, 0.0, 1.0) for size in sizes))
     tensors = [torch.empty(size, device="meta") for size in sizes]
@@ -290,9 +297,9 @@ def test_buckets_are_those_of_torch_and_of_our_layout(blocks: list[int], cap_mb:
     assert [bucket.size for bucket in workload.ddp_buckets(cap_mb)] == want
 
     specs = [layout.ParamSpec(str(i), (size,), (1,), torch.float32, 0, True, i) for i, size in enumerate(sizes)]
-    (segment,) = layout.build_layout(specs, cap_mb * 2**20)
+    (segment,) = layout.build_layout(specs, cap_mb * 2**20, graded=graded)
     ordered = [segment.buckets[b] for _, b in layout.backward_order([segment])]
-    got = [(bucket.size, bucket.ready_s) for bucket in workload.buckets(cap_mb)]
+    got = [(bucket.size, bucket.ready_s) for bucket in workload.buckets(cap_mb, graded=graded)]
     assert got == [(4 * (bucket.stop - bucket.start), len(sizes) - bucket.first) for bucket in ordered]
 
 

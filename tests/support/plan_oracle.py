@@ -19,7 +19,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
     n, local = network.ranks, network.local
     ddp = method.algorithm == "ddp"
     row = {**TABLE["Adam"], **TABLE["SGD"]}["allreduce" if ddp else method.algorithm]
-    buckets = workload.ddp_buckets(method.bucket_mb) if ddp else workload.buckets(method.bucket_mb)
+    buckets = method.buckets(workload)
     count, width = len(buckets), len(row.messages)
     forward, backward = (sum(getattr(layer, key) for layer in workload.layers) for key in ("forward_s", "backward_s"))
     places = network.machines if method.mesh else n
