@@ -8,9 +8,9 @@ tables give its median and range over rounds. Hosts are dealt out to the cores a
 results/network.json and .md; with --full results/network-full.json, .md and .png.
 
 Networks: `4 hosts`, `8 hosts` (a shaped link each) and `2 x 4 hosts` (two machines of four hosts; the link between machines
-is shaped, links inside are not). Two kinds of compute, see network_models.py: in `device-like` compute a layer waits with
+is shaped, links inside are not). Kinds of compute, see network_models.py: in `device-like` compute a layer waits with
 the CPU free, in `real` compute the hosts share this machine's cores with the network's own work, which is charged to the
-method that causes it.
+method that causes it. `device-like, 9.4 MB`, which has to be asked for, has default buckets.
 
     --full             all networks, fractions 0.3, 0.6 and 0.9
     --networks 4 8 2x4 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from network_hosts import INTERFACE, Network, obstacle
-from network_models import KINDS, METHODS, installed
+from network_models import KINDS, METHODS, UNGRADED, installed
 from network_report import show, show_targets, write
 
 NETWORKS = {"4": (4, 1), "8": (8, 1), "2x4": (2, 4)}
-ROUNDS = {"device-like": 3, "real": 12}
+ROUNDS = {"device-like": 3, "device-like, 9.4 MB": 3, "real": 12}
 """Unless told otherwise. With real compute, eight hosts share two cores, and one round's ratios stray by a twentieth."""
 WARM = 1
 _PATIENCE_S = 180
@@ -157,9 +157,11 @@ def mean(answers: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def measure_kind(network: Network, crew: Crew, kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One result for each transfer fraction: the calibration, and every method's turns."""
-    methods = [method for method in options.methods if chosen(method, network)]
+    methods = [method for method in options.methods if chosen(method, network, kind)]
     built = crew.ask("build", kind, methods)[0]
     model_bytes = sum(built["layer_bytes"])
+    bucket_mb = KINDS[kind].bucket_mb
+    bucket_bytes = model_bytes if bucket_mb is None else int(bucket_mb * (1 << 20))
     network.shape(1e9)
     for method in methods:  # decent-dp lays its buckets in the second step, DDP after the first
         crew.ask("turn", kind, method, 1, 2)
@@ -168,7 +170,7 @@ def measure_kind(network: Network, crew: Crew, kind: str, options: argparse.Name
     results = []
     for fraction in options.transfers:
         rate = calibrate(network, crew, model_bytes, fraction * local_s)
-        links = measure_links(network, crew, model_bytes, int(KINDS[kind].bucket_mb * (1 << 20)))
+        links = measure_links(network, crew, model_bytes, bucket_bytes)
         print(
             f"{name(network)}, {kind}: local step {1e3 * local_s:.0f} ms, model {model_bytes / 1e6:.2f} MB, link "
             f"{rate / 1e6:.1f} MB/s: one transfer takes {1e3 * links['transfer_s']:.0f} ms, "
@@ -182,7 +184,7 @@ def measure_kind(network: Network, crew: Crew, kind: str, options: argparse.Name
                 "transfer": fraction,
                 "machines": network.machines,
                 "local": network.local,
-                "bucket_bytes": int(KINDS[kind].bucket_mb * (1 << 20)),
+                "bucket_bytes": bucket_bytes,
                 **built,
                 "rate_bytes_s": rate,
                 **links,
@@ -198,9 +200,12 @@ def name(network: Network) -> str:
     return f"{network.size} hosts" if network.local == 1 else f"{network.machines} x {network.local} hosts"
 
 
-def chosen(method: str, network: Network) -> bool:
-    """Whether a method makes sense on a network: hierarchical mixing wants machines."""
-    return installed(method) and (network.local > 1 or "hierarchical" not in method)
+def chosen(method: str, network: Network, kind: str) -> bool:
+    """Whether a method makes sense: hierarchical mixing wants machines, and only default buckets are graded or not."""
+    fits = (network.local > 1 or "hierarchical" not in method) and (
+        KINDS[kind].bucket_mb is None or UNGRADED not in method
+    )
+    return installed(method) and fits
 
 
 def parse() -> argparse.Namespace:
@@ -209,7 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["8"])
     parser.add_argument("--transfers", nargs="+", type=float, default=[0.6])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["device-like", "real"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=3)

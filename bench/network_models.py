@@ -1,6 +1,7 @@
-"""The two kinds of compute of the network bench, and the methods that train them.
+"""The kinds of compute of the network bench, and the methods that train them.
 
-device-like: each layer's forward and backward waits a fixed time with the CPU free, as it is while a GPU computes.
+device-like: each layer's forward and backward waits a fixed time with the CPU free, as it is while a GPU computes. Once with a
+model of 2.4 MB in buckets of two layers, and once with one of 9.4 MB and every method's own default buckets.
 real: a convolutional network, computed by the cores that also carry the messages. Its many operations per parameter keep
 the share of the messages small, as in a ResNet.
 """
@@ -11,8 +12,10 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,9 @@ import fusedfog
 
 _LR, _MOMENTUM = 1e-4, 0.9
 
+UNGRADED = "all buckets of 25 MB"
+"""In names of methods, for kinds with default buckets."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -31,16 +37,21 @@ class Kind:
     Attributes:
         build: makes the layers, each with one weight, and a batch.
         waits: seconds that each layer's forward and backward wait, beside what the CPU computes.
-        bucket_mb: size of an exchanged bucket, for every method: two layers.
+        bucket_mb: size of an exchanged bucket, for every method: two layers. With None each method has its default.
     """
 
     build: Callable[[], tuple[list[nn.Module], Tensor]]
     waits: tuple[float, float]
-    bucket_mb: float
+    bucket_mb: float | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of the optimizers."""
+        return {} if self.bucket_mb is None else {"bucket_mb": self.bucket_mb}
 
 
-def _squares() -> tuple[list[nn.Module], Tensor]:
-    return [nn.Linear(224, 224, bias=False) for _ in range(12)], torch.randn(2, 224)
+def _squares(width: int) -> tuple[list[nn.Module], Tensor]:
+    return [nn.Linear(width, width, bias=False) for _ in range(12)], torch.randn(2, width)
 
 
 def _convolutions() -> tuple[list[nn.Module], Tensor]:
@@ -50,7 +61,8 @@ def _convolutions() -> tuple[list[nn.Module], Tensor]:
 
 
 KINDS = {
-    "device-like": Kind(_squares, waits=(0.010, 0.020), bucket_mb=0.38),
+    "device-like": Kind(partial(_squares, 224), waits=(0.010, 0.020), bucket_mb=0.38),
+    "device-like, 9.4 MB": Kind(partial(_squares, 443), waits=(0.0155, 0.031), bucket_mb=None),
     "real": Kind(_convolutions, waits=(0.0, 0.0), bucket_mb=0.6),
 }
 
@@ -165,11 +177,21 @@ def _fusedfog(hierarchical: bool = False, **keywords: Any) -> Callable[[Kind, De
             model.parameters(),
             lr=_LR,
             momentum=_MOMENTUM,
-            bucket_mb=kind.bucket_mb,
             mesh=mesh if hierarchical else None,
+            **kind.options,
             **keywords,
         )
         return Trainer(_loop(model, batch, optimizer), optimizer.drain, lambda: optimizer.stats()["blocked_s"])
+
+    return build
+
+
+def _ungraded(**keywords: Any) -> Callable[[Kind, DeviceMesh | None], Trainer]:
+    """The same with buckets of the largest size alone."""
+
+    def build(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
+        with mock.patch("fusedfog.params.layout.graded_bytes", lambda done, total, bucket_bytes: bucket_bytes):
+            return _fusedfog(**keywords)(kind, mesh)
 
     return build
 
@@ -184,7 +206,7 @@ def _decent_dp(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
         model,
         lambda named: _torch_sgd([p for _, p in named]),
         topology="one-peer-exp",
-        bucket_size_in_mb=kind.bucket_mb,
+        bucket_size_in_mb=25 if kind.bucket_mb is None else kind.bucket_mb,
         _local_world_size=1,
     )
 
@@ -199,6 +221,7 @@ def _decent_dp(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
 METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "local": _local,
     "DDP": _ddp,
+    "allreduce": _fusedfog(algorithm="allreduce"),
     "allreduce, fused_backward": _fusedfog(algorithm="allreduce", fused_backward=True),
     "AWC one-peer": _fusedfog(topology="one_peer_exponential"),
     "AWC one-peer pairs": _fusedfog(topology="one_peer_hypercube"),
@@ -206,6 +229,9 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "AWC exponential": _fusedfog(topology="exponential"),
     "AWC ring": _fusedfog(topology="ring"),
     "ATC one-peer, fused_backward": _fusedfog(algorithm="atc", topology="one_peer_exponential", fused_backward=True),
+    f"ATC one-peer, fused_backward, {UNGRADED}": _ungraded(
+        algorithm="atc", topology="one_peer_exponential", fused_backward=True
+    ),
     "AWC hierarchical": _fusedfog(hierarchical=True, topology="one_peer_exponential"),
     "decent-dp one-peer": _decent_dp,
 }
