@@ -42,10 +42,17 @@ class Shape:
 class Task(Protocol):
     """One model and its data."""
 
-    name: str
-    steps: int
-    warm_up: int
-    shapes: Sequence[Shape]
+    @property
+    def steps(self) -> int:
+        """How many a run has."""
+
+    @property
+    def warm_up(self) -> int:
+        """Steps until the whole rate."""
+
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        """Its parameters in order."""
 
     def losses(self, params: Sequence[Tensor], step: int) -> Tensor:
         """Mean loss of every rank on its batch of a step, [n], of parameters [n, ...]."""
@@ -84,7 +91,8 @@ class Bytes:
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """[n, rows, width] looked up by [n, ...] -> [n, ..., width]."""
     places = index + torch.arange(len(table)).view(-1, *[1] * (index.dim() - 1)) * table.shape[1]
-    return table.flatten(0, 1)[places]
+    rows: Tensor = table.flatten(0, 1)[places]
+    return rows
 
 
 def _apply(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,223 @@
+"""Tables, targets, times and plot of the loss bench, from rows as they become complete."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, machine, table
+from loss_methods import DATA_PARALLEL, Case, Method
+from loss_training import CHECKS, graph_of
+
+Curve = list[float]
+
+NEAR = 1.0
+"""Percent above data-parallel training's final loss that count as near it."""
+
+_BYTES = {None: 4.0, "bf16": 2.0, "int8": 17 / 16}
+"""Of an element, with its share of a scale."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at its best rate: validation losses at `CHECKS`, seed by seed."""
+
+    case: Case
+    method: Method
+    rate: float
+    start_rate: float | None
+    curves: Sequence[Curve]
+
+    @property
+    def final(self) -> float:
+        """Mean over seeds of the loss at the end."""
+        return statistics.mean(curve[-1] for curve in self.curves)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row beside data-parallel training of the same case, seed by seed."""
+
+    row: Row
+    baseline: Row
+
+    @cached_property
+    def gaps(self) -> list[float]:
+        """Percent by which the loss at the end is above the baseline's, of each seed that both have."""
+        pairs = zip(self.row.curves, self.baseline.curves, strict=False)
+        return [100 * (curve[-1] / base[-1] - 1) for curve, base in pairs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.gaps)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return statistics.stdev(self.gaps) / math.sqrt(len(self.gaps)) if len(self.gaps) > 1 else math.nan
+
+    def reached(self, above: float) -> float | None:
+        """The part of all steps after which the loss, mean over seeds, is so many percent above the baseline's final one.
+
+        Between checks it is interpolated. None if it is higher at the end.
+        """
+        pairs = list(zip(self.row.curves, self.baseline.curves, strict=False))
+        gaps = [statistics.mean(100 * (c[i] / base[-1] - 1) for c, base in pairs) for i in range(len(CHECKS))]
+        for i, gap in enumerate(gaps):
+            if gap <= above:
+                if i == 0 or not math.isfinite(gaps[i - 1]):
+                    return CHECKS[i]
+                part = (gaps[i - 1] - above) / (gaps[i - 1] - gap)
+                return CHECKS[i - 1] + part * (CHECKS[i] - CHECKS[i - 1])
+        return None
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """All rows beside their baselines, case by case."""
+    baselines = {row.case: row for row in rows if row.method == DATA_PARALLEL}
+    return [Comparison(row, baselines[case]) for case in baselines for row in rows if row.case == case]
+
+
+def sent(row: Row) -> float:
+    """What a rank (or, for machines, a machine) sends in a step of gossip, in copies of the model in fp32."""
+    nodes = row.case.ranks // row.method.machine
+    if row.method == DATA_PARALLEL or row.method.average_until == 1:
+        return 2 * (nodes - 1) / nodes
+    neighbours = len(graph_of(row.method, nodes).round(0, 0).send)
+    return neighbours * _BYTES[row.method.wire] / 4
+
+
+def line(one: Comparison) -> dict[str, Any]:
+    """A line of the table."""
+    row = one.row
+    scale = "" if row.start_rate is None else f"{row.start_rate:g}, then x{row.rate / row.start_rate:g}"
+    return {
+        "case": row.case.name,
+        "method": row.method.name,
+        "sent": f"{sent(row):.2f}",
+        "rate": scale or f"{row.rate:g}",
+        "seeds": len(one.gaps),
+        "loss": f"{row.final:.4f}",
+        "above data-parallel, %": "0" if row is one.baseline else f"{one.mean:+.1f} ± {one.error:.1f}",
+        "its loss after": _part(one.reached(0.0)),
+        f"within {NEAR:g} % after": _part(one.reached(NEAR)),
+    }
+
+
+def _part(part: float | None) -> str:
+    return "not reached" if part is None else f"{part:.0%}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a method should show: so many percent above data-parallel training at most, with so many copies sent."""
+
+    words: str
+    task: str
+    ranks: int
+    limit: float
+    machine: int = 1
+    start: float | None = None
+    """None: any start, or none."""
+
+    def concerns(self, row: Row) -> bool:
+        case, method = row.case, row.method
+        return (
+            case == Case(self.task, self.ranks)
+            and method.algorithm in ("awc", "atc")
+            and method.machine == self.machine
+            and (self.start is None or method.start == self.start)
+            and not (method.average_until or method.average_from < 1)
+            and sent(row) < 1.1
+        )
+
+
+TARGETS = (
+    Target("GPT, n=4, 10 % start", "GPT", 4, 0.5, start=0.1),
+    Target("MLP, n=16, flat", "MLP", 16, 1.5),
+    Target("GPT, n=16, flat", "GPT", 16, 2.5),
+    Target("MLP, 4 machines of 4", "MLP", 16, 0.5, machine=4),
+    Target("GPT, 4 machines of 4, 10 % start", "GPT", 16, 1.0, machine=4, start=0.1),
+)
+
+
+def targets(found: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Every method that a target speaks of."""
+    return [
+        {
+            "target": target.words,
+            "at most, %": f"{target.limit:g}",
+            "method": one.row.method.name,
+            "above data-parallel, %": f"{one.mean:+.1f} ± {one.error:.1f}",
+            "met": "yes" if one.mean <= target.limit else "NO",
+        }
+        for target in TARGETS
+        for one in found
+        if target.concerns(one.row)
+    ]
+
+
+def write(rows: Sequence[Row]) -> None:
+    """Write results/loss.json, loss.md and loss.png."""
+    from loss_time import NETWORKS, times
+
+    found = comparisons(rows)
+    if not found:
+        return
+    words = machine()
+    parts: dict[str, list[dict[str, Any]]] = {
+        "rows": [line(one) for one in found],
+        "targets": targets(found),
+        "times": times(found),
+    }
+    (RESULTS / "loss.json").write_text(json.dumps({"machine": words, **parts}, indent=1) + "\n")
+    texts = [
+        f"Loss by `bench/loss.py` ({', '.join(f'{key} {value}' for key, value in words.items())}). *Sent*: copies of the "
+        "model in fp32 that a rank sends in a step of gossip; machines of 4 send theirs once a machine. *Its loss after*: "
+        "the part of all steps after which the averaged model is where data-parallel training ends.",
+        table(parts["rows"]),
+    ]
+    if parts["targets"]:
+        texts += ["Targets, and methods of one fp32 message a step:", table(parts["targets"])]
+    if parts["times"]:
+        texts += [NETWORKS, table(parts["times"])]
+    (RESULTS / "loss.md").write_text("\n\n".join(texts) + "\n")
+    plot(RESULTS / "loss.png", found)
+
+
+def plot(path: Path, found: Sequence[Comparison]) -> None:
+    """Gaps with their standard errors, a panel for each case with at least three methods."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_case: Mapping[Case, list[Comparison]] = {
+        case: [one for one in found if one.row.case == case and one.row is not one.baseline]
+        for case in dict.fromkeys(one.row.case for one in found)
+    }
+    panels = {case: some for case, some in by_case.items() if len(some) >= 2}
+    if not panels:
+        return
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    longest = max(map(len, panels.values()))
+    figure, axes = pyplot.subplots(down, across, figsize=(9 * across, (0.9 + 0.24 * longest) * down), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (case, some) in zip(axes.flat, panels.items(), strict=False):
+        places = range(len(some), 0, -1)
+        axis.errorbar([c.mean for c in some], places, xerr=[c.error for c in some], fmt="o", ms=4, lw=1.2, color="C0")
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_yticks(places, [c.row.method.name for c in some], fontsize=7)
+        axis.set_title(f"{case.name}: loss above data-parallel training's, %", fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
