@@ -97,7 +97,8 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 def _apply(x: Tensor, weight: Tensor) -> Tensor:
     """[n, ..., a] by [n, a, b]."""
-    return (x.flatten(1, -2) @ weight).unflatten(1, x.shape[1:-1])
+    product: Tensor = (x.flatten(1, -2) @ weight).unflatten(1, x.shape[1:-1])
+    return product
 
 
 def _norm(x: Tensor, gain: Tensor) -> Tensor:
