@@ -32,7 +32,8 @@ from pathlib import Path
 
 from common import RESULTS
 from loss_methods import DATA_PARALLEL, PLAN, Case, Method, first_rate
-from loss_report import Curve, Row, write
+from loss_report import write
+from loss_rows import Curve, Row
 from loss_training import Run, train
 
 SEARCH_SEEDS = 2

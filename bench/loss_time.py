@@ -10,7 +10,7 @@ from typing import Any
 
 from common import RESULTS
 from loss_methods import DATA_PARALLEL, GPT_4, GPT_16, MLP_4, MLP_16, Method
-from loss_report import NEAR, Comparison
+from loss_rows import NEAR, Comparison
 
 STEP_TIMES = "network-full"
 
