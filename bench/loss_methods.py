@@ -71,13 +71,21 @@ def start(method: Method, part: float) -> Method:
     return replace(method, start=part)
 
 
-GRAPHS = ("one_peer_exponential", "exponential", "ring", "symmetric_exponential", "fully_connected")
+GRAPHS = (
+    "one_peer_exponential",
+    "one_peer_hypercube",
+    "exponential",
+    "ring",
+    "hypercube",
+    "symmetric_exponential",
+    "fully_connected",
+)
 DAG = tuple(Method("dag", graph) for graph in GRAPHS)
 MACHINES = tuple(replace(method, machine=4) for method in (AWC, ATC, start(AWC, 0.1)))
 
 GPT_4, GPT_16 = Case("GPT", 4), Case("GPT", 16)
 MLP_4, MLP_8, MLP_16, MLP_16_X4 = Case("MLP", 4), Case("MLP", 8), Case("MLP", 16), Case("MLP", 16, batch=4)
-DIGITS_8 = Case("digits", 8)
+DIGITS_8, DIGITS_8_SGD, MLP_4_SGD = Case("digits", 8), Case("digits", 8, optimizer="SGD"), Case("MLP", 4, optimizer="SGD")
 
 Group = tuple[Case, int, Sequence[Method]]
 """A case, the number of seeds, and methods."""
@@ -88,35 +96,40 @@ PLAN: tuple[Group, ...] = (
     (GPT_4, 2, _GPT[:3]),
     (MLP_4, 8, (DATA_PARALLEL, AWC, start(AWC, 0.2), ATC, start(ATC, 0.2), DENSE, start(AWC, 0.1))),
     (DIGITS_8, 16, (DATA_PARALLEL, AWC, ATC, start(AWC, 0.1), *DAG)),
-    (MLP_16, 4, (DATA_PARALLEL, AWC, start(INT8, 0.2), start(AWC, 0.2), MACHINES[0], ATC)),
+    (MLP_16, 4, (DATA_PARALLEL, AWC, start(INT8, 0.2), start(AWC, 0.2), MACHINES[0])),
+    (DIGITS_8_SGD, 16, (DATA_PARALLEL, AWC, ATC)),
     (GPT_4, 4, _GPT),
-    (MLP_8, 4, (DATA_PARALLEL, AWC, *DAG)),
-    (MLP_16, 4, (start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
+    (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), MACHINES[2])),
+    (MLP_8, 2, (DATA_PARALLEL, AWC, *DAG)),
+    (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
     (GPT_4, 4, (start(ATC, 0.1),)),
-    (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), MACHINES[2], AWC, start(AWC, 0.1), MACHINES[0])),
-    (GPT_4, 8, _GPT),
-    (Case("digits", 8, optimizer="SGD"), 16, (DATA_PARALLEL, AWC, ATC)),
-    (Case("MLP", 4, optimizer="SGD"), 8, (DATA_PARALLEL, AWC, ATC)),
+    (MLP_4_SGD, 8, (DATA_PARALLEL, AWC, ATC)),
+    (GPT_16, 2, (AWC, start(AWC, 0.1), MACHINES[0])),
     (MLP_4, 8, (Method(average_until=0.2), Method(average_from=0.8))),
+    (GPT_4, 8, _GPT),
+    (MLP_8, 4, (DATA_PARALLEL, AWC, *DAG)),
     (GPT_4, 4, (start(AWC, 0.05), start(AWC, 0.2), DENSE)),
-    (GPT_16, 3, (DATA_PARALLEL, start(INT8, 0.1), AWC, start(AWC, 0.1), *MACHINES, start(STATIC, 0.1))),
     (MLP_16, 4, (BF16, start(AWC, 0.1), start(STATIC, 0.1), DENSE)),
     (MLP_16_X4, 3, (DATA_PARALLEL, AWC, ATC, start(AWC, 0.1))),
-    (GPT_16, 3, (start(BF16, 0.1), ATC)),
+    (GPT_16, 3, (*_GPT, start(INT8, 0.1), start(STATIC, 0.1), start(BF16, 0.1), *MACHINES)),
     (GPT_4, 6, (Method(average_until=0.2), Method(average_from=0.8))),
 )
 """In order of importance; what comes again gets more seeds."""
 
 FIRST_RATES = {
-    ("GPT", "AdamW"): (0.016, 0.064),
-    ("MLP", "AdamW"): (0.032, 0.064),
-    ("digits", "AdamW"): (0.016, 0.016),
-    ("MLP", "SGD"): (1.024, 1.024),
-    ("digits", "SGD"): (0.128, 0.128),
+    GPT_4: (0.016, 0.064),
+    GPT_16: (0.032, 0.064),
+    MLP_4: (0.032, 0.064),
+    MLP_8: (0.064, 0.064),
+    MLP_16: (0.064, 0.064),
+    MLP_16_X4: (0.064, 0.064),
+    MLP_4_SGD: (1.024, 1.024),
+    DIGITS_8: (0.016, 0.016),
+    DIGITS_8_SGD: (0.128, 0.128),
 }
-"""(task, optimizer) -> rates at which the search begins: for data-parallel training, and for all others."""
+"""Rates at which the search begins: for data-parallel training, and for all others."""
 
 
 def first_rate(case: Case, method: Method) -> float:
     """Where the search for a method's rate begins; every rate of a search is this one times a power of two."""
-    return FIRST_RATES[case.task, case.optimizer][method.algorithm != "allreduce"]
+    return FIRST_RATES[case][method.algorithm != "allreduce"]
