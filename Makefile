@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 	cd $(TYPED) && "$(CURDIR)/$(BIN)/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p fusedfog
 
-# Not here: bench/gpu.py, which needs a GPU, and bench/digits_table.py, which takes ten minutes by itself.
+# Not here: bench/gpu.py, which needs a GPU, bench/digits_table.py, which takes ten minutes by itself, and bench/loss.py: hours.
 bench: $(INSTALLED)
 	set -e; for name in kernels papers network plan; do $(BIN)/python bench/$$name.py; done
 

@@ -12,6 +12,7 @@ data-parallel training; then the method takes over (`loss_training.Training`), a
 Every method gets its own best rate, data-parallel training too, by the same search on the same grid of factors of 2. The search
 begins at a rate that earlier searches have found, trains two seeds, goes one factor up, and on while their mean loss
 improves; if the first step up does not improve, it goes down in the same way. The other seeds run at the best rate found.
+Data-parallel training, with which all are compared, runs all seeds at the best two rates, and the better one counts.
 For methods with a start, the rate that is searched is the one after it.
 
 Runs are kept one by one in results/loss-runs.json, so that a bench that is stopped goes on where it was. Cases and methods run in
@@ -76,42 +77,45 @@ class Bench:
     def row(self, case: Case, method: Method, seeds: int, start_rate: float | None) -> Row:
         """A method at its best rate."""
 
-        def mean(rate: float) -> float:
-            found = self.losses([Run(case, method, rate, seed, start_rate) for seed in range(SEARCH_SEEDS)])
-            return statistics.mean(curve[-1] for curve in found)
+        def curves(rate: float, seeds: int) -> list[Curve]:
+            return self.losses([Run(case, method, rate, seed, start_rate) for seed in range(seeds)])
 
-        rate = search(mean, first_rate(case, method))
-        return Row(
-            case,
-            method,
-            rate,
-            start_rate,
-            self.losses([Run(case, method, rate, seed, start_rate) for seed in range(seeds)]),
-        )
+        def mean(rate: float, seeds: int = SEARCH_SEEDS) -> float:
+            return statistics.mean(curve[-1] for curve in curves(rate, seeds))
+
+        first, second = search(mean, first_rate(case, method))
+        if method == DATA_PARALLEL:
+            first = min(first, second, key=lambda rate: mean(rate, seeds))
+        return Row(case, method, first, start_rate, curves(first, seeds))
 
 
-def search(mean: Callable[[float], float], first: float) -> float:
-    """The best rate on the grid of factors of 2: up from the first while the mean loss improves, else down."""
-    best, least = first, mean(first)
+def search(mean: Callable[[float], float], first: float) -> tuple[float, float]:
+    """The best and the second best rate on the grid of factors of 2: up while the mean loss improves, else down."""
+    losses = {first: mean(first)}
     for factor in (2.0, 0.5):
-        while (loss := mean(best * factor)) < least:
-            best, least = best * factor, loss
-        if best != first:
+        rate = first
+        while losses[rate] == min(losses.values()) and (factor < 1 or math.isfinite(losses[rate])):
+            rate *= factor
+            losses[rate] = mean(rate)
+        if min(losses, key=losses.__getitem__) != first:
             break
-    return best
+    best, second = sorted(losses, key=losses.__getitem__)[:2]
+    return best, second
 
 
 def rows(bench: Bench, tasks: Sequence[str], sizes: Sequence[int]) -> Iterator[Row]:
-    """Rows as they become complete, in the plan's order; ends when the time is over."""
+    """Rows as they become complete, in the plan's order; when the time is over, those that need no more runs."""
     rates: dict[Case, float] = {}
     for case, seeds, methods in PLAN:
         if case.task not in tasks or case.ranks not in sizes:
             continue
         for method in methods:
+            if method.start and case not in rates:
+                continue
             try:
                 row = bench.row(case, method, seeds, rates[case] if method.start else None)
             except OutOfTime:
-                return
+                continue
             if method == DATA_PARALLEL:
                 rates[case] = row.rate
             yield row
@@ -121,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default="GPT,MLP,digits")
     parser.add_argument("--ranks", default="4,8,16")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many; 0: report known runs")
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
     end = time.monotonic() + 60 * given.minutes

@@ -90,28 +90,27 @@ DIGITS_8, DIGITS_8_SGD, MLP_4_SGD = Case("digits", 8), Case("digits", 8, optimiz
 Group = tuple[Case, int, Sequence[Method]]
 """A case, the number of seeds, and methods."""
 
-_GPT = (DATA_PARALLEL, AWC, start(AWC, 0.1), ATC)
+_MAIN = (DATA_PARALLEL, AWC, start(AWC, 0.1), ATC)
 
 PLAN: tuple[Group, ...] = (
-    (GPT_4, 2, _GPT[:3]),
-    (MLP_4, 8, (DATA_PARALLEL, AWC, start(AWC, 0.2), ATC, start(ATC, 0.2), DENSE, start(AWC, 0.1))),
-    (DIGITS_8, 16, (DATA_PARALLEL, AWC, ATC, start(AWC, 0.1), *DAG)),
+    (GPT_4, 8, _MAIN),
+    (MLP_4, 8, (DATA_PARALLEL, AWC, start(AWC, 0.1), start(AWC, 0.2), ATC, start(ATC, 0.2), DENSE)),
     (MLP_16, 4, (DATA_PARALLEL, AWC, start(INT8, 0.2), start(AWC, 0.2), MACHINES[0])),
-    (DIGITS_8_SGD, 16, (DATA_PARALLEL, AWC, ATC)),
-    (GPT_4, 4, _GPT),
     (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), MACHINES[2])),
-    (MLP_8, 2, (DATA_PARALLEL, AWC, *DAG)),
-    (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
     (GPT_4, 4, (start(ATC, 0.1),)),
-    (MLP_4_SGD, 8, (DATA_PARALLEL, AWC, ATC)),
-    (GPT_16, 2, (AWC, start(AWC, 0.1), MACHINES[0])),
+    (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
+    (GPT_16, 2, (AWC, start(AWC, 0.1), start(STATIC, 0.1), *MACHINES[:2])),
+    (DIGITS_8, 16, (DATA_PARALLEL, AWC, start(AWC, 0.1), ATC, *DAG)),
+    (MLP_8, 2, (DATA_PARALLEL, AWC, *DAG)),
+    (DIGITS_8_SGD, 16, (DATA_PARALLEL, AWC, ATC)),
+    (MLP_4_SGD, 4, (DATA_PARALLEL, AWC)),
     (MLP_4, 8, (Method(average_until=0.2), Method(average_from=0.8))),
-    (GPT_4, 8, _GPT),
-    (MLP_8, 4, (DATA_PARALLEL, AWC, *DAG)),
+    (MLP_4_SGD, 8, (DATA_PARALLEL, AWC, ATC)),
     (GPT_4, 4, (start(AWC, 0.05), start(AWC, 0.2), DENSE)),
-    (MLP_16, 4, (BF16, start(AWC, 0.1), start(STATIC, 0.1), DENSE)),
     (MLP_16_X4, 3, (DATA_PARALLEL, AWC, ATC, start(AWC, 0.1))),
-    (GPT_16, 3, (*_GPT, start(INT8, 0.1), start(STATIC, 0.1), start(BF16, 0.1), *MACHINES)),
+    (MLP_16, 4, (start(AWC, 0.1), start(STATIC, 0.1), BF16, DENSE)),
+    (MLP_8, 4, (DATA_PARALLEL, AWC, *DAG)),
+    (GPT_16, 3, (*_MAIN, start(INT8, 0.1), start(STATIC, 0.1), start(BF16, 0.1), *MACHINES)),
     (GPT_4, 6, (Method(average_until=0.2), Method(average_from=0.8))),
 )
 """In order of importance; what comes again gets more seeds."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,19 +124,22 @@ def plot(path: Path, found: Sequence[Comparison]) -> None:
     panels = {case: some for case, some in by_case.items() if len(some) >= 2}
     if not panels:
         return
-    across = min(2, len(panels))
-    down = math.ceil(len(panels) / across)
-    longest = max(map(len, panels.values()))
-    figure, axes = pyplot.subplots(down, across, figsize=(9 * across, (0.9 + 0.24 * longest) * down), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (case, some) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = pyplot.subplots(
+        len(panels),
+        figsize=(10, sum(1 + 0.25 * len(some) for some in panels.values())),
+        height_ratios=[1 + 0.25 * len(some) for some in panels.values()],
+        squeeze=False,
+    )
+    for axis, (case, some) in zip(axes.flat, panels.items(), strict=True):
         places = range(len(some), 0, -1)
-        axis.errorbar([c.mean for c in some], places, xerr=[c.error for c in some], fmt="o", ms=4, lw=1.2, color="C0")
+        axis.errorbar([c.mean for c in some], places, xerr=[c.error for c in some], fmt="o", ms=4, lw=1.2)
+        if max(c.mean for c in some) > 50:
+            axis.set_xscale("symlog", linthresh=10)
         axis.axvline(0, color="black", lw=0.8)
+        axis.set_ylim(0.5, len(some) + 0.5)
         axis.set_yticks(places, [c.row.method.name for c in some], fontsize=7)
-        axis.set_title(f"{case.name}: loss above data-parallel training's, %", fontsize=9)
+        axis.set_title(f"{case.name}: loss above data-parallel training's, % (standard error)", fontsize=9)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)

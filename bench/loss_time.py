@@ -15,10 +15,11 @@ from loss_rows import NEAR, Comparison
 STEP_TIMES = "network-full"
 
 NETWORKS = (
-    f"Time until the loss of data-parallel training, in parts of the time that it takes itself there, and until {NEAR:g} % "
-    "above it, in parts of the time that it takes itself until then. Step times are those of "
+    "Time until the loss of data-parallel training, in parts of the time that it takes itself there; in brackets, until "
+    f"{NEAR:g} % above it, in parts of the time that it takes itself until then. A dash: not reached. Methods that never come "
+    f"within {NEAR:g} % are left out. Columns are transfer times of the model in parts of a step. Step times are those of "
     f"[{STEP_TIMES}.md]({STEP_TIMES}.md), with compute that leaves the CPU free; steps are those of the table above. They "
-    "were not measured together: the models differ, and where n=16 stands beside hosts, these were the most that were measured."
+    "were not measured together: the models differ, and 8 hosts are the most that were measured, n=16 beside them too."
 )
 
 _PLACES = {
@@ -49,11 +50,9 @@ def _results() -> list[dict[str, Any]]:
     return [result for result in found if result["kind"] == "device-like"]
 
 
-def step_ratio(result: dict[str, Any], name: str) -> float | None:
+def step_ratio(result: dict[str, Any], name: str) -> float:
     """The length of a step over that of DistributedDataParallel, median over rounds."""
     turns = result["turns"]
-    if name not in turns:
-        return None
     return statistics.median(float(a["step_s"] / b["step_s"]) for a, b in zip(turns[name], turns["DDP"], strict=True))
 
 
@@ -67,25 +66,25 @@ def time_until(one: Comparison, ratio: float, above: float) -> float | None:
 
 
 def times(found: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """A line for each network, transfer time, case and method that has both a loss and a step time."""
+    """A line for each network, case and method that has both a loss and step times, with a column for each transfer time."""
     lines = []
-    for result in _results():
-        for case, size in _PLACES.get(result["network"], ()):
-            for one in found:
-                name, method = step_name(one.row.method), one.row.method
-                if one.row.case != case or method == DATA_PARALLEL or method.machine != size or name is None:
-                    continue
-                if (ratio := step_ratio(result, name)) is None:
-                    continue
-                same, near = time_until(one, ratio, 0.0), time_until(one, ratio, NEAR)
-                lines.append(
-                    {
-                        "network": result["network"],
-                        "transfer / step": result["transfer"],
-                        "loss of": f"{case.name}, {method.name}",
-                        "step": f"{ratio:.2f}",
-                        "time to the same loss": "not reached" if same is None else f"{same:.2f}",
-                        f"time to {NEAR:g} % above": "not reached" if near is None else f"{near:.2f}",
-                    }
-                )
+    for network, places in _PLACES.items():
+        for one in found:
+            method, name = one.row.method, step_name(one.row.method)
+            if method == DATA_PARALLEL or name is None or (one.row.case, method.machine) not in places:
+                continue
+            results = [result for result in _results() if result["network"] == network]
+            if one.reached(NEAR) is None or not all(name in result["turns"] for result in results):
+                continue
+            line = {"network": network, "loss of": f"{one.row.case.name}, {method.name}"}
+            lines.append(line | {f"{result['transfer']}": _cell(one, step_ratio(result, name)) for result in results})
     return lines
+
+
+def _cell(one: Comparison, ratio: float) -> str:
+    same, near = time_until(one, ratio, 0.0), time_until(one, ratio, NEAR)
+    return f"{_part(same)} ({_part(near)})"
+
+
+def _part(part: float | None) -> str:
+    return "-" if part is None else f"{part:.2f}"
