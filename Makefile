@@ -8,17 +8,25 @@ INSTALLED := $(VENV)/.installed
 FRAMEWORKS := $(VENV)/.frameworks
 TYPED := build/typed
 
-.PHONY: demo test test-all test-triton lint bench clean
+.PHONY: demo test test-ranks test-interpreter test-all test-triton lint bench clean
 
 # GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them.
 demo: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) \
 		-m fusedfog.examples.digits
 
-# The interpreter is chosen when kernels are imported, so its tests need a process of their own.
 test: lint
+	$(MAKE) --no-print-directory -j 2 test-ranks test-interpreter
+
+test-ranks:
 	$(BIN)/python -m pytest tests -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -m "not slow"
+
+# The interpreter is chosen when kernels are imported, so its tests need a process of their own: beside ranks, which wait for one
+# another half of the time, and after them where there is time to lose.
+test-interpreter:
+	mkdir -p build
+	TRITON_INTERPRET=1 nice -n 10 $(BIN)/python -m pytest -p no:cacheprovider tests/interpreter -m "not slow" \
+		> build/interpreter.log 2>&1; status=$$?; cat build/interpreter.log; exit $$status
 
 test-all: lint $(FRAMEWORKS)
 	$(BIN)/python -m pytest tests
