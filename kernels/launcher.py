@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 _DIVISIBLE_BY = 16
+_HERE: AbstractContextManager[object] = nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,4 +119,4 @@ def kinds_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, where launches go; the interpreter's tensors are on the CPU."""
     elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+    return torch.cuda.device(tensor.device) if elsewhere else _HERE
