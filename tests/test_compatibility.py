@@ -205,6 +205,7 @@ def assert_every_case_is_known(ranks: Pool, given: list[tuple[str, str, tuple[st
     assert 0 < refused == also_refused < len(given)
 
 
+@pytest.mark.slow
 def test_every_algorithm_with_every_option_topology_and_storage(ranks: Pool) -> None:
     assert_every_case_is_known(ranks, cases(ALGORITHMS, 1))
 

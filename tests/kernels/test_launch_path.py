@@ -446,6 +446,7 @@ def test_after_the_stub_there_is_no_driver() -> None:
         fused_pass.launch(pass_of("mix"))
 
 
+@pytest.mark.slow
 def test_the_same_with_the_oldest_triton() -> None:
     if triton_versions.HOME in Path(triton.__file__).parents:
         pytest.skip("this is the run with another Triton")
