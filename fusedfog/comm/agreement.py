@@ -48,8 +48,14 @@ def _next_agreement(ranks: tuple[int, ...]) -> str:
 
 
 def agree(
-    view: GroupView, prefix: str, fields: Mapping[str, str], timeout: timedelta, what: str, call: str = ""
-) -> None:
+    view: GroupView,
+    prefix: str,
+    fields: Mapping[str, str],
+    timeout: timedelta,
+    what: str,
+    call: str = "",
+    told: Any = None,
+) -> list[Any]:
     """Return once every rank of `view` has given the same `fields`.
 
     Args:
@@ -58,15 +64,24 @@ def agree(
         timeout: how long to wait for the other ranks.
         what: who asks, for errors ("AdamW").
         call: what all ranks must be in; `what` by default.
+        told: what this rank tells the others besides, which may differ; whatever JSON can write.
+
+    Returns:
+        What each rank told, in rank order.
 
     Raises:
         MismatchError: on every rank, naming each differing rank and field with both values (the first few), or who is in
             which other call.
         PeerTimeout: a rank did not come to this check within `timeout`; names it.
     """
-    differences = confer(view, prefix, dict(fields), _differences, timeout, what, call)
+    differences, everything = confer(view, prefix, [dict(fields), told], _compare, timeout, what, call)
     if differences:
         raise MismatchError(f"rank {view.rank}: {what} differs between ranks: {differences}")
+    return list(everything)
+
+
+def _compare(values: Sequence[Any]) -> tuple[str, list[Any]]:
+    return _differences([fields for fields, _ in values]), [told for _, told in values]
 
 
 def _differences(fields: Sequence[Mapping[str, str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,16 +22,31 @@ from fusedfog.log import warn_user
 
 @dataclass(frozen=True)
 class GroupView:
-    """This process' place in a process group; `group` is None when it is alone and none exists."""
+    """This process' place in a process group, or among some of its ranks; `group` is None when it is alone and none exists.
+
+    Attributes:
+        rank, size: this process' place, and how many there are.
+        group: the process group.
+        part: the global ranks, ascending, if it is not all of the group's; see `part_of`.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None
+    part: tuple[int, ...] | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Global ranks of the members, in group order."""
+        if self.part is not None:
+            return self.part
         return tuple(dist.get_process_group_ranks(self.group)) if self.group is not None else (0,)
+
+
+def part_of(view: GroupView, ranks: Iterable[int]) -> GroupView:
+    """This process' place among some ranks of `view`, itself one of them; nothing is sent, and no process group is made."""
+    part = tuple(sorted(ranks))
+    return GroupView(part.index(view.ranks[view.rank]), len(part), view.group, part)
 
 
 def find_group(group: dist.ProcessGroup | None = None) -> GroupView:

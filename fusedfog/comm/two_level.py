@@ -17,7 +17,7 @@ shards and the order of sums. A process group numbers the same ranks in ascendin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.comm.finite import settle
-from fusedfog.comm.group import GroupView, find_group
+from fusedfog.comm.group import GroupView, find_group, part_of
 from fusedfog.comm.mixing import mix, room_for
 from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.kernels import device
@@ -72,6 +72,23 @@ class MeshLine:
 def mesh_lines(mesh: DeviceMesh) -> tuple[MeshLine, MeshLine]:
     """This rank's lines on a two-dimensional mesh that it is in: across machines, and inside its machine."""
     return _line(mesh, 0), _line(mesh, 1)
+
+
+def machine_lines(view: GroupView, machines: Sequence[Sequence[int]]) -> tuple[MeshLine, MeshLine]:
+    """This rank's lines where no mesh was given: across machines, and inside its own.
+
+    Args:
+        machines: the ranks of `view` on each machine, as many on every one; all ranks are there.
+    """
+    machine = next(place for place, members in enumerate(machines) if view.rank in members)
+    local = machines[machine].index(view.rank)
+    return _part(view, [members[local] for members in machines], machine), _part(view, machines[machine], local)
+
+
+def _part(view: GroupView, members: Sequence[int], place: int) -> MeshLine:
+    ranks = [view.ranks[member] for member in members]
+    part = part_of(view, ranks)
+    return MeshLine(part, place, tuple(part.ranks.index(rank) for rank in ranks))
 
 
 def _line(mesh: DeviceMesh, dim: int) -> MeshLine:

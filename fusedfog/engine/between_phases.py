@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from fusedfog.engine.hand_over import hand_over
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.phases import Phase, Phases
 from fusedfog.gossip.buckets import BucketState
+from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.params.flat import FlatSegment
@@ -107,13 +109,30 @@ class BetweenPhases(BetweenSteps):
         assert self.communicator is not None
         return [self.communicator.view.ranks.index(rank) for rank in part.view.ranks]
 
-    def replace_topology(self, topology: Topology | None) -> None:
-        """Exchange along another topology from the next step on, or once the phase begins that has exchanges."""
-        ahead = self.phase is not self.phases.last
-        self.phases = self.phases.with_topology(topology)
-        if not ahead:
+    def replace_topology(self, topology: Topology | None, reason: str, hierarchy: Hierarchy | None) -> None:
+        """Exchange along another topology from the next step on, or once the phase begins that has exchanges.
+
+        Args:
+            topology: between the machines of `hierarchy`, if there is one.
+            reason: why, for people.
+            hierarchy: the one that there is; None where ranks are nodes from now on.
+        """
+        last = self.phases.last
+        ahead, nodes_change = self.phase is not last, hierarchy is not last.hierarchy
+        phase = replace(last, topology=topology, reason=reason)
+        if nodes_change:
+            phase = replace(
+                phase, hierarchy=hierarchy, gradients=hierarchy.gradients if hierarchy is not None else None
+            )
+        self.phases = self.phases.with_last(phase)
+        if ahead:
+            return
+        if nodes_change:
+            self.take_edits()
+            self.change_phase(phase)
+        else:
             self.discard()
-            self.phase = self.phases.last
+            self.phase = phase
             self.use_topology(topology)
             self.exchanges.open_connections()
             self.warm_up()

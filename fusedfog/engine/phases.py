@@ -5,7 +5,7 @@ A run has one phase as a rule. With `data_parallel_steps=N` it has two, and `swi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +26,7 @@ class Phase:
         hierarchy: this rank's place on a mesh.
         lr_scale: what learning rates are multiplied by.
         gradients: of the ranks that average their gradients although they are not all: those of a machine.
+        reason: why this topology, for people.
     """
 
     algorithm: Algorithm
@@ -35,6 +36,7 @@ class Phase:
     hierarchy: Hierarchy | None = None
     lr_scale: float = 1.0
     gradients: Communicator | None = None
+    reason: str = ""
 
     @property
     def data_parallel(self) -> bool:
@@ -57,10 +59,10 @@ class Phases:
         """The phase of a step."""
         return [phase for first, phase in self.begins if first <= step][-1]
 
-    def with_topology(self, topology: Topology | None) -> Phases:
-        """The same with another topology in the last phase."""
-        first, last = self.begins[-1]
-        return Phases((*self.begins[:-1], (first, replace(last, topology=topology))))
+    def with_last(self, phase: Phase) -> Phases:
+        """The same with another last phase."""
+        first, _ = self.begins[-1]
+        return Phases((*self.begins[:-1], (first, phase)))
 
     @property
     def last(self) -> Phase:

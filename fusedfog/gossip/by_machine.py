@@ -20,13 +20,12 @@ from itertools import cycle
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
-from fusedfog.comm.two_level import MeshLine, Path, Paths, Refuse, exchange, mesh_lines, shards_of
+from fusedfog.comm.two_level import MeshLine, Path, Paths, Refuse, exchange, shards_of
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, OneMean, Rounds
 from fusedfog.gossip.quarantine import Quarantine
@@ -86,6 +85,7 @@ class Hierarchy:
     """One rank's place on the mesh: its communicators inside the machine, and to its counterparts across machines.
 
     Args:
+        lines: across machines, and inside (`two_level`).
         equal: the ranks of a machine have the same parameters, as they average gradients.
 
     Attributes:
@@ -96,9 +96,14 @@ class Hierarchy:
     """
 
     def __init__(
-        self, mesh: DeviceMesh, place: torch.device, comm_sms: int | None = None, *, equal: bool = False
+        self,
+        lines: tuple[MeshLine, MeshLine],
+        place: torch.device,
+        comm_sms: int | None = None,
+        *,
+        equal: bool = False,
     ) -> None:
-        self._lines = across, inside = mesh_lines(mesh)
+        self._lines = across, inside = lines
         self.machine, self.machines = across.place, across.size
         self.local, self.locals = inside.place, inside.size
         on_gpu = device.on_gpu(place)

@@ -48,9 +48,10 @@ class DecentralizedOptimizer(Controls):
     """What `SGD`, `Adam` and `AdamW` share; not built by itself.
 
     Keyword arguments of every optimizer, beside torch's own:
-        topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or None for the algorithm's
-            default: one-peer exponential where the number of ranks is a power of two, base_graph otherwise; the symmetric
-            exponential graph for methods that need a static one, and for dag, which one-peer graphs serve badly.
+        topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or "auto" (None means the same). Auto's
+            nodes are machines, as with `mesh`, where several have as many ranks each, and else ranks (`optim.automatic`). Its
+            graph is one-peer exponential for a power of two of nodes, base_graph for others; the symmetric exponential one
+            for methods that need a static one, and for dag, which one-peer graphs serve badly.
         algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
             "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as
             DistributedDataParallel), "local", or one of the
@@ -358,10 +359,12 @@ class DecentralizedOptimizer(Controls):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        clock = self._scheduler.read_clock() if self._scheduler else self._options.clock
+        engine = self._scheduler
+        clock = engine.read_clock() if engine else self._options.clock
+        equal = engine.phases.last.hierarchy is not None if engine else self._options.equal_inside
         own = {
             "state": plain(self.state),
-            "_options": self._options.portable(clock),
+            "_options": self._options.portable(clock, equal_inside=equal),
             "_scheduler": None,
             "_claim": None,
         }

@@ -17,6 +17,7 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
+from fusedfog.comm.machines import this_machine
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.clock import StepSchedule
@@ -28,6 +29,7 @@ from fusedfog.environment import check_kernel, missing_instructions
 from fusedfog.errors import PeerTimeout
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.kernels import device
+from fusedfog.optim.automatic import Way, hierarchy_of, is_automatic, way_of
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
@@ -84,23 +86,25 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         check_mesh(options.mesh, view)
     setup = dataclasses.replace(setup, options=vars(options), ranks=view.size)
     topology = choose_topology(setup, options.topology, view.size if options.mesh is None else options.mesh.size(0))
-    algorithm = setup.running
+    algorithm, way = setup.running, Way(topology)
     check_kernel(place)
     check_backend(view, place)
-    layouts = _lay_out(specs, options, algorithm)
     communicator, channel, hierarchy = None, 0, None
     beside = shared_with_model(options.model, groups) if options.model is not None and options.sync_init else {}
     if view.size > 1:
         sharded = _fields_of_shards(sharding, groups, specs, given) if everyone is not None else {}
         fields = fields_of(kind, groups, specs, options, sharded) | fields_of_shared(beside)
-        fields |= _fields_of_ranks(options.mesh, topology, place)
+        fields |= _fields_of_ranks(options, topology, place)
         fields |= {name: value for name, value in sharded.items() if name not in fields}
-        agree(everyone or view, next_agreement(everyone or view), fields, group_timeout(view, place), kind, _CALL)
+        together, timeout = everyone or view, group_timeout(view, place)
+        names = agree(together, next_agreement(together), fields, timeout, kind, _CALL, this_machine())
+        way = way_of(setup, options, topology, names, apart=not (options.sync_init or options.equal_inside))
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
-        if options.mesh is not None and topology is not None:
-            hierarchy = Hierarchy(options.mesh, place, options.comm_sms, equal=options.inside == "gradients")
-    compiled = _compile(kind, family, algorithm, groups, layouts, topology, view, communicator, options)
+        hierarchy = hierarchy_of(way, options, view, place)
+    layouts = _lay_out(specs, options, algorithm, over_machines=hierarchy is not None)
+    neighbours = _neighbours(options, way.topology, view, over_machines=hierarchy is not None)
+    compiled = _compile(kind, family, algorithm, groups, layouts, neighbours, view, communicator, options)
     segments = _adopt(groups, layouts, options, communicator, claim, compiled=compiled)
     frozen = _frozen(groups, specs)
     if options.sync_init:
@@ -108,7 +112,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     engine = _scheduler_for(family, options)(
         groups,
         segments,
-        phases_of(family, algorithm, topology, options, hierarchy, alone=communicator is None),
+        phases_of(family, algorithm, way, options, hierarchy, alone=communicator is None),
         communicator,
         channel,
         int(options.bucket_mb * 2**20),
@@ -133,10 +137,11 @@ def ranks_to_mix_with(sharding: Sharding | None, options: Options, *, alone: boo
     return dataclasses.replace(options, group=group, mesh=None), everyone
 
 
-def _fields_of_ranks(mesh: DeviceMesh | None, topology: Topology | None, place: torch.device) -> dict[str, str]:
+def _fields_of_ranks(options: Options, topology: Topology | None, place: torch.device) -> dict[str, str]:
+    named = name_topology(topology)
     return {
-        "topology": name_topology(topology),
-        "mesh": "none" if mesh is None else str(mesh.mesh.tolist()),
+        "topology": f"auto: {named}, or one of machines" if is_automatic(options.topology) else named,
+        "mesh": "none" if options.mesh is None else str(options.mesh.mesh.tolist()),
         "device": place.type,
     }
 
@@ -160,13 +165,15 @@ def _mixed_of(groups: Groups, params: Sequence[Tensor]) -> list[Tensor]:
     return [param for param in parameters_of([group for group in groups if group["mix"]]) if id(param) in own]
 
 
-def _lay_out(specs: Sequence[ParamSpec], options: Options, algorithm: Algorithm) -> tuple[Segment, ...]:
+def _lay_out(
+    specs: Sequence[ParamSpec], options: Options, algorithm: Algorithm, *, over_machines: bool
+) -> tuple[Segment, ...]:
     """The layout: in graded buckets where a step passes and sends one while others compute or travel, in large ones elsewhere.
 
     Awc and kin in step mode wait for all messages, make one pass and send all again: more messages are only more calls.
     """
     pipelined = options.fused_backward or algorithm.before is not None
-    by_default = options.bucket_mb == Options.bucket_mb and options.mesh is None and not pipelined
+    by_default = options.bucket_mb == Options.bucket_mb and not over_machines and not pipelined
     size = int((_WHOLE_MB if by_default else options.bucket_mb) * 2**20)
     return build_layout(specs, size, graded=pipelined)
 
@@ -221,7 +228,7 @@ def _schedule(options: Options) -> StepSchedule:
 def phases_of(
     family: str,
     algorithm: Algorithm,
-    topology: Topology | None,
+    way: Way,
     options: Options,
     hierarchy: Hierarchy | None,
     *,
@@ -230,14 +237,14 @@ def phases_of(
     """What the options make of a run: `data_parallel_steps`, then the algorithm; one phase for a rank that is alone."""
     schedule = _schedule(options)
     if alone:
-        return Phases.of(Phase(algorithm, topology, schedule))
+        return Phases.of(Phase(algorithm, way.topology, schedule, reason=way.reason))
     first = Phase(
         data_parallel(family),
         None,
         dataclasses.replace(schedule, communicate_every=1, global_average_every=None),
     )
     gradients = hierarchy.gradients if hierarchy is not None else None
-    last = Phase(algorithm, topology, schedule, options.codes, hierarchy, options.lr_scale, gradients)
+    last = Phase(algorithm, way.topology, schedule, options.codes, hierarchy, options.lr_scale, gradients, way.reason)
     return Phases.of(last, first, options.data_parallel_steps)
 
 
@@ -253,20 +260,14 @@ def _compile(
     algorithm: Algorithm,
     groups: Groups,
     layouts: Sequence[Segment],
-    topology: Topology | None,
+    neighbours: set[int],
     view: GroupView,
     communicator: Communicator | None,
     options: Options,
 ) -> bool:
-    """Whether the passes are compiled; all ranks together."""
+    """Whether the passes, with these numbers of neighbours, are compiled; all ranks together."""
     if not options.cpu_compile or device.on_gpu(place_of(groups, options.group)):
         return False
-    # A strength of zero, which a function may have, leaves all neighbours out.
-    pausing = options.communicate_every > 1 or not options.strength.constant
-    neighbours = {1, 0} if pausing else {1}
-    if options.mesh is None:
-        averaging = options.global_average_every is not None
-        neighbours = numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
     if options.data_parallel_steps and view.size > 1:
         passes += kinds_of_passes(data_parallel(family), groups, layouts, {0})
@@ -274,6 +275,16 @@ def _compile(
         return False
     # With a group together, whatever each rank has to compile: unmixed parameters differ.
     return compile_everywhere(view, passes, communicator.timeout if communicator is not None else None, kind)
+
+
+def _neighbours(options: Options, topology: Topology | None, view: GroupView, *, over_machines: bool) -> set[int]:
+    """How many neighbours' values a pass may have."""
+    # A strength of zero, which a function may have, leaves all neighbours out.
+    pausing = options.communicate_every > 1 or not options.strength.constant
+    if over_machines:
+        return {1, 0} if pausing else {1}
+    averaging = options.global_average_every is not None
+    return numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
 
 
 def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
@@ -365,7 +376,8 @@ def _grow(
     engine: Scheduler, groups: Groups, specs: Sequence[ParamSpec], options: Options, claim: Claim, *, sync: bool
 ) -> list[FlatSegment]:
     """Give the trained ones of `specs`, those of all parameters of `groups`, a place in a running scheduler."""
-    layouts = _lay_out(specs, options, engine.phases.last.algorithm)
+    last = engine.phases.last
+    layouts = _lay_out(specs, options, last.algorithm, over_machines=last.hierarchy is not None)
     compiled = any(region.compiled for segment in engine.segments for region in segment.regions)
     options = dataclasses.replace(options, sync_init=sync)
     segments = _adopt(groups, layouts, options, engine.communicator, claim, compiled=compiled)
@@ -377,17 +389,3 @@ def _grow(
         engine.rebuild_buckets(local=local)
         engine.warm_up()
     return segments
-
-
-def change_topology(
-    kind: str, family: str, engine: Scheduler, topology: Topology | str | None, options: Options
-) -> None:
-    """Give a running scheduler another topology; all ranks together."""
-    current = engine.phases.last.topology
-    size = current.size if current is not None else 1
-    chosen = choose_topology(running_setup(family, engine, options), topology, size)
-    if engine.communicator is not None:
-        view = engine.communicator.view
-        fields = {"topology": name_topology(chosen)}
-        agree(view, next_agreement(view), fields, engine.communicator.timeout, f"{kind}.set_topology", "set_topology()")
-    engine.replace_topology(chosen)

@@ -40,12 +40,15 @@ class Refusal:
 
     def text(self, setup: Setup) -> str:
         """The error that the setup raises."""
+        return f"{self.reason(setup)}; {_filled(self.instead, setup)}"
+
+    def reason(self, setup: Setup) -> str:
+        """What does not go together, and why."""
         one, two = (
             feature.named(setup) if feature.named else feature.words
             for feature in (FEATURES[self.what], FEATURES[self.other])
         )
-        why, instead = (_filled(part, setup) for part in self.texts)
-        return f"{one} does not work with {two}: {why}; {instead}"
+        return f"{one} does not work with {two}: {_filled(self.why, setup)}"
 
     @property
     def texts(self) -> tuple[str, str]:
@@ -249,7 +252,7 @@ def choose_topology(setup: Setup, given: Topology | str | None, size: int) -> To
 def resolve_topology(
     algorithm: Algorithm, topology: Topology | str | None, size: int, *, static: bool = False
 ) -> Topology | None:
-    """The topology that is meant for `size` ranks: the given one, or the algorithm's default.
+    """The topology that is meant for `size` nodes: the given one, or for None and "auto" the algorithm's default.
 
     The default is the one-peer exponential graph where `size` is a power of two (one neighbour a step, exact average
     every log2(size) steps), the Base-2 graph otherwise (exact for any size), and the symmetric exponential graph for
@@ -261,7 +264,7 @@ def resolve_topology(
     """
     if algorithm.exchanges != "parameters":
         return None
-    if topology is None:
+    if topology is None or (isinstance(topology, str) and topology == "auto"):
         topology = symmetric_exponential(size) if static else _default(algorithm, size)
     if isinstance(topology, str):
         topology = named(topology, size)

@@ -16,14 +16,13 @@ from fusedfog.comm.registry import leave
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.optim import build as construction
 from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
-from fusedfog.optim.description import brief, without_clock
+from fusedfog.optim.description import brief, graph_of, without_clock
 from fusedfog.optim.export import save_averaged
 from fusedfog.optim.options import Keywords
 from fusedfog.optim.swapped import Values, pairs_of, swapped
-from fusedfog.optim.switching import switch, switched
+from fusedfog.optim.switching import change_topology, switch, switched
 from fusedfog.optim.uneven import UnevenSteps
 from fusedfog.params.owners import Claim
 from fusedfog.topology import Topology
@@ -86,6 +85,7 @@ class Controls(UnevenSteps):
     def stats(self) -> dict[str, Any]:
         """Running totals of this rank since construction. Local, no synchronization.
 
+        topology, and topology_reason: "given", or "auto: " and why; both empty where nothing goes to neighbours.
         steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across,
         the part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
         torn_messages, buckets edited by the user while they were being sent (as version counters tell, and a sample of the
@@ -102,6 +102,8 @@ class Controls(UnevenSteps):
         halves = engine.algorithm.before is not None
         measured = measured_norms(engine.segments, halves) if engine.schedule.measure else {}
         return {
+            "topology": graph_of(engine),
+            "topology_reason": engine.phases.last.reason if engine.communicator is not None else "",
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
             **engine.stats.plain(),
@@ -294,10 +296,13 @@ class Controls(UnevenSteps):
     def set_topology(self, topology: Topology | str | None) -> None:
         """Use another topology from the next step on. Collective, discards messages in flight.
 
+        One that is given is between ranks, with `mesh` between machines. Machines that "auto" has made nodes are so no longer
+        then; with "auto" or None the nodes stay what they are, and have the default graph.
+
         Raises:
             ValueError: as at construction.
             MismatchError: ranks were given different topologies; the old one stays.
         """
-        engine = self._engine
-        construction.change_topology(self._kind, self._family, engine, topology, self._options)
-        self._options = dataclasses.replace(self._options, topology=topology)
+        options = dataclasses.replace(self._options, topology=topology)
+        change_topology(self._kind, self._family, self._engine, options)
+        self._options = options

@@ -69,17 +69,25 @@ def ranks_of(engine: Scheduler) -> int:
 
 
 def method(engine: Scheduler, options: Options) -> str:
-    """Algorithm and topology, such as "awc on ring"; of a mesh also its shape."""
+    """Algorithm and topology, such as "awc on ring", with the machines of a mesh, and the reason of auto."""
     outer = f" with outer every {options.outer.every} steps" if options.outer is not None else ""
+    graph, reason = graph_of(engine), engine.phases.last.reason
+    if not graph:
+        return options.algorithm + outer
+    (begins, _) = engine.phases.begins[-1]
+    first = f", after {begins} data-parallel steps" if begins else ""
+    return f"{options.algorithm}{outer} on {graph}{f' ({reason})' if reason.startswith('auto') else ''}{first}"
+
+
+def graph_of(engine: Scheduler) -> str:
+    """The topology of a running optimizer, such as "ring", or "ring over 2 machines of 4 ranks"; "" if it has none."""
     topology, hierarchy = engine.phases.last.topology, engine.phases.last.hierarchy
     if engine.communicator is None or topology is None:
-        return options.algorithm + outer
+        return ""
     over = (
         f" over {hierarchy.machines} machines of {_counted(hierarchy.locals, 'rank')}" if hierarchy is not None else ""
     )
-    (begins, _) = engine.phases.begins[-1]
-    first = f", after {begins} data-parallel steps" if begins else ""
-    return f"{options.algorithm}{outer} on {topology.name}{over}{first}"
+    return topology.name + over
 
 
 def _traffic(engine: Scheduler, options: Options) -> list[str]:

@@ -60,7 +60,10 @@ class Keywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The checked `Keywords` of one optimizer, and the clock that a copy of it resumes from."""
+    """The checked `Keywords` of one optimizer.
+
+    And of a copy of one, the clock that it resumes from, and whether ranks of a machine have equal parameters (`equal_inside`).
+    """
 
     topology: Topology | str | None = None
     algorithm: str = "awc"
@@ -87,6 +90,7 @@ class Options:
     comm_sms: int | None = None
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
+    equal_inside: bool = False
 
     @staticmethod
     def of(keywords: Keywords) -> Options:
@@ -151,10 +155,13 @@ class Options:
         """How 16-bit parameters and states are kept."""
         return Storage(self.low_precision, self.state_dtype)
 
-    def portable(self, clock: Mapping[str, Any]) -> Options:
-        """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0."""
+    def portable(self, clock: Mapping[str, Any], *, equal_inside: bool) -> Options:
+        """These options as a pickled or copied optimizer carries them: ranks have diverged, so no broadcast from rank 0.
+
+        `equal_inside` says that those of a machine have not.
+        """
         if self.group is not None or self.mesh is not None:
             raise TypeError(
                 "an optimizer with a group or mesh of its own cannot be pickled or copied; use state_dict()"
             )
-        return dataclasses.replace(self, clock=clock, sync_init=False)
+        return dataclasses.replace(self, clock=clock, sync_init=False, equal_inside=equal_inside)

@@ -1,4 +1,4 @@
-"""`switch`: another algorithm, topology or rhythm in mid-run. Beside `build`, whose checks it makes again; collective."""
+"""`switch` and `set_topology`: another algorithm, topology or rhythm in mid-run. Beside `build`, whose checks they make again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch.distributed as dist
 
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import find_group
+from fusedfog.comm.machines import this_machine
 from fusedfog.engine.phases import Phases
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.optim import build as construction
+from fusedfog.optim.automatic import Way, hierarchy_of, is_automatic, way_of
 from fusedfog.optim.compatibility import choose_topology
+from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
 
 
@@ -36,25 +39,56 @@ def switch(kind: str, family: str, engine: Scheduler, options: Options) -> None:
         MismatchError: ranks switch to different things; nothing has changed then.
     """
     setup = construction.running_setup(family, engine, options)
-    communicator, mesh = engine.communicator, options.mesh if engine.sharding is None else None
+    communicator = engine.communicator
     if communicator is None and dist.is_initialized() and find_group(options.group).size > 1:
         raise ValueError(
             f"{kind}.switch: an optimizer that was built with algorithm='local' has nothing to exchange with: build it with "
             f"algorithm={options.algorithm!r}, and switch that one to 'local' for a while"
         )
-    topology = choose_topology(setup, options.topology, setup.ranks if mesh is None else mesh.size(0))
-    hierarchy = engine.phases.last.hierarchy
-    if communicator is not None:
-        fields = {
-            "algorithm": options.algorithm,
-            "topology": construction.name_topology(topology),
-            "communicate_every": str(options.communicate_every),
-        }
-        view = communicator.view
-        agree(view, next_agreement(view), fields, communicator.timeout, f"{kind}.switch", "switch()")
-        if mesh is not None and topology is not None and hierarchy is None:
-            hierarchy = Hierarchy(mesh, engine.place, options.comm_sms, equal=options.inside == "gradients")
-    phases = construction.phases_of(family, setup.running, topology, options, hierarchy, alone=communicator is None)
+    fields = {"algorithm": options.algorithm, "communicate_every": str(options.communicate_every)}
+    way, hierarchy = _agree_on_way(kind, engine, setup, options, fields, "switch")
+    phases = construction.phases_of(family, setup.running, way, options, hierarchy, alone=communicator is None)
     engine.take_edits()
     engine.phases = Phases.of(phases.last)
     engine.change_phase(phases.last)
+
+
+def change_topology(kind: str, family: str, engine: Scheduler, options: Options) -> None:
+    """Give a running scheduler the topology that these options have; all ranks together.
+
+    Raises:
+        ValueError: as at construction.
+        MismatchError: ranks were given different topologies; nothing has changed then.
+    """
+    way, hierarchy = _agree_on_way(
+        kind, engine, construction.running_setup(family, engine, options), options, {}, "set_topology"
+    )
+    engine.replace_topology(way.topology, way.reason, hierarchy)
+
+
+def _agree_on_way(
+    kind: str, engine: Scheduler, setup: Setup, options: Options, fields: dict[str, str], call: str
+) -> tuple[Way, Hierarchy | None]:
+    """The way that these options mean for a running scheduler, and its machines. Collective.
+
+    Machines that auto has made nodes remain so while the topology is left to it. They become nodes only while ranks of a machine
+    have the same parameters: after data-parallel steps.
+    """
+    if engine.sharding is not None:
+        options = dataclasses.replace(options, mesh=None)  # There it only says where shards lie.
+    nodes = setup.ranks if options.mesh is None else options.mesh.size(0)
+    topology, communicator, last = (
+        choose_topology(setup, options.topology, nodes),
+        engine.communicator,
+        engine.phases.last,
+    )
+    if communicator is None:
+        return Way(topology), None
+    view = communicator.view
+    fields["topology"] = "auto" if is_automatic(options.topology) else construction.name_topology(topology)
+    names = agree(
+        view, next_agreement(view), fields, communicator.timeout, f"{kind}.{call}", f"{call}()", this_machine()
+    )
+    way = way_of(setup, options, topology, names, apart=not engine.phase.data_parallel and last.hierarchy is None)
+    kept = last.hierarchy if way.machines is not None or options.mesh is not None else None
+    return way, kept or hierarchy_of(way, options, view, engine.place)

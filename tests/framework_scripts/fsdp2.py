@@ -23,7 +23,7 @@ mesh = init_device_mesh(device.type, (dist.get_world_size() // local, local), me
 for block in blocks:
     fully_shard(block, mesh=mesh["shard"])  # the shard dimension alone: gradients stay inside the machine
 fully_shard(model, mesh=mesh["shard"])
-optimizer = fusedfog.AdamW(model.parameters(), lr=1e-3, topology="one_peer_exponential", mesh=mesh, model=model)
+optimizer = fusedfog.AdamW(model.parameters(), lr=1e-3, mesh=mesh, model=model)
 # README: end
 for step in range(4):
     torch.manual_seed(10 * step + dist.get_rank())

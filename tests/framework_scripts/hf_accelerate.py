@@ -24,7 +24,7 @@ accelerator = Accelerator(
 )
 model, loader = accelerator.prepare(model, loader)  # before the optimizer, as it moves parameters
 fusedfog.local_gradients(model)  # or DDP would average gradients
-optimizer = fusedfog.AdamW(model.parameters(), lr=1e-2, topology="one_peer_exponential", model=model)
+optimizer = fusedfog.AdamW(model.parameters(), lr=1e-2, model=model)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
 prepared, schedule = accelerator.prepare(optimizer, schedule)
 # README: end

@@ -27,7 +27,7 @@ args = TrainingArguments(  # joins torchrun's world
     average_tokens_across_devices=False,
 )
 model = GPT2LMHeadModel(config).to(args.device)
-optimizer = fusedfog.AdamW(model.parameters(), lr=args.learning_rate, topology="one_peer_exponential", model=model)
+optimizer = fusedfog.AdamW(model.parameters(), lr=args.learning_rate, model=model)
 
 
 class Decentralized(TrainerCallback):

@@ -41,7 +41,7 @@ class Decentralized(L.LightningModule):
         self.log("loss", self.network(**batch), sync_dist=True)
 
     def configure_optimizers(self):
-        self.optimizer = fusedfog.AdamW(self.parameters(), lr=1e-2, topology="one_peer_exponential", model=self)
+        self.optimizer = fusedfog.AdamW(self.parameters(), lr=1e-2, model=self)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=8)
         return [self.optimizer], [{"scheduler": schedule, "interval": "step"}]
 

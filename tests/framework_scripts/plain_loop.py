@@ -17,7 +17,7 @@ import fusedfog
 
 device = fusedfog.init()
 model = model.to(device)  # where DistributedDataParallel(model) was
-optimizer = fusedfog.AdamW(model.parameters(), lr=1e-2, topology="one_peer_exponential", model=model)
+optimizer = fusedfog.AdamW(model.parameters(), lr=1e-2, model=model)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
 loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, seed=0))
 done = 0

@@ -74,8 +74,9 @@ def built(kind: str, keywords: dict[str, Any]) -> tuple[list[str], str, float, f
     return lines, repr(opt), said, (opt.stats()["bytes_sent"] - before) / 6
 
 
+AUTO = r"one_peer_exponential \(auto: all ranks are on one machine\)"
 LINES = {
-    "awc": ("AdamW", {}, "4 ranks, gloo, AdamW awc on one_peer_exponential, 1.68k parameters in 1 bucket, 7.17 kB a step"),
+    "awc": ("AdamW", {}, rf"^4 ranks, gloo, AdamW awc on {AUTO}, 1.68k parameters in 1 bucket, 7.17 kB a step$"),
     "ring": ("SGD", {"topology": "ring"}, "4 ranks, gloo, SGD awc on ring, 1.68k parameters in 1 bucket, 14.3 kB a step"),
     "atc": ("Adam", {"algorithm": "atc", "bucket_mb": 5e-4}, "4 ranks, gloo, Adam atc on .*, 1.68k parameters in 2 buckets"),
     "tracking": ("SGD", {"algorithm": "momentum_tracking", "momentum": 0.9}, "SGD momentum_tracking on .*, 14.3 kB a step"),
@@ -84,9 +85,9 @@ LINES = {
     "bf16": ("AdamW", {"wire_dtype": "bf16", "topology": "ring"}, "bfloat16 messages, 7.17 kB a step"),
     "every 3": ("AdamW", {"communicate_every": 3}, "7.17 kB every 3 steps$"),
     "averages": ("AdamW", {"global_average_every": 50}, "7.17 kB a step, an average over all ranks every 50 steps$"),
-    "mesh": ("AdamW", {"mesh": True}, "awc on one_peer_exponential over 2 machines of 2 ranks, .* 14.3 kB a step"),
-    "parameters": ("AdamW", {"mesh": True, "inside": "parameters"}, "over 2 machines of 2 ranks, .* 10.8 kB a step"),
-    "start": ("AdamW", {"data_parallel_steps": 9}, "awc on one_peer_exponential, after 9 data-parallel steps, 1.68k"),
+    "mesh": ("AdamW", {"mesh": True}, "over 2 machines of 2 ranks .auto: the machines of mesh=., .* 14.3 kB a step"),
+    "parameters": ("AdamW", {"mesh": True, "inside": "parameters"}, "over 2 machines of 2 ranks .*, .* 10.8 kB a step"),
+    "start": ("AdamW", {"data_parallel_steps": 9}, f"awc on {AUTO}, after 9 data-parallel steps, 1.68k"),
     "allreduce": ("SGD", {"algorithm": "allreduce"}, "4 ranks, gloo, SGD allreduce, 1.68k parameters in .*, 10.8 kB a step"),
     "local": ("SGD", {"algorithm": "local"}, "^4 ranks, SGD local, 1.68k parameters in 1 bucket, nothing is sent$"),
     "outer": ("SGD", {"algorithm": "local", "outer": fusedfog.Outer(3)}, "local with outer every 3 steps on .*every 3 steps"),

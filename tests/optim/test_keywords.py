@@ -28,7 +28,7 @@ def parameters() -> list[nn.Parameter]:
 
 
 def test_keywords_and_options_are_one_list() -> None:
-    assert {field.name for field in fields(Options)} - {"clock"} == DECENTRALIZED
+    assert {field.name for field in fields(Options)} - {"clock", "equal_inside"} == DECENTRALIZED
 
 
 @pytest.mark.parametrize("kind", KINDS)
