@@ -19,9 +19,9 @@ from typing import Any
 
 from common import RESULTS, table
 
+from fusedfog.cost.workload import OPTIMIZER_TENSORS, PROFILES
 from fusedfog.plan import Layer, Link, Method, Network, Workload, predict, scaling
 from fusedfog.plan.report import Curve, draw_curves
-from fusedfog.plan.workload import OPTIMIZER_TENSORS, PROFILES
 from fusedfog.topology import inner_outer_exponential
 
 RESNET50_BYTES = 4 * 25_557_032
@@ -106,15 +106,22 @@ MEASURED: dict[str, Method] = {
 LOOPBACK = 1e9
 """B/s assumed of the unshaped links inside a machine; the shaped ones are 20 to 60 times slower."""
 
+KINDS = {"device-like": None, "device-like, 9.4 MB": 25.0}
+"""Kinds of compute that leave the CPU free -> MB of a bucket; None for those that the result names."""
+
+GRADIENTS_SINCE = "2026-11-30"
+"""The day from which on machines of `AWC hierarchical` average gradients; before, parameters."""
+
 
 def against_measurements(paths: Sequence[Path]) -> Comparison | None:
     """Device-like compute on shaped links, where bench/network.py has been run; None without its files."""
     rows = [
         row
         for path in paths
-        for result in json.loads(path.read_text())["results"]
-        if result["kind"] == "device-like"
-        for row in _measured_rows(result, f"{path.stem}, run {result['run']}")
+        for file in [json.loads(path.read_text())]
+        for result in file["results"]
+        if result["kind"] in KINDS
+        for row in _measured_rows(result, f"{path.stem}, run {result['run']}", file["machine"]["day"])
     ]
     if not rows:
         return None
@@ -128,7 +135,7 @@ def against_measurements(paths: Sequence[Path]) -> Comparison | None:
     return Comparison("Against measurements on shaped links", given, "measured ms", rows)
 
 
-def _measured_rows(result: Mapping[str, Any], source: str) -> list[Row]:
+def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row]:
     medians = {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
     workload = _measured_workload(result, medians["local"])
     # A lone message of 4 bytes mostly waits for its process to wake up: 3 ms among eight processes on two cores. What an
@@ -139,12 +146,14 @@ def _measured_rows(result: Mapping[str, Any], source: str) -> list[Row]:
     card = Link(alpha, result["rate_bytes_s"])
     local = result["local"]
     network = Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
+    bucket_mb = KINDS[result["kind"]] or result["bucket_bytes"] / 2**20
+    inside = "gradients" if day >= GRADIENTS_SINCE else "parameters"
     return [
         Row(
             f"{result['network']}, transfer {result['transfer']:g} of a step ({source})",
             name,
             1e3 * medians[name],
-            1e3 * predict(workload, network, replace(method, bucket_mb=result["bucket_bytes"] / 2**20)).step_s,
+            1e3 * predict(workload, network, replace(method, bucket_mb=bucket_mb, inside=inside)).step_s,
         )
         for name, method in MEASURED.items()
         if name in medians

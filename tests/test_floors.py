@@ -15,7 +15,7 @@ FLOORS = [
     ("algorithm",),
     ("algorithms",),
     ("comm",),
-    ("params", "ops"),
+    ("params", "ops", "cost"),
     ("gossip",),
     ("engine",),
     ("optim",),

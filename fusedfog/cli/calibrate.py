@@ -29,8 +29,8 @@ from torch import Tensor
 from fusedfog.comm.calls import Call, enter_world
 from fusedfog.comm.group import find_group, group_timeout
 from fusedfog.comm.join import init
-from fusedfog.plan.links import Links
-from fusedfog.plan.network import Link, Network, allreduce_seconds
+from fusedfog.cost.links import Links
+from fusedfog.cost.network import Link, Network, allreduce_seconds
 from fusedfog.plan.units import show_bytes, show_rate, show_time
 
 SIZES = tuple(4 << 10 << (2 * k) for k in range(7))

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from fusedfog.plan.links import Links, read_links
-from fusedfog.plan.network import Link, Network
+from fusedfog.cost.links import Links, read_links
+from fusedfog.cost.network import Link, Network
+from fusedfog.cost.timeline import Prediction
+from fusedfog.cost.workload import DEFAULT_BUCKET_MB, OPTIMIZER_TENSORS, PROFILES, Workload, read_layers
+from fusedfog.plan.methods import Method
 from fusedfog.plan.report import best, draw, predict_all, scaling, sizes_up_to, standard_methods, table
-from fusedfog.plan.timeline import Method, Prediction
 from fusedfog.plan.units import parse_count, parse_rate, parse_time, show_bytes, show_rate, show_time
-from fusedfog.plan.workload import DEFAULT_BUCKET_MB, OPTIMIZER_TENSORS, PROFILES, Workload, read_layers
 from fusedfog.topology import Topology
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
 

@@ -5,15 +5,16 @@
     for method in standard_methods(network):
         print(method.name, predict(workload, network, method).efficiency)
 
-`network` holds what a message and an all-reduce cost, `workload` what a step computes and how it is cut into buckets,
-`timeline` who waits for whom, `report` tables and curves. Pure numpy: no process group, no GPU. ``fusedfog plan`` is the
-command, ``fusedfog calibrate`` measures the links it needs, ``bench/plan.py`` compares it with measurements.
+The simulation is `fusedfog.cost`'s; here are `methods`, ways to train by their names, and `report`, tables and curves. Pure
+numpy: no process group, no GPU. ``fusedfog plan`` is the command, ``fusedfog calibrate`` measures the links it needs,
+``bench/plan.py`` compares it with measurements.
 """
 
-from fusedfog.plan.network import Link, Network, allreduce_seconds
+from fusedfog.cost.network import Link, Network, allreduce_seconds
+from fusedfog.cost.timeline import Prediction
+from fusedfog.cost.workload import Layer, Workload
+from fusedfog.plan.methods import Method, finish_times, predict
 from fusedfog.plan.report import predict_all, scaling, standard_methods
-from fusedfog.plan.timeline import Method, Prediction, finish_times, predict
-from fusedfog.plan.workload import Layer, Workload
 
 __all__ = [
     "Layer",

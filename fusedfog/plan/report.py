@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from fusedfog.plan.network import Network
-from fusedfog.plan.timeline import Method, Prediction, predict
+from fusedfog.cost.network import Network
+from fusedfog.cost.timeline import Prediction
+from fusedfog.cost.workload import Workload
+from fusedfog.plan.methods import Method, predict
 from fusedfog.plan.units import show_bytes
-from fusedfog.plan.workload import Workload
 from fusedfog.topology import inner_outer_exponential
 
 CLOSE = 0.002

@@ -21,6 +21,8 @@ from support.pool import Pool
 import fusedfog.topology as ft
 from fusedfog.cli import calibrate
 from fusedfog.cli.main import main
+from fusedfog.cost.links import Links, read_links
+from fusedfog.cost.workload import PROFILES, read_layers
 from fusedfog.params import layout
 from fusedfog.plan import (
     Layer,
@@ -34,9 +36,7 @@ from fusedfog.plan import (
     scaling,
     standard_methods,
 )
-from fusedfog.plan.links import Links, read_links
 from fusedfog.plan.units import parse_count, parse_rate, parse_time
-from fusedfog.plan.workload import PROFILES, read_layers
 
 MB = 1e6
 SLOW = Link(latency_s=1e-3, bandwidth=1e8)
@@ -195,9 +195,21 @@ def test_ranks_of_a_machine_share_its_network_card() -> None:
 def test_a_mesh_pays_for_both_phases_inside() -> None:
     network = Network(8, Link(2e-3, 1e8), 4, Link(1e-3, 1e9))
     within = 3 / 4 * 4 * MB / 1e9 + 1e-3
-    predicted = predict(ONE_LAYER, network, Method("atc", "ring", mesh=True))
+    predicted = predict(ONE_LAYER, network, Method("atc", "ring", mesh=True, inside="parameters"))
     assert predicted.exposed_s == pytest.approx(2 * within + 2e-3 + 4 * MB / 1e8, rel=1e-9)
     assert predicted.sent == pytest.approx((2 * 3 / 4 + 1 / 4) * 4 * MB)
+
+
+def test_machines_that_average_gradients_wait_for_the_last_bucket_of_them() -> None:
+    network = Network(8, Link(2e-3, 1e8), 4, Link(1e-3, 1e9))
+    means = 2 * 3 * (1e-3 + MB / 1e9)  # One bucket, whose last gradient ends backward.
+    within = 3 / 4 * 4 * MB / 1e9 + 1e-3
+    atc, awc = (predict(ONE_LAYER, network, Method(name, "ring", mesh=True)) for name in ("atc", "awc"))
+    assert atc.exposed_s == pytest.approx(means + 2e-3 + 4 * MB / 1e8 + within, rel=1e-9)
+    assert awc.exposed_s == pytest.approx(means, rel=1e-9)  # The rest travels under the next step's compute.
+    assert atc.sent == awc.sent == pytest.approx((3 * 3 / 4 + 1 / 4) * 4 * MB)
+    early = predict(ONE_LAYER, network, Method("atc", "ring", mesh=True, fused_backward=True))
+    assert early.step_s == atc.step_s
 
 
 def test_passes_cost_their_traffic() -> None:
@@ -250,6 +262,7 @@ def cases(draw: st.DrawFn) -> tuple[Workload, Network, Method]:
         bucket_mb=draw(st.sampled_from([1, 4])),
         communicate_every=1,
         mesh=draw(st.booleans()),
+        inside=draw(st.sampled_from(["gradients", "parameters"])),
     )
     if draw(st.booleans()) and not method.reduces:
         method = Method(**{**vars(method), "communicate_every": 3})

@@ -23,6 +23,8 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
     count, width = len(buckets), len(row.messages)
     forward, backward = (sum(getattr(layer, key) for layer in workload.layers) for key in ("forward_s", "backward_s"))
     places = network.machines if method.mesh else n
+    averages = method.mesh and method.inside == "gradients" and local > 1 and row.exchanges == "parameters"
+    early_passes = method.fused_backward and not averages
     graph = named(str(method.topology), places) if row.exchanges == "parameters" and n > 1 else None
     every = method.communicate_every
 
@@ -71,10 +73,29 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
         if local > 1:
             assert network.inside is not None
             within = (local - 1) / local * size / network.inside.bandwidth + network.inside.latency_s
-        ready = [max(begin(t, b, m * local + k) for k in range(local)) + within for m in range(places)]
+        first = 0.0 if averages else within  # Equal tensors need not be collected.
+        ready = [max(begin(t, b, m * local + k) for k in range(local)) + first for m in range(places)]
         mine = i // local
         met = [max(ready[e[0]], ready[e[1]]) + cost(t, e, size) for e in edges(t) if mine in e]
         return max([ready[mine], *met]) + within
+
+    def computed(now: list[float], pace: np.ndarray) -> list[float]:
+        """Forward and backward, which averages gradients inside machines where they do."""
+        if not averages:
+            return [clock + f * (forward + backward) for clock, f in zip(now, pace, strict=True)]
+        graded = workload.buckets(method.bucket_mb, graded=True)
+        inside = Network(local, network.inside or network.across)
+        ended = []
+        for i in range(n):
+            mates = range(i // local * local, i // local * local + local)
+            end = 0.0
+            for b, bucket in enumerate(graded):
+                packed = sum(moved(one.size, 2) for one in graded[: b + 1])
+                here = max(now[k] + pace[k] * (forward + bucket.ready_s) + packed for k in mates)
+                end = max(end, here) + allreduce_seconds(inside, bucket.size)
+            own = now[i] + pace[i] * (forward + backward) + moved(workload.size, 2)
+            ended.append(max(own, end) + moved(workload.size, 2))
+        return ended
 
     steps = len(pace)
     finish = np.zeros((steps, n))
@@ -85,12 +106,13 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
     for t in range(steps):
         reduces = row.exchanges == "gradients" and n > 1
         ends: list[list[float]] = [[] for _ in range(count)]
+        through = computed(now, pace[t])
         for i in range(n):
             f = pace[t, i]
             if reduces or (not early and graph is not None):
                 lead = 2 if reduces else workload.optimizer_tensors
                 clock, at = now[i] + f * forward, 0.0
-                overlap = reduces or method.fused_backward
+                overlap = reduces or early_passes
                 for b, bucket in enumerate(buckets):
                     if overlap:
                         clock += f * (bucket.ready_s - at) + moved(bucket.size, lead)
@@ -98,6 +120,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
                         ends[b].append(clock)
                 clock += f * (backward - at)
                 if not overlap:
+                    clock = through[i]
                     for b, bucket in enumerate(buckets):
                         clock += moved(bucket.size, lead)
                         ends[b].append(clock)
@@ -105,7 +128,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
             else:
                 clock, at, passed = now[i] + f * forward, 0.0, 0
                 tensors = workload.optimizer_tensors + (inbox(t, i) if exchanging(t) else 0)
-                points = [*buckets] if method.fused_backward else []
+                points = [*buckets] if early_passes else []
                 for number, bucket in enumerate(points):
                     clock += f * (bucket.ready_s - at)
                     at = bucket.ready_s
@@ -113,7 +136,7 @@ def slow_finish_times(workload: Workload, network: Network, method: Method, pace
                         clock += moved(buckets[passed].size, tensors)
                         ends[passed].append(clock)
                         passed += 1
-                clock += f * (backward - at)
+                clock = clock + f * (backward - at) if early_passes else through[i]
                 for b in range(passed, count):
                     clock = max(clock, done(t, b, i)) if exchanging(t) else clock
                     clock += moved(buckets[b].size, tensors)

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fusedfog.plan.network import Link
+from fusedfog.cost.network import Link
 
 
 @dataclass(frozen=True)

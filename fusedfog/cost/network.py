@@ -187,16 +187,17 @@ def between_machines(network: Network) -> Network:
     return Network(network.machines, network.across)
 
 
-def finish_by_machine(network: Network, round_: Meeting, begin: Times, size: float) -> Times:
+def finish_by_machine(network: Network, round_: Meeting, begin: Times, size: float, *, collects: bool) -> Times:
     """When each rank has mixed `size` bytes on a mesh (`fusedfog.comm.two_level`): collected inside, exchanged, handed round.
 
-    Inside, each local rank exchanges shards of s/L with the L-1 others, before and after: (L-1)/L s / beta_in + alpha_in
-    each time. Across, a machine sends its model once to each neighbour machine of `round_`, L shards side by side.
+    Inside, each local rank exchanges shards of s/L with the L-1 others, before (unless they are equal, and not `collects`) and
+    after: (L-1)/L s / beta_in + alpha_in each time. Across, a machine sends its model once to each neighbour machine of
+    `round_`, L shards side by side.
     """
     local = network.local
     within = 0.0
     if local > 1 and network.inside is not None:
         within = (local - 1) / local * size / network.inside.bandwidth + network.inside.latency_s
-    together = begin.reshape(-1, local).max(axis=1) + within
+    together = begin.reshape(-1, local).max(axis=1) + within * collects
     mixed = round_.finish(together, size) + within
     return np.repeat(mixed, local)

@@ -6,6 +6,7 @@ a factor f_i(t), log-normal with mean 1 and parameter sigma, drawn anew for ever
     ddp, allreduce   bucket b is reduced from max_i(ready_i) on, one after the other on one communication stream
     awc and kin      the bucket's message of step t is posted by the pass of step t - 1 and waited for by that of step t
     atc and kin      posted by the pass before, in `step` or with `fused_backward` under backward; waited for in `step`
+    by machine       as these, after backward has averaged gradients inside machines as allreduce does; passes wait for `step`
 
 A transfer between i and j begins when both have posted it, since neither gloo nor NCCL copies what it sends: so a rank waits
 for the neighbours of its round, those that it sends to included, and for nobody else ("local synchrony"). On each rank
@@ -18,16 +19,15 @@ exchanges follow each other in the order of buckets, as operations of one NCCL c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from fusedfog.algorithm import Algorithm
-from fusedfog.algorithms import TABLE
-from fusedfog.optim.compatibility import check, choose_topology
-from fusedfog.optim.features import Setup
-from fusedfog.plan.network import (
+from fusedfog.cost.network import (
     Collective,
     Meeting,
     Network,
@@ -37,8 +37,11 @@ from fusedfog.plan.network import (
     finish_by_machine,
     meeting,
 )
-from fusedfog.plan.workload import Bucket, Workload
+from fusedfog.cost.workload import Bucket, Workload
 from fusedfog.topology import Topology
+
+PACKING = 2
+"""Tensors of a bucket's size that a copy moves: each gradient goes into the bucket, and the mean back."""
 
 ENDLESS = 32
 """Rounds of an endless sequence that stand for all."""
@@ -48,45 +51,29 @@ LEAST_STEPS = {True: 48, False: 240}
 """Steps measured when all ranks are equally fast, and when they are not."""
 
 
+Inside: TypeAlias = Literal["gradients", "parameters"]
+
+
 @dataclass(frozen=True)
-class Method:
-    """A way to train.
+class Scheme:
+    """What ranks do in a step, as far as its time goes.
 
     Attributes:
-        algorithm: "ddp" (torch's DistributedDataParallel) or an algorithm of `fusedfog.algorithms`.
-        topology: for algorithms that have one; None takes the algorithm's default. With `mesh`, of machines.
+        row: of the algorithm.
+        graph: between ranks, or with `inside` between machines; None for algorithms without.
         collective: how an all-reduce is done.
-        mesh: mix across machines only (`mesh=` of the optimizers).
-        label: what tables call it; None describes it.
-
-    Raises:
-        ValueError: an unknown algorithm, or options that it refuses.
+        inside: machines are nodes, and average this inside; None where ranks are nodes.
+        ddp: it is torch's DistributedDataParallel, with its buckets.
     """
 
-    algorithm: str
-    topology: Topology | str | None = None
+    row: Algorithm
+    graph: Topology | None
     collective: Collective = "ring"
     fused_backward: bool = False
     communicate_every: int = 1
-    mesh: bool = False
+    inside: Inside | None = None
     bucket_mb: float = 25
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.communicate_every < 1:
-            raise ValueError(f"communicate_every must be at least 1, got {self.communicate_every}")
-        check(self._setup)
-        if self.communicate_every > 1 and self.reduces:
-            raise ValueError(f"{self.algorithm} reduces gradients in every step; communicate_every is for awc and atc")
-
-    @property
-    def row(self) -> Algorithm:
-        """The algorithm's row of the table; "ddp" has that of allreduce."""
-        rows = {**TABLE["Adam"], **TABLE["SGD"]}
-        name = "allreduce" if self.algorithm == "ddp" else self.algorithm
-        if name not in rows:
-            raise ValueError(f"unknown algorithm {self.algorithm!r}; there are ddp, {', '.join(rows)}")
-        return rows[name]
+    ddp: bool = False
 
     @property
     def reduces(self) -> bool:
@@ -95,35 +82,10 @@ class Method:
 
     def buckets(self, workload: Workload) -> list[Bucket]:
         """A workload's buckets, in the order in which backward completes them; graded where they travel under computation."""
-        if self.algorithm == "ddp":
+        if self.ddp:
             return workload.ddp_buckets(self.bucket_mb)
         graded = self.fused_backward or self.reduces or self.row.before is not None
         return workload.buckets(self.bucket_mb, graded=graded)
-
-    @property
-    def name(self) -> str:
-        """The label, or the options in words."""
-        if self.label is not None:
-            return self.label
-        shape = self.topology if isinstance(self.topology, str) else self.topology.name if self.topology else None
-        words = ["DDP" if self.algorithm == "ddp" else self.algorithm]
-        words += [f"({self.collective})"] if self.reduces else [shape] if shape is not None else []
-        words += ["by machine"] * self.mesh + ["fused_backward"] * self.fused_backward
-        words += [f"H={self.communicate_every}"] * (self.communicate_every > 1)
-        return " ".join(words)
-
-    def graph(self, network: Network) -> Topology | None:
-        """The topology on this network; None for methods without one.
-
-        Raises:
-            ValueError: it does not fit the network or the algorithm.
-        """
-        return choose_topology(self._setup, self.topology, network.machines if self.mesh else network.ranks)
-
-    @property
-    def _setup(self) -> Setup:
-        family = next(family for family in ("SGD", "Adam") if self.row.name in TABLE[family])
-        return Setup(family, TABLE[family][self.row.name], {"communicate_every": self.communicate_every}, ranks=2)
 
 
 @dataclass(frozen=True)
@@ -155,18 +117,20 @@ class Prediction:
         return self.local_s / self.step_s
 
 
-def predict(workload: Workload, network: Network, method: Method, *, sigma: float = 0.0, seed: int = 0) -> Prediction:
-    """Simulate a method until its rate is steady.
+def predict(
+    workload: Workload, network: Network, scheme: Scheme, name: str, *, sigma: float = 0.0, seed: int = 0
+) -> Prediction:
+    """Simulate a scheme, which tables call `name`, until its rate is steady.
 
     Args:
-        sigma: of the logarithm of compute times; equal seeds draw equal times for all methods.
+        sigma: of the logarithm of compute times; equal seeds draw equal times for all schemes.
 
     Raises:
-        ValueError: `sigma` is negative, or the method does not fit the network.
+        ValueError: `sigma` is negative, or the graph is of another size than the network.
     """
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be zero or more, got {sigma!r}")
-    run = _Run(workload, network, method)
+    run = _Run(workload, network, scheme)
     settle = run.cycle * math.ceil(SETTLING / run.cycle)
     steps = run.cycle * math.ceil(LEAST_STEPS[sigma == 0] / run.cycle)
     normal = np.random.default_rng(seed).standard_normal((settle + steps, network.ranks))
@@ -174,7 +138,7 @@ def predict(workload: Workload, network: Network, method: Method, *, sigma: floa
     finish = run.finish_times(pace)
     sent, sent_by_machine = run.traffic()
     return Prediction(
-        method.name,
+        name,
         network.ranks,
         float((finish[-1] - finish[settle - 1]).mean()) / steps,
         run.local_seconds(float(pace[settle:].mean())),
@@ -183,26 +147,30 @@ def predict(workload: Workload, network: Network, method: Method, *, sigma: floa
     )
 
 
-def finish_times(workload: Workload, network: Network, method: Method, pace: Times) -> Times:
+def finish_times(workload: Workload, network: Network, scheme: Scheme, pace: Times) -> Times:
     """When each rank finishes each step, [steps, n], compute times being multiplied by `pace` [steps, n].
 
     Training begins at 0; messages that the first step needs are sent then.
 
     Raises:
-        ValueError: the method does not fit the network.
+        ValueError: the graph is of another size than the network.
     """
-    return _Run(workload, network, method).finish_times(pace)
+    return _Run(workload, network, scheme).finish_times(pace)
 
 
 class _Run:
-    """A method's ranks: `now` is when each has finished the step before, `free` when its exchanges have."""
+    """A scheme's ranks: `now` is when each has finished the step before, `free` when its exchanges have."""
 
-    def __init__(self, workload: Workload, network: Network, method: Method) -> None:
-        self.workload, self.network, self.method = workload, network, method
-        self.row, self.every = method.row, method.communicate_every
+    def __init__(self, workload: Workload, network: Network, scheme: Scheme) -> None:
+        self.workload, self.network, self.scheme = workload, network, scheme
+        self.row, self.every = scheme.row, scheme.communicate_every
+        # Machines of one rank have nothing to average, and no means that `step` would have to wait for.
+        self.machine_means = scheme.inside == "gradients" and network.local > 1
+        self.early_passes = scheme.fused_backward and not self.machine_means
         self.forward_s, self.backward_s = workload.forward_s, workload.backward_s
-        self.buckets = method.buckets(workload)
-        self.graph = method.graph(network) if network.ranks > 1 else None
+        self.buckets = scheme.buckets(workload)
+        self.mean_buckets = workload.buckets(scheme.bucket_mb, graded=True)
+        self.graph = scheme.graph if network.ranks > 1 else None
         self.now, self.free = np.zeros(network.ranks), np.zeros(network.ranks)
         self.arrived = [np.zeros(network.ranks) for _ in self.buckets]
         if self.row.before is None and self._exchanges(0):
@@ -218,7 +186,7 @@ class _Run:
         """The rounds of the topology, of ranks or (with a mesh) of machines."""
         if self.graph is None:
             return []
-        place = between_machines(self.network) if self.method.mesh else self.network
+        place = between_machines(self.network) if self.scheme.inside is not None else self.network
         return [meeting(self.graph, t, place) for t in range(self.graph.period or ENDLESS)]
 
     def finish_times(self, pace: Times) -> Times:
@@ -230,7 +198,7 @@ class _Run:
         return finish
 
     def _step(self, t: int, pace: Times) -> None:
-        if self.method.reduces and self.network.ranks > 1:
+        if self.scheme.reduces and self.network.ranks > 1:
             self._reduce(pace)
         elif self.row.before is None or self.graph is None:
             self._mix_then_send(t, pace)
@@ -247,38 +215,47 @@ class _Run:
         """Mean bytes per step from a rank, and out of a machine."""
         size, n = self.workload.size, self.network.ranks
         machines, local = self.network.machines, self.network.local
-        if self.method.reduces and n > 1:
-            outside = 2 * (machines - 1) / machines * size if self.method.collective == "hierarchical" else None
+        if self.scheme.reduces and n > 1:
+            outside = 2 * (machines - 1) / machines * size if self.scheme.collective == "hierarchical" else None
             around = 2 * (n - 1) / n * size
             return around, (around if machines > 1 else 0.0) if outside is None else outside
         if self.graph is None:
             return 0.0, 0.0
         models = size * len(self.row.messages) / self.every
         outside = models * float(np.mean([round_.outside for round_ in self.rounds])) / machines
-        if self.method.mesh:
-            return 2 * (local - 1) / local * models + outside / local, outside
+        if self.scheme.inside is not None:
+            within, gradients = (local - 1) / local, 2 * size
+            moved = models + (gradients if self.machine_means else models)
+            return within * moved + outside / local, outside
         return models * float(np.mean([round_.outgoing.mean() for round_ in self.rounds])), outside
 
     # -- one step --------------------------------------------------------------------------------------------------------
 
     def _reduce(self, pace: Times) -> None:
         """Gradients are averaged under backward."""
-        packing = 2  # Each gradient is copied into the bucket, and the mean back.
+        after = self.workload.pass_seconds(self.workload.size, self.workload.optimizer_tensors)
+        self.now = self._average(pace, self.buckets, self.network) + after
+
+    def _average(self, pace: Times, buckets: Sequence[Bucket], network: Network) -> Times:
+        """Forward, and backward that averages gradients over as many consecutive ranks as `network` has; when it has ended."""
         ready = []
         now, at = self.now + pace * self.forward_s, 0.0
-        for bucket in self.buckets:
-            now = now + pace * (bucket.ready_s - at) + self._pass(bucket, packing)
+        for bucket in buckets:
+            now = now + pace * (bucket.ready_s - at) + self._pass(bucket, PACKING)
             at = bucket.ready_s
-            ready.append(now)
+            ready.append(now.reshape(-1, network.ranks).max(axis=1))
         now = now + pace * (self.backward_s - at)
-        end = 0.0
-        for bucket, posted in zip(self.buckets, ready, strict=True):
-            end = max(end, float(posted.max())) + self._reduce_seconds(bucket)
-        after = self.workload.optimizer_tensors + packing
-        self.now = np.maximum(now, end) + self.workload.pass_seconds(self.workload.size, after)
+        end = np.zeros(len(now) // network.ranks)
+        for bucket, posted in zip(buckets, ready, strict=True):
+            end = np.maximum(end, posted) + allreduce_seconds(network, bucket.size, self.scheme.collective)
+        return np.maximum(now, np.repeat(end, network.ranks)) + self.workload.pass_seconds(self.workload.size, PACKING)
 
-    def _reduce_seconds(self, bucket: Bucket) -> float:
-        return allreduce_seconds(self.network, bucket.size, self.method.collective)
+    def _compute(self, pace: Times) -> Times:
+        """Forward and backward, where no pass is made in backward; when they have ended."""
+        if not self.machine_means:
+            return self.now + pace * (self.forward_s + self.backward_s)
+        inside = self.network.inside or self.network.across
+        return self._average(pace, self.mean_buckets, Network(self.network.local, inside))
 
     def _mix_then_send(self, t: int, pace: Times) -> None:
         """Messages known before forward (awc and kin, and local training): wait, pass, send."""
@@ -288,7 +265,7 @@ class _Run:
         posted = [np.zeros_like(self.now) for _ in self.buckets]
         passed = np.zeros(len(self.now), dtype=np.int64)
         now, at = self.now + pace * self.forward_s, 0.0
-        for number, bucket in enumerate(self.buckets if self.method.fused_backward else ()):
+        for number, bucket in enumerate(self.buckets if self.early_passes else ()):
             now = now + pace * (bucket.ready_s - at)
             at = bucket.ready_s
             # A hook makes the pass of every complete bucket, in order, up to the first whose message has not come yet.
@@ -297,7 +274,7 @@ class _Run:
                 now = np.where(goes, now + self._pass(self.buckets[b], tensors), now)
                 posted[b] = np.where(goes, now, posted[b])
                 passed = passed + goes
-        now = now + pace * (self.backward_s - at)
+        now = now + pace * (self.backward_s - at) if self.early_passes else self._compute(pace)
         for b, bucket in enumerate(self.buckets):
             rest = passed <= b
             now = np.where(rest, np.maximum(now, arrived[b]) + self._pass(bucket, tensors), now)
@@ -311,11 +288,11 @@ class _Run:
         exchanges = self._exchanges(t)
         posted = []
         now, at = self.now + pace * self.forward_s, 0.0
-        for bucket in self.buckets if self.method.fused_backward else ():
+        for bucket in self.buckets if self.early_passes else ():
             now = now + pace * (bucket.ready_s - at) + self._pass(bucket, self.workload.optimizer_tensors)
             at = bucket.ready_s
             posted.append(now)
-        now = now + pace * (self.backward_s - at)
+        now = now + pace * (self.backward_s - at) if self.early_passes else self._compute(pace)
         for bucket in self.buckets[len(posted) :]:
             now = now + self._pass(bucket, self.workload.optimizer_tensors)
             posted.append(now)
@@ -335,7 +312,7 @@ class _Run:
 
     def _inbox(self, t: int) -> Times | float:
         """Tensors of the model's size that the pass reads from neighbours."""
-        return len(self.row.messages) * (1.0 if self.method.mesh else self._round(t).incoming)
+        return len(self.row.messages) * (1.0 if self.scheme.inside is not None else self._round(t).incoming)
 
     def _pass(self, bucket: Bucket, tensors: Times | float) -> Times | float:
         return bucket.size * tensors / self.workload.memory_bandwidth
@@ -345,8 +322,8 @@ class _Run:
         for b, bucket in enumerate(self.buckets):
             begin = np.maximum(posted[b], self.free)
             size = bucket.size * len(self.row.messages)
-            if self.method.mesh:
-                self.free = finish_by_machine(self.network, round_, begin, size)
+            if self.scheme.inside is not None:
+                self.free = finish_by_machine(self.network, round_, begin, size, collects=not self.machine_means)
             else:
                 self.free = round_.finish(begin, size)
             self.arrived[b] = self.free
