@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from fusedfog.cost.links import Links, read_links
+from fusedfog.cost.links import INSIDE, Links, read_links
 from fusedfog.cost.network import Link, Network
 from fusedfog.cost.timeline import Prediction
 from fusedfog.cost.workload import DEFAULT_BUCKET_MB, OPTIMIZER_TENSORS, PROFILES, Workload, read_layers
@@ -19,9 +19,6 @@ from fusedfog.plan.report import best, draw, predict_all, scaling, sizes_up_to, 
 from fusedfog.plan.units import parse_count, parse_rate, parse_time, show_bytes, show_rate, show_time
 from fusedfog.topology import Topology
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
-
-INSIDE = Link(latency_s=5e-6, bandwidth=100e9)
-"""What is assumed of links inside a machine if nothing is given: several GPUs joined by NVLink."""
 
 EXAMPLE = """\
 example:

@@ -1,15 +1,22 @@
-"""The file of measured links: `fusedfog calibrate` writes it, `fusedfog plan --links` reads it."""
+"""The file of measured links: `fusedfog calibrate` writes it, `fusedfog plan --links` and `links=` of the optimizers read it."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fusedfog.cost.network import Link
+from fusedfog.cost.network import Link, Network
+
+INSIDE = Link(latency_s=5e-6, bandwidth=100e9)
+"""What is assumed of links inside a machine if nothing is given: several GPUs joined by NVLink."""
+
+ACROSS = Link(latency_s=30e-6, bandwidth=25e9 / 8)
+"""And of a machine's network card, where only the order of ways counts: Ethernet of 25 Gb/s."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,33 @@ def read_links(path: str | PathLike[str]) -> Links:
     if links.inside is None and links.across is None:
         raise ValueError(f"{path} holds no link")
     return links
+
+
+def links_of(given: Links | Network | str | PathLike[str]) -> Links:
+    """Links that a user gives: measured ones, a network's, or a file's.
+
+    Raises:
+        ValueError: as `read_links`.
+        OSError: the file cannot be read.
+        TypeError: it is none of these.
+    """
+    if isinstance(given, Network):
+        return Links(given.local, given.inside, given.across, math.inf)
+    if isinstance(given, str | PathLike):
+        return read_links(given)
+    if not isinstance(given, Links):
+        raise TypeError(
+            f"links is the path of a file that `fusedfog calibrate` writes, a fusedfog.plan.Links or Network, or None, got "
+            f"{type(given).__name__}"
+        )
+    return given
+
+
+def network_of(links: Links | None, ranks: int, local: int) -> Network:
+    """The network of `ranks` on machines of `local`, with these links, and where there are none with assumed ones."""
+    inside = links.inside if links is not None and links.inside is not None else INSIDE
+    across = links.across if links is not None and links.across is not None else ACROSS
+    return Network(ranks, across, local, inside if local > 1 else None)
 
 
 def _link(entry: Mapping[str, float] | None) -> Link | None:

@@ -8,25 +8,43 @@ all ranks have told each other: the same on each of them.
                                                  which rounds over ranks load as often as there are ranks (measured: 0.44 and 0.69
                                                  of linear against 0.95, bench/results/network-machines.md)
     anything else                                ranks are nodes, and the reason is told
+
+With `links=` the two are compared by the predictor (`cost`), and ranks are nodes too where that is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 
+from fusedfog.comm.agreement import agree, confer, next_agreement
 from fusedfog.comm.group import GroupView
-from fusedfog.comm.machines import by_machine
+from fusedfog.comm.machines import by_machine, this_machine
 from fusedfog.comm.two_level import machine_lines, mesh_lines
+from fusedfog.cost.links import network_of
+from fusedfog.cost.ratio import step_ratio
+from fusedfog.cost.timeline import Scheme
 from fusedfog.gossip.by_machine import Hierarchy
+from fusedfog.log import log
 from fusedfog.optim.compatibility import first_refusal, resolve_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
+from fusedfog.params.layout import is_trained
 from fusedfog.topology import Topology
 
 GIVEN = "given"
+
+CLOSE = 0.002
+"""Steps that differ by less than this are equally fast."""
+
+MUCH = 1.25
+"""A given way whose steps are so many times as long as auto's is named."""
+
+LARGEST = 512
+"""Ranks up to which a given way is compared: on more, simulating it would be felt at construction."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +62,64 @@ class Way:
     machines: tuple[tuple[int, ...], ...] | None = None
 
 
+@dataclass(frozen=True)
+class Calling:
+    """Who agrees on a way.
+
+    Attributes:
+        what, call: who asks, for errors, and the call that all ranks must be in; as for `agree`.
+        everyone: the ranks that have to agree.
+        view: those of them that mix.
+        timeout: how long they wait for each other.
+    """
+
+    what: str
+    call: str
+    everyone: GroupView
+    view: GroupView
+    timeout: timedelta
+
+    def as_rank_0(self, own: bool) -> bool:
+        """What rank 0 of those that mix has found. Collective."""
+        prefix = next_agreement(self.view)
+        return bool(confer(self.view, prefix, own, lambda values: values[0], self.timeout, self.what, self.call))
+
+
+def agree_on_way(
+    calling: Calling,
+    fields: Mapping[str, str],
+    setup: Setup,
+    options: Options,
+    topology: Topology | None,
+    *,
+    apart: bool,
+) -> Way:
+    """The way that all ranks go, once they have agreed on `fields` too. Collective; see `way_of`.
+
+    Rank 0 says in the log if the user's way is much slower than auto's.
+    """
+    prefix = next_agreement(calling.everyone)
+    names = agree(calling.everyone, prefix, fields, calling.timeout, calling.what, calling.call, this_machine())
+    way = way_of(setup, options, topology, names, calling.as_rank_0, apart=apart)
+    slower = slower_than_auto(setup, options, way, names) if calling.view.rank == 0 else ""
+    if slower:
+        log.warning("%s: %s", calling.what, slower)
+    return way
+
+
 def is_automatic(topology: Topology | str | None) -> bool:
     """Whether the choice is left to fusedfog."""
     return topology is None or (isinstance(topology, str) and topology == "auto")
 
 
 def way_of(
-    setup: Setup, options: Options, topology: Topology | None, names: Sequence[str], *, apart: bool = False
+    setup: Setup,
+    options: Options,
+    topology: Topology | None,
+    names: Sequence[str],
+    decide: Callable[[bool], bool],
+    *,
+    apart: bool = False,
 ) -> Way:
     """The user's way, or the choice of auto.
 
@@ -59,6 +128,7 @@ def way_of(
         options: of the optimizer.
         topology: the given one, or the default of as many nodes as there are.
         names: of each rank's machine.
+        decide: makes what rank 0 has computed the answer of all ranks; called on all of them, or on none.
         apart: the ranks of a machine have different parameters by now.
     """
     if topology is None:
@@ -77,9 +147,15 @@ def way_of(
     if refusal is not None:
         return Way(topology, f"auto: ranks are nodes although they share machines, since {refusal.reason(trial)}")
     assert between is not None
-    return Way(
-        between.lazy() if setup.algorithm.lazy else between, "auto: the ranks of a machine share its link", machines
-    )
+    between = between.lazy() if setup.algorithm.lazy else between
+    found = Way(between, "auto: the ranks of a machine share its link", machines)
+    if options.links is None or not _in_order(machines):
+        return found
+    # Predicted times might differ in the last bit where ranks have different processors.
+    ratio = _ratio(Way(topology), found, setup, options, machines)
+    if decide(ratio < 1 - CLOSE):
+        return Way(topology, "auto: ranks are nodes, since on the given links that is predicted to be faster")
+    return found
 
 
 def _why_flat(setup: Setup, options: Options, machines: Sequence[Sequence[int]], apart: bool) -> str:
@@ -98,6 +174,69 @@ def _why_flat(setup: Setup, options: Options, machines: Sequence[Sequence[int]],
     if options.inside == "gradients" and apart:
         return "ranks are nodes, since those of a machine may have different parameters"
     return ""
+
+
+def slower_than_auto(setup: Setup, options: Options, way: Way, names: Sequence[str]) -> str:
+    """That the given way is predicted to be much slower than auto's, in words; nothing if it is not, or if that is unknown.
+
+    It is known where the user gives links, or where ranks share machines: then ways differ whatever the links are.
+    """
+    machines = by_machine(names)
+    several = len({len(members) for members in machines}) == 1 and len(machines) > 1
+    if way.topology is None or not several or setup.sharded or len(names) > LARGEST or not _in_order(machines):
+        return ""
+    if (options.links is None and len(machines[0]) == 1) or is_automatic(options.topology):
+        return ""
+    if options.mesh is not None:
+        if tuple(map(tuple, options.mesh.mesh.tolist())) != machines:
+            return ""
+        way = replace(way, machines=machines)
+    left_out = replace(options, topology=None, mesh=None)
+    setup = replace(setup, options=vars(left_out))
+    flat = resolve_topology(setup.algorithm, None, len(names), static=bool(setup.value("wire_dtype")))
+    auto = way_of(setup, left_out, flat, names, bool)
+    ratio = _ratio(way, auto, setup, options, machines)
+    if ratio <= MUCH:
+        return ""
+    return (
+        f"a step on {_named(way)} is predicted to take {ratio:.1f} times as long as on {_named(auto)}, which "
+        f"topology='auto' chooses here ({auto.reason.removeprefix('auto: ')}), if computing takes as long as auto's messages; "
+        f"`fusedfog plan` compares ways on your links"
+    )
+
+
+def _named(way: Way) -> str:
+    assert way.topology is not None
+    return way.topology.name + (f" over {len(way.machines)} machines" if way.machines is not None else "")
+
+
+def _in_order(machines: Sequence[Sequence[int]]) -> bool:
+    """Whether ranks are numbered machine by machine, as simulated networks have them."""
+    ranks = [rank for members in machines for rank in members]
+    return ranks == sorted(ranks)
+
+
+def _ratio(one: Way, other: Way, setup: Setup, options: Options, machines: Sequence[Sequence[int]]) -> float:
+    """See `step_ratio`."""
+    network = network_of(options.known_links, sum(map(len, machines)), len(machines[0]))
+    size = sum(
+        param.numel() * param.element_size()
+        for group in setup.groups
+        if group.get("mix", True)
+        for param in group["params"]
+        if is_trained(param)
+    )
+    return step_ratio(_scheme(one, setup, options), _scheme(other, setup, options), network, max(size, 1.0))
+
+
+def _scheme(way: Way, setup: Setup, options: Options) -> Scheme:
+    return Scheme(
+        setup.algorithm,
+        way.topology,
+        fused_backward=options.fused_backward,
+        inside=options.inside if way.machines is not None else None,
+        bucket_mb=options.bucket_mb,
+    )
 
 
 def hierarchy_of(way: Way, options: Options, view: GroupView, place: torch.device) -> Hierarchy | None:

@@ -106,6 +106,9 @@ class DecentralizedOptimizer(Controls):
         comm_sms: how many blocks, and so SMs of the GPU, one NCCL kernel of this optimizer's messages may hold, 1 to 64; None
             is NCCL's own choice. A block that waits for its peer spins: it keeps its SM from your kernels as long as the
             peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
+        links: measured ones, for auto to predict with: the file that `fusedfog calibrate` writes, or a `fusedfog.plan.Links` or
+            `Network`. A given topology whose steps would be much longer than those of auto's choice is named in the log; without
+            links only where several machines have as many ranks each.
         measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
             disagreement.
         data_parallel_steps: the first so many steps are data-parallel training, exactly as DistributedDataParallel with the

@@ -17,7 +17,6 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
-from fusedfog.comm.machines import this_machine
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.clock import StepSchedule
@@ -29,7 +28,7 @@ from fusedfog.environment import check_kernel, missing_instructions
 from fusedfog.errors import PeerTimeout
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.kernels import device
-from fusedfog.optim.automatic import Way, hierarchy_of, is_automatic, way_of
+from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
@@ -97,8 +96,8 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         fields |= _fields_of_ranks(options, topology, place)
         fields |= {name: value for name, value in sharded.items() if name not in fields}
         together, timeout = everyone or view, group_timeout(view, place)
-        names = agree(together, next_agreement(together), fields, timeout, kind, _CALL, this_machine())
-        way = way_of(setup, options, topology, names, apart=not (options.sync_init or options.equal_inside))
+        calling, apart = Calling(kind, _CALL, together, view, timeout), not (options.sync_init or options.equal_inside)
+        way = agree_on_way(calling, fields, setup, options, topology, apart=apart)
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
         hierarchy = hierarchy_of(way, options, view, place)

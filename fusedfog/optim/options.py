@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithm import Outer
+from fusedfog.cost.links import Links, links_of
+from fusedfog.cost.network import Network
 from fusedfog.engine.mix_strength import MixStrength, Strength
 from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format
@@ -55,6 +58,7 @@ class Keywords(TypedDict, total=False):
     data_parallel_steps: int
     lr_scale: float
     comm_sms: int | None
+    links: Links | Network | str | PathLike[str] | None
     model: torch.nn.Module | None
 
 
@@ -88,6 +92,7 @@ class Options:
     data_parallel_steps: int = 0
     lr_scale: float = 1.0
     comm_sms: int | None = None
+    links: Links | Network | str | PathLike[str] | None = None
     model: torch.nn.Module | None = None
     clock: Mapping[str, Any] = field(default_factory=dict)
     equal_inside: bool = False
@@ -98,6 +103,7 @@ class Options:
 
         Raises:
             ValueError, TypeError: one is wrong; says which.
+            OSError: the file of `links` cannot be read.
         """
         options = Options(**keywords)
         MixStrength.of(options.mix_strength)
@@ -138,7 +144,12 @@ class Options:
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
-        return options
+        return dataclasses.replace(options, links=None if options.links is None else links_of(options.links))
+
+    @property
+    def known_links(self) -> Links | None:
+        """The links that were given."""
+        return None if self.links is None else links_of(self.links)
 
     @property
     def codes(self) -> torch.dtype | None:

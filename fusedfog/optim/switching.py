@@ -7,14 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.group import find_group
-from fusedfog.comm.machines import this_machine
 from fusedfog.engine.phases import Phases
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.optim import build as construction
-from fusedfog.optim.automatic import Way, hierarchy_of, is_automatic, way_of
+from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
@@ -84,11 +82,9 @@ def _agree_on_way(
     )
     if communicator is None:
         return Way(topology), None
-    view = communicator.view
     fields["topology"] = "auto" if is_automatic(options.topology) else construction.name_topology(topology)
-    names = agree(
-        view, next_agreement(view), fields, communicator.timeout, f"{kind}.{call}", f"{call}()", this_machine()
-    )
-    way = way_of(setup, options, topology, names, apart=not engine.phase.data_parallel and last.hierarchy is None)
+    calling = Calling(f"{kind}.{call}", f"{call}()", communicator.view, communicator.view, communicator.timeout)
+    apart = not engine.phase.data_parallel and last.hierarchy is None
+    way = agree_on_way(calling, fields, setup, options, topology, apart=apart)
     kept = last.hierarchy if way.machines is not None or options.mesh is not None else None
-    return way, kept or hierarchy_of(way, options, view, engine.place)
+    return way, kept or hierarchy_of(way, options, communicator.view, engine.place)

@@ -10,6 +10,7 @@ numpy: no process group, no GPU. ``fusedfog plan`` is the command, ``fusedfog ca
 ``bench/plan.py`` compares it with measurements.
 """
 
+from fusedfog.cost.links import Links
 from fusedfog.cost.network import Link, Network, allreduce_seconds
 from fusedfog.cost.timeline import Prediction
 from fusedfog.cost.workload import Layer, Workload
@@ -19,6 +20,7 @@ from fusedfog.plan.report import predict_all, scaling, standard_methods
 __all__ = [
     "Layer",
     "Link",
+    "Links",
     "Method",
     "Network",
     "Prediction",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fusedfog
 from fusedfog.comm.machines import by_machine, this_machine
+from fusedfog.log import log
+from fusedfog.plan import Link, Links, Network
 from fusedfog.topology import one_peer_exponential
 
 TWO = "abab"
@@ -32,16 +36,13 @@ SHARED = "auto: the ranks of a machine share its link"
 def on(machines: str) -> Iterator[None]:
     """Inside, this rank is on machine `machines[rank]`."""
     name = machines[dist.get_rank()]
-    with (
-        mock.patch("fusedfog.optim.build.this_machine", lambda: name),
-        mock.patch("fusedfog.optim.switching.this_machine", lambda: name),
-    ):
+    with mock.patch("fusedfog.optim.automatic.this_machine", lambda: name):
         yield
 
 
-def net() -> nn.Module:
+def net(width: int = 9) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
 
 
 def build(params: Any, kind: str = "AdamW", **keywords: Any) -> Any:
@@ -135,6 +136,83 @@ def test_the_choice_and_its_reason(ranks: Pool, case: str) -> None:
     assert (told, why) == (graph, reason)
     assert (f" on {graph} ({reason}), 4 ranks" in shown) == reason.startswith("auto")
     assert (f" on {graph}, 4 ranks" in shown) == (reason == "given")
+
+
+SLOW_INSIDE = Links(2, Link(1e-4, 1e7), Link(1e-5, 1e10), 1e10)
+SLOW_ACROSS = Links(2, Link(1e-6, 1e10), Link(1e-4, 1e7), 1e10)
+FASTER = "auto: ranks are nodes, since on the given links that is predicted to be faster"
+
+
+def test_given_links_decide_between_ranks_and_machines(ranks: Pool, tmp_path: Path) -> None:
+    SLOW_INSIDE.write(tmp_path / "links.json")
+    network = Network(4, SLOW_ACROSS.across or Link(0, 1), 2, SLOW_ACROSS.inside)
+    for links, graph, reason in (
+        (str(tmp_path / "links.json"), FLAT, FASTER),
+        (SLOW_INSIDE, FLAT, FASTER),
+        (SLOW_ACROSS, NODES, SHARED),
+        (network, NODES, SHARED),
+    ):
+        assert {(told, why) for told, why, _ in ranks.run(4, chosen, "aabb", {"links": links})} == {(graph, reason)}
+
+
+@pytest.mark.parametrize(
+    ("links", "error", "message"),
+    [
+        (3, TypeError, "links is the path of a file that `fusedfog calibrate` writes"),
+        ("/no/such/file", OSError, "/no/such/file"),
+        (__file__, ValueError, "is not a file that `fusedfog calibrate` writes"),
+    ],
+)
+def test_links_that_are_none_are_named(links: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(net().parameters(), links=links)
+
+
+def said(machines: str, keywords: dict[str, Any]) -> list[str]:
+    """The warnings in the log when an optimizer is built, and makes two steps."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    if "mesh" in keywords:
+        keywords = {**keywords, "mesh": DeviceMesh("cpu", keywords["mesh"])}
+    model = net(50_000)  # Smaller ones cost latency alone, which is the same for all graphs.
+    with on(machines):
+        opt = build(model.parameters(), **keywords)
+    train(model, opt, range(2))
+    log.removeHandler(handler)
+    return lines
+
+
+def test_a_given_graph_that_is_much_slower_than_autos_is_named_once(ranks: Pool) -> None:
+    first, *others = ranks.run(4, said, "aabb", {"topology": "exponential"})
+    assert others == [[]] * 3
+    (line,) = first
+    assert line == (
+        "AdamW: a step on exponential is predicted to take 2.8 times as long as on one_peer_exponential over 2 machines, which "
+        "topology='auto' chooses here (the ranks of a machine share its link), if computing takes as long as auto's messages; "
+        "`fusedfog plan` compares ways on your links"
+    )
+
+
+QUIET: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": ("aabb", {}),
+    "the same machines": ("aabb", {"topology": "ring", "mesh": [[0, 1], [2, 3]]}),
+    "other machines": ("aabb", {"topology": "ring", "mesh": [[0, 2], [1, 3]]}),
+    "a machine each": ("abcd", {"topology": "exponential"}),
+    "one machine": ("aaaa", {"topology": "exponential", "links": SLOW_ACROSS}),
+    "not in order": ("abab", {"topology": "exponential"}),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_nothing_is_said_of_a_graph_that_is_as_good_or_of_which_too_little_is_known(ranks: Pool, case: str) -> None:
+    assert ranks.run(4, said, *QUIET[case]) == [[]] * 4
+
+
+def test_with_links_a_flat_network_is_known_too(ranks: Pool) -> None:
+    first, *_ = ranks.run(4, said, "abcd", {"topology": "exponential", "links": SLOW_ACROSS})
+    assert len(first) == 1 and "take 2.0 times as long as on one_peer_exponential, which" in first[0]
 
 
 def test_machines_are_those_of_a_name() -> None:
