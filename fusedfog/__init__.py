@@ -42,6 +42,7 @@ from fusedfog.optim.ddp import local_gradients
 from fusedfog.optim.optimizers import SGD, AccumAdamW, Adam, AdamW
 from fusedfog.optim.wrapper import Decentralized
 from fusedfog.topology import Topology
+from fusedfog.watch import Monitor, monitor
 
 if TYPE_CHECKING:
     from fusedfog import plan, simulate
@@ -59,6 +60,7 @@ __all__ = [
     "LaunchError",
     "MismatchError",
     "MismatchWarning",
+    "Monitor",
     "NonFiniteError",
     "NonFiniteWarning",
     "Outer",
@@ -79,6 +81,7 @@ __all__ = [
     "load_checkpoint",
     "local_gradients",
     "mean",
+    "monitor",
     "neighbor_allgather",
     "neighbor_allreduce",
     "new_group",

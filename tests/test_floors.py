@@ -19,7 +19,7 @@ FLOORS = [
     ("gossip",),
     ("engine",),
     ("optim",),
-    ("simulate", "plan"),
+    ("simulate", "plan", "watch"),
     ("cli",),
     ("examples",),
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``fusedfog topology NAME -n N``, ``topologies``, ``plan``, ``calibrate``, ``trace``, and ``--version``."""
+"""The command line: ``fusedfog topology``, ``topologies``, ``plan``, ``calibrate``, ``trace``, ``watch``; ``--version``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fusedfog.cli.calibrate import add_calibrate
 from fusedfog.cli.plan import add_plan
 from fusedfog.cli.topology import add_topologies, add_topology
 from fusedfog.cli.trace import add_trace
+from fusedfog.cli.watch import add_watch
 
 COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
     add_topology,
@@ -18,6 +19,7 @@ COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     add_plan,
     add_calibrate,
     add_trace,
+    add_watch,
 ]
 """Each adds one subcommand and names, as ``run``, the function that takes the options and returns the exit status."""
 

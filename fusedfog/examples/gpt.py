@@ -103,8 +103,8 @@ def place() -> tuple[int, int]:
 # -- the line that differs -------------------------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """What to call in training, and its optimizer."""
+def prepare(model: nn.Module, settings: Settings, measure: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """What to call in training, and its optimizer; with `measure`, its `stats()` have the ranks' disagreement."""
     groups = parameter_groups(model, settings.weight_decay)
     adam: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, 0.95)}
     if settings.algorithm == "ddp":
@@ -116,6 +116,7 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.opti
         "max_grad_norm": settings.max_grad_norm,
         "wire_dtype": settings.wire,
         "low_precision": None if settings.parameters in ("fp32", "bf16") else settings.parameters,
+        "measure": measure,
     }
     if settings.moment_steps > 1:
         return model, fusedfog.AccumAdamW(groups, **adam, **mixing, accum_steps=settings.moment_steps)
@@ -128,16 +129,19 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.opti
 class Trainer:
     """One rank's model, optimizer, schedule and place in its data: what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, data: text.Text, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, data: text.Text, settings: Settings, device: torch.device, measure: bool = False
+    ) -> None:
         rank, size = place()
         self.model, self.settings, self.device = model, settings, device
-        self.parallel, self.optimizer = prepare(model, settings)
+        self.parallel, self.optimizer = prepare(model, settings, measure)
         self.decentralized = self.optimizer if isinstance(self.optimizer, fusedfog.AdamW) else None
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         window = settings.context + 1
         self.batches = text.RandomWindows(data.train, window, seed=1000 * settings.seed + rank)
         self.validation = text.evenly_spaced(data.validation, settings.windows, window)[rank::size].to(device)
         self.history = History()
+        self.monitor: fusedfog.Monitor | None = None
         self.step = 0
         self._identity = {**asdict(settings), "train_bytes": len(data.train), "validation_bytes": len(data.validation)}
         # All ranks started from one model; from here on each has its own dropout.
@@ -165,6 +169,8 @@ class Trainer:
             total += loss.detach()
         if self.decentralized is None:
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        if self.monitor is not None:
+            self.monitor.log(loss=total)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -298,6 +304,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, argparse.Namespace
     )
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS", help="(default %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--watch", type=Path, metavar="FILE", help="record the run there, for `fusedfog watch FILE`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the history and figures there, as JSON")
     options = parser.parse_args(arguments)
     settings = Settings(**{setting.name: getattr(options, setting.name) for setting in fields(Settings)})
@@ -321,6 +328,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, argparse.Namespace
         parser.error(f"--parameters must be fp32, bf16 or one of {', '.join(WAYS)}, not {settings.parameters}")
     if settings.algorithm == "ddp" and (settings.parameters != "fp32" or settings.wire):
         parser.error("--parameters and --wire need an algorithm of fusedfog")
+    if settings.algorithm == "ddp" and options.watch:
+        parser.error("--watch needs an algorithm of fusedfog")
     if settings.width % settings.heads:
         parser.error(f"--width {settings.width} cannot be cut into {settings.heads} heads")
     if options.resume and options.checkpoint is None:
@@ -351,11 +360,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(settings.seed)
     dtype = torch.float32 if settings.parameters == "fp32" else torch.bfloat16
     model = GPT(settings.shape).to(device, dtype)
-    trainer = Trainer(model, text.load(options.text, *place()), settings, device)
+    trainer = Trainer(model, text.load(options.text, *place()), settings, device, measure=options.watch is not None)
     checkpoints = Checkpoints(options.checkpoint) if options.checkpoint else None
     if checkpoints:
         resume(trainer, checkpoints, options.resume)
-    report = train(trainer, checkpoints, options.checkpoint_every)
+    watched = trainer.decentralized if options.watch else None
+    with fusedfog.monitor(watched, options.watch) if watched else nullcontext() as trainer.monitor:
+        report = train(trainer, checkpoints, options.checkpoint_every)
     if place()[0] == 0:
         print(
             f"{settings.algorithm}, {report['ranks']} ranks, {settings.steps} steps: {trainer.history.last()}, "
