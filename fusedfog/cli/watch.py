@@ -33,10 +33,10 @@ def _run(options: argparse.Namespace) -> int:
     run = RunFile(options.file)
     run.after(0)  # A file that cannot be read is an error here, not a page without records.
     server = Server(run.after, options.port, options.host)
-    if options.host != _HOST:
-        print(f"fusedfog: whoever reaches {options.host} can read this run: there is no password", file=sys.stderr)
-    print(f"{options.file}: http://{options.host}:{server.port}/ (Ctrl-C ends this)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
+        if options.host != _HOST:
+            print(f"fusedfog: whoever reaches {options.host} can read this run: there is no password", file=sys.stderr)
+        print(f"{options.file}: http://{options.host}:{server.port}/ (Ctrl-C ends this)", flush=True)
         server.wait()
     server.close()
     return 0
