@@ -37,10 +37,11 @@ def sample(rank: int, step: int, blocked: float, **stats: Any) -> dict[str, Any]
             "values": values, "stats": figures}  # fmt: skip
 
 
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 RECORDS = [
     {"kind": "run", "rank": 0, "time": 0.0, "ranks": 2, "version": "1"},
     {"kind": "rank", "rank": 1, "node": 1, "time": 0.0, "host": "here", "pid": 2, "device": "cpu"},
-    {"kind": "rank", "rank": 0, "node": 0, "time": 0.0, "host": "<img src=x onerror=\"document.title='owned'\">", "pid": 1, "device": "cpu"},
+    {"kind": "rank", "rank": 0, "node": 0, "time": 0.0, "host": HOSTILE, "pid": 1, "device": "cpu"},
     {"kind": "graph", "rank": 0, "time": 0.0, "method": "awc on ring", "nodes": 2, "rounds": [[[0, 1], [1, 0]]],
      "endless": False, "bytes": 4096.0},
     *(sample(rank, step, blocked=rank * step * 0.06, waited_for={str(1 - rank): rank * step * 0.06}, disagreement=0.5)
