@@ -10,6 +10,7 @@ from fusedfog.comm.group import is_main, rank, world_size
 from fusedfog.comm.join import init
 from fusedfog.comm.subgroup import new_group
 from fusedfog.errors import (
+    CheckpointError,
     DivergedError,
     ExchangeError,
     ForeignCheckpointWarning,
@@ -52,6 +53,7 @@ __all__ = [
     "AccumAdamW",
     "Adam",
     "AdamW",
+    "CheckpointError",
     "Decentralized",
     "DecentralizedOptimizer",
     "DivergedError",

@@ -68,8 +68,19 @@ class DivergedError(RuntimeError):
     """Ranks that average gradients no longer have the same parameters; names them."""
 
 
+class CheckpointError(RuntimeError, ValueError):
+    """A checkpoint was not written, or is not one, or is damaged; names the file, and the rank that noticed it.
+
+    It is raised on all ranks alike. After `save_checkpoint` the earlier checkpoints are as they were, after `load_checkpoint`
+    model and optimizer are.
+    """
+
+
 class ForeignCheckpointWarning(UserWarning):
-    """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs."""
+    """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs.
+
+    Or a folder of checkpoints has some of another run.
+    """
 
 
 class NonFiniteWarning(UserWarning):

@@ -1,67 +1,151 @@
-"""Checkpoints of all ranks in one `torch.distributed.checkpoint` folder, to be resumed on as many ranks or on others.
+"""Checkpoints of all ranks in one folder, to be resumed on as many ranks or on others; the last one survives whatever happens.
 
-    fusedfog.save_checkpoint("run/step1000", model, opt, epoch=3)
-    extra = fusedfog.load_checkpoint("run/step1000", model, opt)
+    fusedfog.save_checkpoint("run", model, opt, keep=3, epoch=3)      # run/000001-step-00001000/
+    extra = fusedfog.load_checkpoint("run", model, opt)               # the newest in it
 
-Ranks of a decentralized run differ, so every rank writes its own model and states under its own prefix: `rank3/model/...`
-and `rank3/state/...` tensor by tensor, `rank3/rest` for param groups, clock and what the user adds. On the same number of
-ranks a run goes on bit for bit. On another number every rank starts from the average of the saved ranks.
+Ranks of a decentralized run differ, so every rank writes its own model and states, with param groups, clock and what the user
+adds, into a file of its own (`checkpoint_file`). On the same number of ranks a run goes on bit for bit. On another number every
+rank starts from the average of the saved ranks.
 
-Of parameters that FSDP2 shards (`shards`), the ranks of a machine write one replica together, under the machine's number;
-"rank" then means that, here and below. They may be other numbers of ranks on resume: DTensors are read as they are cut.
+Of parameters that FSDP2 shards (`shards`), the ranks of a machine write one replica together, a file each; "rank" then means
+that, here and below. They may be other numbers of ranks on resume: DTensors are read as they are cut.
+
+All ranks come to the same end. What one of them cannot do, it says to rank 0 through the store instead of to its user, and then
+every rank raises the same error. So nothing is changed by a load, and no checkpoint has its name, before all have agreed.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+import os
+import socket
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from fusedfog.comm.calls import collective
 from fusedfog.comm.group import GroupView, find_group
-from fusedfog.gossip.compression import is_wire_state
+from fusedfog.comm.outcome import Outcome
+from fusedfog.errors import CheckpointError, ForeignCheckpointWarning, MismatchError
+from fusedfog.log import log, warn_user
+from fusedfog.optim import checkpoint_folder as folders
 from fusedfog.optim import state_dict as origin
 from fusedfog.optim.averaged import measuring_communicator
 from fusedfog.optim.base import DecentralizedOptimizer
-from fusedfog.params.precision import COMPENSATION
+from fusedfog.optim.checkpoint_file import Written, write
+from fusedfog.optim.checkpoint_folder import Manifest, Unfinished
+from fusedfog.optim.checkpoint_parts import Content, Saved, Sums, adopt, check_model, shards_of
+
+
+class _Runs:
+    """Which run's checkpoints are being written into a folder, by this process: that of the one that was loaded, or a new one."""
+
+    names: ClassVar[dict[Path, str]] = {}
+    warned: ClassVar[set[Path]] = set()
 
 
 @collective("save_checkpoint()")
-def save_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, **extra: Any) -> None:
-    """Write this rank's model, optimizer states and clock. Collective over the default process group.
+def save_checkpoint(
+    path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, *, keep: int | None = None, **extra: Any
+) -> Path:
+    """Write this rank's model, optimizer states and clock into a new folder. Collective over the default process group.
 
-    Messages in flight are waited for and kept; training goes on undisturbed.
+    The folder appears under its name, `000007-step-00001000` for the seventh checkpoint and 1000 steps, when all ranks' files
+    are on the disk. Until then, and if any rank fails or is killed, those before it are the run's checkpoints. Messages in
+    flight are waited for and kept; training goes on undisturbed.
 
     Args:
-        path: a folder that all ranks see; made if it is not there.
-        extra: anything picklable that `load_checkpoint` shall return, for instance a scheduler's state_dict.
+        path: the run's folder, on a file system that all ranks see; made if it is not there. The same on all ranks; a relative
+            one is of rank 0's working directory. One run at a time writes into it.
+        keep: how many of the run's checkpoints stay: the last ones, this one included; None for all.
+        extra: what `load_checkpoint` shall return: numbers, strings, bytes, None, tensors, numpy arrays, and lists, tuples,
+            sets and dicts of these, as a scheduler's state_dict() or the states of random number generators.
 
-    Raises:
-        CheckpointException: a rank could not write (from torch.distributed.checkpoint; names rank and cause).
+    Returns:
+        The checkpoint's own folder, which `load_checkpoint` takes too.
+
+    Raises, on all ranks alike:
+        TypeError: something in `extra` is of another kind; names it.
+        ValueError: `keep` is less than 1.
+        MismatchError: `path` or `keep` differ between ranks; names rank and values.
+        CheckpointError: a rank could not write; names rank, file and cause. The earlier checkpoints are as they were.
+        PeerTimeout: a rank did not come.
+
+    Warns:
+        ForeignCheckpointWarning: the folder has checkpoints of another run. They stay, and `keep` does not count them.
     """
-    rank = _replicas(opt).rank
-    saved = opt.state_dict()
-    states = saved.pop("state")
-    entries: dict[str, Any] = {f"rank{rank}/model/{name}": value for name, value in model.state_dict().items()}
-    for key, state in states.items():
-        entries |= {f"rank{rank}/state/{key}/{name}": value for name, value in state.items()}
-    entries[f"rank{rank}/rest"] = {"optimizer": saved, "extra": extra}
-    state_dict_saver.save(
-        entries,
-        checkpoint_id=path,
-        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=not dist.is_initialized(),
-    )
+    world = find_group()
+    ranks = Outcome(world, "save_checkpoint()")
+    content, replica = Content(model, opt), _replicas(opt).rank
+
+    def describe() -> list[Any]:
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ValueError(f"keep is how many checkpoints stay, at least 1, or None for all; got {keep!r}")
+        content.prepare(extra)
+        return [os.fspath(path), keep, replica]
+
+    described = ranks.each(describe)
+    paths, keeps, replicas = ([one[place] for one in described] for place in range(3))
+    _check_same("path", paths, world.rank, "save_checkpoint()")
+    _check_same("keep", keeps, world.rank, "save_checkpoint()")
+    run = Path(ranks.first(lambda: os.path.abspath(path)))
+    with closing(Unfinished()) as unfinished:
+        folder = Path(ranks.first(lambda: str(unfinished.begin(run))))
+
+        def write_own() -> list[int]:
+            if not (folder / folders.MANIFEST).exists():
+                raise CheckpointError(
+                    f"{folder} cannot be seen on {socket.gethostname()}: all ranks write to one file system. Where they have "
+                    f"none, each can torch.save() the state_dict() of its model and optimizer on its own"
+                )
+            share = content.share(first=replicas.index(replica) == world.rank)
+            written = write(folder / folders.file_name(world.rank), share, content.data)
+            return [written.size, written.crc32]
+
+        files = {folders.file_name(rank): Written(*one) for rank, one in enumerate(ranks.each(write_own))}
+        name = _Runs.names.setdefault(run, folder.name.rpartition("-")[2])
+        manifest = Manifest(name, content.steps, files, _parts(replicas))
+        final = Path(ranks.first(lambda: str(unfinished.finish(manifest))))
+    if world.rank == 0:
+        _tidy(final, name, keep)
+    return final
+
+
+def _check_same(name: str, values: list[Any], rank: int, call: str) -> None:
+    """Raise MismatchError unless all ranks gave the same."""
+    for place, value in enumerate(values):
+        if value != values[0]:
+            raise MismatchError(f"rank {rank}: {call}: {name} is {value!r} on rank {place} but {values[0]!r} on rank 0")
+
+
+def _parts(replicas: list[int]) -> tuple[tuple[str, ...], ...]:
+    """The files of each replica, of the numbers of all ranks' replicas."""
+    members: dict[int, list[str]] = {}
+    for rank, replica in enumerate(replicas):
+        members.setdefault(replica, []).append(folders.file_name(rank))
+    return tuple(tuple(members[replica]) for replica in sorted(members))
+
+
+def _tidy(final: Path, run: str, keep: int | None) -> None:
+    """Remove the run's older checkpoints, and tell of other runs' ones. On rank 0, once the new one is complete."""
+    try:
+        found = folders.runs_of(final.parent)
+        if keep is not None:
+            folders.remove_old([path for path, owner in found.items() if owner == run], keep)
+    except OSError as error:
+        log.warning("save_checkpoint(): an older checkpoint cannot be removed: %s", error)
+        return
+    foreign = [path.name for path, owner in found.items() if owner != run]
+    if foreign and final.parent not in _Runs.warned:
+        _Runs.warned.add(final.parent)
+        warn_user(
+            f"rank 0: save_checkpoint(): {final.parent} has checkpoints of another run too, {foreign[-1]} the newest: they stay, "
+            f"and keep= does not count them. load_checkpoint takes whichever was written last; to go on with a run, load its "
+            f"checkpoint before the first save, and give each run a folder of its own",
+            ForeignCheckpointWarning,
+        )
 
 
 @collective("load_checkpoint()")
@@ -72,50 +156,89 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     the mean over the saved ranks of parameters, float buffers and states (of push_sum weighed by its scalars, which then
     start anew at 1), with rank 0's counters and param groups; every saved rank is read by one rank.
 
-    Returns:
-        `extra` as it was saved by this rank (of a sharded replica: by one of its ranks), or by rank 0 where numbers differ.
+    Every byte is compared with its checksum before anything is changed, and nothing that was read is executed.
 
-    Raises:
-        ValueError: the folder holds no fusedfog checkpoint, or one of another model or algorithm.
-        CheckpointException: a part cannot be read (from torch.distributed.checkpoint).
+    Args:
+        path: a checkpoint, or a run's folder, of which it takes the newest one: that which was written last, whatever its step.
+
+    Returns:
+        `extra` as it was saved by this rank, or by rank 0 where numbers differ (of a sharded replica: by its first rank).
+        Tensors are on the CPU.
+
+    Raises, on all ranks alike, before anything is changed:
+        CheckpointError: there is no checkpoint, or a file of it is missing, damaged or foreign; names it, and a rank that
+            noticed it.
+        ValueError: it is one of another model or algorithm.
+        MismatchError: `path` differs between ranks.
+        PeerTimeout: a rank did not come.
     """
-    view = _replicas(opt)
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    ranks = sum(key.endswith("/rest") for key in stored)
-    if not ranks:
-        raise ValueError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
-    like = _shards(model, opt)
-    if ranks == view.size:
-        entries = _read(path, stored, view.rank, like)
-    else:
-        # A rank of a sharded replica holds a part that no other reads, so it averages by itself.
-        readers = GroupView(0, 1, None) if like else view
-        entries = _average(path, stored, ranks, readers, next(model.parameters()).device, like)
-    remainder = entries.pop("rest")
-    states: dict[int, dict[str, Any]] = {}
-    for name, value in entries.items():
-        if name.startswith("state/"):
-            _, key, state = name.split("/", 2)
-            states.setdefault(int(key), {})[state] = value
-    weights = {name.removeprefix("model/"): value for name, value in entries.items() if name.startswith("model/")}
-    _check_model(path, model, weights)
-    # First the optimizer, which checks before it changes anything.
-    opt.load_state_dict({**remainder["optimizer"], "state": states})
-    with opt.paused():
-        model.load_state_dict(weights)
-    extra: dict[str, Any] = remainder["extra"]
+    world, view = find_group(), _replicas(opt)
+    ranks = Outcome(world, "load_checkpoint()")
+    described = ranks.each(lambda: [os.fspath(path), view.rank])
+    _check_same("path", [one[0] for one in described], world.rank, "load_checkpoint()")
+    siblings = [rank for rank, (_, replica) in enumerate(described) if replica == view.rank]
+    chosen, checksum = ranks.first(lambda: _choose(Path(os.path.abspath(path))))
+    with Saved(Path(chosen)) as saved:
+
+        def read() -> tuple[dict[str, Tensor], dict[str, Any], Sums | None]:
+            with folders.advising(saved.folder):
+                saved.open(checksum)
+                found = _read(saved, model, opt, view, siblings.index(world.rank) if len(siblings) > 1 else 0)
+                # Between them ranks look at every byte.
+                saved.check_rest(sorted(saved.manifest.files)[world.rank :: world.size])
+            return found
+
+        tensors, others, sums = ranks.own(read)
+        if sums is not None:
+            tensors = _means(sums, model, view)
+    _Runs.names[saved.folder.parent] = saved.manifest.run
+    adopt(tensors, others, model, opt)
+    extra: dict[str, Any] = others["extra"]
     return extra
 
 
-def _check_model(path: str | Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    saved = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in [*own, *saved]:
-        if own.get(name) != saved.get(name):
-            raise ValueError(
-                f"{path} is a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
-                f"{own.get(name, 'none')} here"
-            )
+def _choose(path: Path) -> tuple[str, int]:
+    """The checkpoint that is meant, and the checksum of its manifest."""
+    folder = folders.find(path)
+    with folders.advising(folder):
+        return str(folder), folders.read_manifest(folder)[1]
+
+
+def _read(
+    saved: Saved, model: nn.Module, opt: DecentralizedOptimizer, view: GroupView, place: int
+) -> tuple[dict[str, Tensor], dict[str, Any], Sums | None]:
+    """A rank's tensors and the rest; or, of another number of replicas, no tensors yet but sums over some of the parts.
+
+    Args:
+        view: this rank's replica among all replicas.
+        place: its place among the ranks that have shards of it.
+    """
+    like = shards_of(model, opt)
+    part = saved.part(view.rank if len(saved) == view.size else 0)
+    check_model(saved.folder, model, part)
+    if len(saved) == view.size:
+        tensors = {name: part.read(name, like.get(name)) for name in part.names()}
+        return tensors, part.others(place if place < len(part.files) else 0), None
+    sums = Sums(saved, like)
+    # A rank of a sharded replica holds a part that no other reads, so it reads all of them by itself.
+    for number in range(0, len(saved)) if like else range(view.rank, len(saved), view.size):
+        sums.add(number)
+    return {}, sums.others, sums
+
+
+def _means(sums: Sums, model: nn.Module, view: GroupView) -> dict[str, Tensor]:
+    """The means over all parts; collective, unless each rank has read all of them."""
+    if not sums.sharded and view.size > 1:
+        device = next(model.parameters()).device
+        for name, total in sums.totals.items():
+            moved = total.to(device)
+            dist.all_reduce(moved)
+            sums.totals[name] = moved.cpu()
+    clock = sums.others["optimizer"]["fusedfog"]
+    clock |= {"push_sum": None, "encoded": False}
+    for key in origin.KEYS:
+        clock.pop(key, None)
+    return sums.means()
 
 
 def _replicas(opt: DecentralizedOptimizer) -> GroupView:
@@ -125,98 +248,3 @@ def _replicas(opt: DecentralizedOptimizer) -> GroupView:
         return find_group()
     communicator = measuring_communicator(engine, opt._options)
     return communicator.view if communicator is not None else GroupView(0, 1, None)
-
-
-def _shards(model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, DTensor]:
-    """What is sharded of a rank's part, by its name there."""
-    if opt._engine.sharding is None:
-        return {}
-    entries = {f"model/{name}": value for name, value in model.state_dict().items()}
-    for key, state in opt.state_dict()["state"].items():
-        entries |= {f"state/{key}/{name}": value for name, value in state.items()}
-    return {name: value for name, value in entries.items() if isinstance(value, DTensor)}
-
-
-def _empty(about: TensorStorageMetadata, like: DTensor | None) -> Tensor:
-    if like is not None and like.shape == about.size:
-        return torch.empty_like(like, dtype=about.properties.dtype)
-    return torch.empty(about.size, dtype=about.properties.dtype)
-
-
-def _read(path: str | Path, stored: Mapping[str, Any], rank: int, like: Mapping[str, DTensor]) -> dict[str, Any]:
-    """What rank `rank` saved, without its prefix; what is in `like` is sharded as it is there."""
-    prefix = f"rank{rank}/"
-    entries: dict[str, Any] = {
-        key: _empty(about, like.get(key.removeprefix(prefix))) if isinstance(about, TensorStorageMetadata) else None
-        for key, about in stored.items()
-        if key.startswith(prefix)
-    }
-    _load(path, entries)
-    return {key.removeprefix(prefix): value for key, value in entries.items()}
-
-
-def _load(path: str | Path, entries: dict[str, Any]) -> None:
-    # Ranks read different parts, each alone: nothing to plan together, and nothing amiss, as torch would warn. Flattened,
-    # the planner would put what is no tensor into a copy of `entries`.
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state_dict_loader.load(entries, checkpoint_id=path, planner=planner, no_dist=True)
-
-
-def _average(
-    path: str | Path,
-    stored: Mapping[str, Any],
-    ranks: int,
-    view: GroupView,
-    device: torch.device,
-    like: Mapping[str, DTensor],
-) -> dict[str, Any]:
-    """The mean of all saved ranks' floating-point tensors; the rest is rank 0's."""
-    result = {name: value for name, value in _read(path, stored, 0, like).items() if _has_a_mean(name)}
-    scalars = result["rest"]["optimizer"]["fusedfog"].get("push_sum") or [1.0] * ranks
-    # A parameter that had no gradient on rank 0 may have states on others.
-    tensors = {key.split("/", 1)[1]: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
-    names = {name: about for name, about in tensors.items() if _has_a_mean(name)}
-    sums = {
-        name: torch.zeros_like(_empty(about, like.get(name)), dtype=_wide(about.properties.dtype))
-        for name, about in sorted(names.items())
-        if about.properties.dtype.is_floating_point and not name.endswith("/step")
-    }
-    for rank in range(view.rank, ranks, view.size):
-        for name, value in _read(path, stored, rank, like).items():
-            if name in sums:
-                sums[name].add_(value, alpha=scalars[rank] / sum(scalars))
-    for name, total in sums.items():
-        if view.size > 1:
-            moved = total.to(device)
-            dist.all_reduce(moved)
-            total = moved.cpu()
-        result[name] = total.to(names[name].properties.dtype)
-        state = name.rsplit("/", 1)[0]
-        if name.startswith("state/") and f"{state}/step" not in result:
-            result[f"{state}/step"] = _most_steps(path, stored, state)
-    clock = result["rest"]["optimizer"]["fusedfog"]
-    clock |= {"push_sum": None, "encoded": False}
-    for key in origin.KEYS:
-        clock.pop(key, None)
-    return result
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _has_a_mean(name: str) -> bool:
-    """Replicas and encoded messages belong to the old ranks' exchanges, a compensation to the parameters before averaging."""
-    state = name.rsplit("/", 1)[1] if name.startswith("state/") else ""
-    return state != COMPENSATION and not is_wire_state(state)
-
-
-def _most_steps(path: str | Path, stored: Mapping[str, Any], state: str) -> Tensor:
-    """The largest step count that any rank has for a parameter that rank 0 has none for."""
-    keys = [key for key in stored if key.split("/", 1)[1] == f"{state}/step"]
-    entries: dict[str, Any] = {key: torch.zeros(()) for key in keys}
-    if entries:
-        _load(path, entries)
-    return torch.stack([*entries.values(), torch.ones(())]).max()

@@ -137,6 +137,7 @@ PAIRS = [  # the first two run always
     ("allreduce_parameters()", "agree()"),
     ("AdamW()", "averaged()"),
     ("averaged()", "neighbor_allreduce()"),
+    ("save_checkpoint()", "mean()"),
 ]
 
 
@@ -154,7 +155,7 @@ def test_different_calls_of_all_ranks_are_named_at_once(ranks: Pool, first: str,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("neighbor_allgather()", "new_group()"), ("save_checkpoint()", "mean()")],
+    [("neighbor_allgather()", "new_group()")],
 )
 def test_where_calls_meet_by_different_ways_the_timeout_says_so(ranks: Pool, first: str, second: str) -> None:
     for outcome in ranks.outcomes(4, apart, first, second, pg_timeout=TIMEOUT):
