@@ -30,6 +30,7 @@ class Stage:
         hyper, states: its numbers and the names of its states for a param group.
         missing: whether a parameter without a gradient is only mixed ("skip") or has a zero gradient ("zero").
         differences: the rule takes the neighbours' weighted differences alone, without the rank's own value.
+        scaleless: it makes the same update of a gradient times a number; see `engine.rank_weights`.
     """
 
     rule: str
@@ -37,6 +38,7 @@ class Stage:
     states: Callable[[Group], tuple[str, ...]] = _no_states
     missing: Literal["skip", "zero"] = "skip"
     differences: bool = False
+    scaleless: bool = False
 
 
 @dataclass(frozen=True)

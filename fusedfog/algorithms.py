@@ -52,11 +52,12 @@ def _coupled(group: Group) -> float:
 
 INNER: dict[str, Stage] = {
     "SGD": Stage("sgd", _plain(sgd_hyper), _sgd_states),
-    "Adam": Stage("adam", _plain(adam_hyper), _adam_states),
+    "Adam": Stage("adam", _plain(adam_hyper), _adam_states, scaleless=True),
     "AccumAdam": Stage(
         "accum_adam",
         lambda group, previous_lr: (*adam_hyper(group), float(group["accum_steps"])),
         lambda group: ("exp_avg", "exp_avg_sq", "accumulator"),
+        scaleless=True,
     ),
 }
 """The inner steps by family: torch.optim's own, and AccumAdam's; Adam and AdamW are one rule with two kinds of decay."""
@@ -83,6 +84,7 @@ _DATA_PARALLEL = {
 _NO_MIXING_YET = {
     "data_parallel_steps": ("it exchanges nothing, so no rank would mix afterwards", "use awc or atc, or outer="),
     "lr_scale": ("it exchanges nothing", "give another lr"),
+    "weight": ("it exchanges nothing, so each rank minimises its own loss", "leave it out, or use awc or atc, or outer="),
 }
 _EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
@@ -230,7 +232,12 @@ def _adam_family() -> dict[str, Algorithm]:
         ),
         Algorithm(
             "quasi_global",
-            Stage("quasi_global_adam_before", _plain(adam_hyper), lambda group: ("exp_avg", "exp_avg_sq", "last_move")),
+            Stage(
+                "quasi_global_adam_before",
+                _plain(adam_hyper),
+                lambda group: ("exp_avg", "exp_avg_sq", "last_move"),
+                scaleless=True,
+            ),
             Stage(
                 "quasi_global_adam", lambda group, previous_lr: (float(group["lr"] != 0),), lambda group: ("last_move",)
             ),

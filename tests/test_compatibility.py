@@ -88,6 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "heals": {"nonfinite": "heal"},
     "cpu_compile": {"cpu_compile": True},
     "mix_strength": {"mix_strength": 0.5},
+    "weight": {"weight": None},
     "mix_strength that changes": {"mix_strength": lambda step, rate: rate / (1 + step)},
 }
 HYPERS: dict[str, dict[str, Any]] = {
@@ -110,7 +111,7 @@ PARTS = (*OPTIONS, *HYPERS, *GRAPHS, *STORAGE)
 def mixed_together(parts: tuple[str, ...], meshes: dict[str, DeviceMesh]) -> Ingredients:
     made = Ingredients()
     for part in parts:
-        made.keywords |= OPTIONS.get(part, {})
+        made.keywords |= {"weight": 1.0 + dist.get_rank()} if part == "weight" else OPTIONS.get(part, {})
         made.group |= HYPERS.get(part, {})
         if part in GRAPHS:
             made.keywords["topology"] = graphs()[part]

@@ -32,24 +32,26 @@ def take_part(own: Tensor, flag: Tensor, kept: Tensor | None = None) -> None:
     own.copy_(torch.where(fine, own, 0.0))
 
 
-def make_mean(total: Tensor, flags: Tensor, nobody: float) -> list[int]:
+def make_mean(total: Tensor, flags: Tensor, nobody: float, parts: Tensor | None = None) -> list[int]:
     """After the sum: a sum of n-th parts, where `flags` [n] says who took part in it, becomes the mean of those, in place.
 
     Args:
         nobody: what the zeros are multiplied by if nobody did.
+        parts: of a weighted mean, float64 [n], what each rank's n-th part was multiplied by, n in sum; None for 1.
 
     Returns:
         The ranks that did not; on a GPU, which is not looked at, none.
     """
     size = len(flags)
     if device.on_gpu(total):
-        # A product with 1 for all but the sick.
-        count = flags.sum()
+        # A product with 1 for all but the sick. (Parts add up to n within float64's rounding, which total's dtype does not see.)
+        count = flags.sum() if parts is None else (parts * (flags != 0)).sum()
         total.mul_(torch.where(count > 0, size / count, nobody).to(total.dtype))
         return []
     fine = flags.tolist()
     if min(fine) == 0:
-        total.mul_(size / sum(fine) if sum(fine) else nobody)
+        present = sum(fine) if parts is None else math.fsum(part for part, one in zip(parts.tolist(), fine, strict=True) if one)
+        total.mul_(size / present if present else nobody)
     return [rank for rank, one in enumerate(fine) if not one]
 
 

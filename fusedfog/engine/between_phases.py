@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedfog.algorithm import Algorithm
@@ -17,10 +18,12 @@ from fusedfog.engine.gradient_means import GradientMeans
 from fusedfog.engine.hand_over import hand_over
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.phases import Phase, Phases
+from fusedfog.engine.rank_weights import part_of_node, parts
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import ExchangeStats
+from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -36,6 +39,9 @@ class BetweenPhases(BetweenSteps):
     clock: Clock
     stats: ExchangeStats
     channels: CompressedChannels | None
+    place: torch.device
+    weight: float = 1.0
+    weight_of_gradients: Tensor | None = None
     _channel: int
     _mean_bytes: int
     _by_segment: bool
@@ -80,6 +86,7 @@ class BetweenPhases(BetweenSteps):
         # groups, in which messages are started and NCCL matches them.
         self._by_segment = not schedule.fused_backward
         self._drop_states()
+        self._weigh(phase)
         averages = gradients is not None or phase.data_parallel
         self.hooks = BackwardHooks(self, holds=averages or schedule.max_grad_norm is not None or schedule.skips)
         before: Exchanges | None = getattr(self, "exchanges", None)
@@ -89,10 +96,12 @@ class BetweenPhases(BetweenSteps):
         self.channels, self.means = self.exchanges.channels, None
         over = self.communicator if phase.data_parallel else gradients
         if over is not None:
+            members = self._members_of(over)
             self.means = GradientMeans(
                 self,
                 over,
-                self._members_of(over),
+                members,
+                parts(phase.weights, members) if phase.weights is not None else None,
                 self.exchanges.quarantine,
                 self._mean_bytes,
                 frees=schedule.fused_backward,
@@ -103,6 +112,21 @@ class BetweenPhases(BetweenSteps):
         self.rebuild_buckets()
         self.use_topology(phase.topology)
         self.warm_up()
+
+    def _weigh(self, phase: Phase) -> None:
+        """Note n p of this rank, or of its machine; where all ranks average gradients, the mean is weighted already."""
+        weight = 1.0
+        if phase.weights is not None and not phase.data_parallel:
+            members, nodes, hierarchy = [self.rank], len(phase.weights), phase.hierarchy
+            if hierarchy is not None and hierarchy.equal:
+                members = self._members_of(phase.gradients) if phase.gradients is not None else members
+                nodes = hierarchy.machines
+            weight = part_of_node(phase.weights, members, nodes)
+        if weight != self.weight:  # Or else the tensor stays where it is, for CUDA graphs that read it.
+            # A GPU's kernel reads fp32, a pass on a CPU whatever number it is.
+            dtype = torch.float32 if device.on_gpu(self.place) else torch.float64
+            self.weight = weight
+            self.weight_of_gradients = None if weight == 1 else torch.tensor(weight, dtype=dtype, device=self.place)
 
     def _members_of(self, part: Communicator) -> list[int]:
         """The ranks of a communicator, as this one's calls them."""

@@ -143,7 +143,7 @@ class CapturableScheduler(Scheduler):
             (id(pass_group.segment), stage.states(self.groups[pass_group.segment.layout.group]))
             for pass_group in self.buckets.wholes
         )
-        return (self.slots, era, *states)
+        return (self.slots, era, self.weight, *states)
 
     @contextmanager
     def _around_passes(self) -> Iterator[None]:

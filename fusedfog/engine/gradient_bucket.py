@@ -32,6 +32,7 @@ class GradientBucket:
 
     Args:
         members: what the quarantine calls the communicator's ranks.
+        parts: what the gradients of each of these are multiplied by in the mean; their sum is how many they are. None for 1.
         frees: gradients are freed once they are packed, and then windows of the buffer.
 
     Attributes:
@@ -50,11 +51,16 @@ class GradientBucket:
         communicator: Communicator,
         quarantine: Quarantine | None,
         members: Sequence[int],
+        parts: Sequence[float] | None = None,
         *,
         frees: bool,
     ) -> None:
-        self._members = members
+        self._members, place = members, segment.param.device
         self.segment, self.layout, self.communicator = segment, layout, communicator
+        # Divided before they are summed, as DistributedDataParallel does: the sum of fp16 gradients may overflow.
+        own, size = parts[communicator.view.rank] if parts is not None else 1.0, communicator.view.size
+        self._share = own / size
+        self._parts = torch.tensor(parts, dtype=torch.float64, device=place) if parts is not None else None
         self._quarantine, self._frees = quarantine, frees
         self._slots = segment.layout.slots[layout.first : layout.last]
         self._length = layout.stop - layout.start
@@ -62,7 +68,7 @@ class GradientBucket:
         self._expected = sum(param.requires_grad for param in segment.params[layout.first : layout.last])
         self.averaged = False
         self.left_out: bool | Tensor = False
-        self.squares = torch.zeros(2, len(self._slots), dtype=torch.float64, device=segment.param.device)
+        self.squares = torch.zeros(2, len(self._slots), dtype=torch.float64, device=place)
         self._transfer: Transfer | None = None
         self._found: list[Tensor | None] = []
         self._present: list[bool] = []
@@ -104,22 +110,22 @@ class GradientBucket:
                 all ranks to see what overflows.
             measure: note squared norms.
         """
-        segment, layout, share = self.segment, self.layout, 1.0 / self.communicator.view.size
+        segment, layout = self.segment, self.layout
         found, dtype = segment.found_gradients(layout.first, layout.last)
         if dtype != self._buffer.dtype or not self._buffer.numel():
             self._make_buffer(dtype)
         present = [grad is not None for grad in found]
         if present != self._present:
             self._present = present
-            self._shares = torch.zeros_like(self._flags)
-            device.upload([share if here else 0.0 for here in present], self._shares)
+            self._here = torch.zeros_like(self._flags)
+            device.upload([float(here) for here in present], self._here)
         self._pack([(place, grad) for place, grad in zip(self._places, found, strict=True) if grad is not None])
         if not all(present):
             torch._foreach_zero_([place for place, here in zip(self._places, present, strict=True) if not here])
-        self._flags.copy_(self._shares)
+        self._flags.copy_(self._here)
         self._measures = measure
         if measure:
-            self._own = self._squares() / share**2
+            self._own = self._squares() / self._share**2
         self._leave_out(contain)
         self._found = found
         if self._frees:
@@ -130,15 +136,13 @@ class GradientBucket:
         self._transfer.add(partial(dist.all_reduce, self._buffer, async_op=True), "averaging with all ranks")
 
     def _pack(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        # Divided before they are summed, as DistributedDataParallel does: the sum of fp16 gradients may overflow.
-        share = 1.0 / self.communicator.view.size
         if not device.on_gpu(self._buffer):
             for place, grad in pairs:
-                torch.mul(grad, share, out=place)
+                torch.mul(grad, self._share, out=place)
         elif pairs:
             # Two launches a bucket instead of one a parameter; there is no fused kernel that copies and scales.
             torch._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
-            self._buffer[: self._length].mul_(share)
+            self._buffer[: self._length].mul_(self._share)
 
     def _leave_out(self, contain: bool) -> None:
         """Take part in the sum only with what is finite, and say so."""
@@ -165,7 +169,7 @@ class GradientBucket:
         if not write:
             return
         if self._quarantine is not None:
-            absent = make_mean(self._buffer[: self._length], self._fine, 0.0)
+            absent = make_mean(self._buffer[: self._length], self._fine, 0.0, self._parts)
             self._quarantine.refuse(self._members[rank] for rank in absent)
             nobody_is_missing = (self._fine != 0).all()
             if device.on_gpu(self._buffer):

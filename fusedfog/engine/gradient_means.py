@@ -56,6 +56,7 @@ class GradientMeans(GradientHooks):
         trainer: the scheduler; not kept alive.
         communicator: of the ranks that average.
         members: what these are called in the group of all ranks that train.
+        parts: what each one's gradients are multiplied by in the mean (`rank_weights.parts`); None for 1.
         bucket_bytes: of the largest bucket.
         frees: see `GradientBucket`.
         compares: whether to look, now and then, that these ranks have the same parameters.
@@ -67,6 +68,7 @@ class GradientMeans(GradientHooks):
         trainer: Trainer,
         communicator: Communicator,
         members: Sequence[int],
+        parts: Sequence[float] | None,
         quarantine: Quarantine | None,
         bucket_bytes: int,
         *,
@@ -77,6 +79,7 @@ class GradientMeans(GradientHooks):
         super().__init__()
         self._trainer = weakref.ref(trainer)
         self.communicator, self.members, self.quarantine = communicator, members, quarantine
+        self._parts = parts
         self._same = SameParameters(communicator, members) if compares else None
         self._bucket_bytes, self._frees, self._measures = bucket_bytes, frees, measures
         self.buckets: list[GradientBucket] = []
@@ -90,7 +93,9 @@ class GradientMeans(GradientHooks):
         """Average the gradients of these segments' mixed parameters; those that it knows already keep their buckets."""
         known = {bucket.segment for bucket in self.buckets}
         self.buckets += [
-            GradientBucket(segment, layout, self.communicator, self.quarantine, self.members, frees=self._frees)
+            GradientBucket(
+                segment, layout, self.communicator, self.quarantine, self.members, self._parts, frees=self._frees
+            )
             for segment in segments
             if segment.layout.mix and segment not in known
             for layout in cut(segment.layout.slots, segment.layout.numel, self._bucket_bytes, graded=True)

@@ -63,6 +63,8 @@ class Engine(Protocol):
     place: torch.device
     phase: Phase
     means: GradientMeans | None
+    weight: float
+    weight_of_gradients: Tensor | None
 
     @property
     def rank(self) -> int:
@@ -108,7 +110,7 @@ def pass_of(
         ),
         gradient=GradientInputs(
             grads=grads,
-            grad_scale=None if grads is None else inputs.grad_scale if segment.layout.mix else inputs.unmixed_scale,
+            grad_scale=None if grads is None else _multiplier(engine, segment, stage),
             found_inf=inputs.found_inf if grads is not None else None,
             missing=stage.missing,
             steps=segment.steps_of(region),
@@ -121,6 +123,16 @@ def pass_of(
         norm_sums=segment.norm_sums(first_half, region) if engine.schedule.measure else None,
         numbers=inbox.numbers,
     )
+
+
+def _multiplier(engine: Engine, segment: FlatSegment, stage: Stage) -> Tensor | None:
+    """What gradients are multiplied by, the weight last: clipping is that of the gradient which a user sees."""
+    if not segment.layout.mix:
+        return engine.inputs.unmixed_scale
+    scale, weight = engine.inputs.grad_scale, engine.weight_of_gradients
+    if weight is None or stage.scaleless:
+        return scale
+    return weight if scale is None else scale * weight
 
 
 def _alarm(engine: Engine, segment: FlatSegment, inbox: Inbox) -> Tensor | None:
@@ -175,8 +187,9 @@ def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
     numbers = engine.inputs.numbers
     if (number, stage.rule) not in numbers:
         group = engine.groups[number]
-        if engine.phase.lr_scale != 1.0:
-            group = {**group, "lr": group["lr"] * engine.phase.lr_scale}
+        factor = engine.phase.lr_scale * (engine.weight if stage.scaleless and group["mix"] else 1.0)
+        if factor != 1.0:
+            group = {**group, "lr": group["lr"] * factor}
         previous = engine.clock.previous_lr.get(number, float(group.get("lr") or 1.0))
         numbers[number, stage.rule] = stage.hyper(group, previous)
     return numbers[number, stage.rule]

@@ -12,6 +12,7 @@ import torch
 from fusedfog.algorithm import Algorithm
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.engine.rank_weights import RankWeights
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.topology import Topology
 
@@ -27,6 +28,7 @@ class Phase:
         lr_scale: what learning rates are multiplied by.
         gradients: of the ranks that average their gradients although they are not all: those of a machine.
         reason: why this topology, for people.
+        weights: of the ranks; None where all are equal.
     """
 
     algorithm: Algorithm
@@ -37,6 +39,7 @@ class Phase:
     lr_scale: float = 1.0
     gradients: Communicator | None = None
     reason: str = ""
+    weights: RankWeights | None = None
 
     @property
     def data_parallel(self) -> bool:

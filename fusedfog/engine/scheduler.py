@@ -82,6 +82,7 @@ class Scheduler(BetweenPhases):
         exchanges: which steps exchange what.
         means: the averages of gradients over ranks, in a phase that has them.
         inputs: what holds for the step that is being made.
+        weight: n p of this rank, or of its machine, and as a tensor `weight_of_gradients`; see `rank_weights`.
         clock, stats: how far it has come, in all phases together.
         adopt_edits: a weak method that is called before passes, for whoever shows states to a user.
         announce: another one, called before backward averages gradients over ranks.

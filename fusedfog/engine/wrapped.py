@@ -109,12 +109,12 @@ class AroundScheduler(Scheduler):
         self.buckets.begin_step()  # The update's own writes are no edits.
 
     def _step_scaled(self, inner: torch.optim.Optimizer) -> None:
-        """The inner step at the phase's learning rates, which its groups show nobody else."""
-        scale = self.phase.lr_scale
-        rates = [group.get("lr") for group in self.groups] if scale != 1.0 else []
+        """The inner step at the phase's learning rates, times this rank's weight, which its groups show nobody else."""
+        mixed = self.phase.lr_scale * self.weight
+        rates = [group.get("lr") for group in self.groups] if (mixed, self.phase.lr_scale) != (1.0, 1.0) else []
         for group, rate in zip(self.groups, rates, strict=False):
             if rate is not None:
-                group["lr"] = rate * scale
+                group["lr"] = rate * (mixed if group["mix"] else self.phase.lr_scale)
         try:
             inner.step()
         finally:

@@ -117,6 +117,11 @@ class DecentralizedOptimizer(Controls):
             multiplied by E_i ||g_i||^2 / ||mean g||^2, measured parameter by parameter in these steps: so much larger is the
             squared gradient that one rank sees. More than one backward in a step: `no_sync()` around all but the last.
         lr_scale: a factor on learning rates once gossip has begun, which param groups do not show.
+        weight: this rank's, positive, such as the samples in its batch: ranks then minimise sum_i p_i f_i, p_i being weight_i
+            over the sum of all. Means of gradients are weighted. Elsewhere a rank's gradients are multiplied by n p_i, after
+            clipping; with Adam, whose steps do not grow with gradients, and in `Decentralized` its lr is, but for
+            gradient_tracking and dag. Coupled weight decay stays as it is, decoupled goes with lr. The plain mean, as in
+            `averaged()`, is what follows the weighted gradient. None: all are equal. See `engine.rank_weights`.
         sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
         model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
             buffers and the parameters that this optimizer does not hold.

@@ -19,20 +19,18 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
-from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
-from fusedfog.engine.phases import Phase, Phases
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
 from fusedfog.errors import PeerTimeout
-from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.kernels import device
 from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
 from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of, place_of
+from fusedfog.optim.phases import phases_of, weights_of
 from fusedfog.optim.shared import fields_of_shared, make_equal, shared_with_model
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.layout import ParamSpec, Segment, build_layout, is_trained
@@ -88,7 +86,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     algorithm, way = setup.running, Way(topology)
     check_kernel(place)
     check_backend(view, place)
-    communicator, channel, hierarchy = None, 0, None
+    communicator, channel, hierarchy, weights = None, 0, None, None
     beside = shared_with_model(options.model, groups) if options.model is not None and options.sync_init else {}
     if view.size > 1:
         sharded = _fields_of_shards(sharding, groups, specs, given) if everyone is not None else {}
@@ -98,6 +96,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         together, timeout = everyone or view, group_timeout(view, place)
         calling, apart = Calling(kind, _CALL, together, view, timeout), not (options.sync_init or options.equal_inside)
         way = agree_on_way(calling, fields, setup, options, topology, apart=apart)
+        weights = weights_of(view, options, timeout, kind, _CALL)
         communicator = communicator_for(view, place, options.comm_sms)
         channel = communicator.open_channel()
         hierarchy = hierarchy_of(way, options, view, place)
@@ -111,7 +110,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     engine = _scheduler_for(family, options)(
         groups,
         segments,
-        phases_of(family, algorithm, way, options, hierarchy, alone=communicator is None),
+        phases_of(family, algorithm, way, options, hierarchy, weights, alone=communicator is None),
         communicator,
         channel,
         int(options.bucket_mb * 2**20),
@@ -210,41 +209,6 @@ def _adopt(
     if options.sync_init:
         broadcast([segment.param for segment in segments if segment.layout.mix], communicator)
     return segments
-
-
-def _schedule(options: Options) -> StepSchedule:
-    return StepSchedule(
-        communicate_every=options.outer.every if options.outer is not None else options.communicate_every,
-        global_average_every=options.global_average_every,
-        fused_backward=options.fused_backward,
-        max_grad_norm=options.max_grad_norm,
-        measure=options.measure,
-        nonfinite=options.nonfinite,
-        mix_strength=options.strength,
-    )
-
-
-def phases_of(
-    family: str,
-    algorithm: Algorithm,
-    way: Way,
-    options: Options,
-    hierarchy: Hierarchy | None,
-    *,
-    alone: bool,
-) -> Phases:
-    """What the options make of a run: `data_parallel_steps`, then the algorithm; one phase for a rank that is alone."""
-    schedule = _schedule(options)
-    if alone:
-        return Phases.of(Phase(algorithm, way.topology, schedule, reason=way.reason))
-    first = Phase(
-        data_parallel(family),
-        None,
-        dataclasses.replace(schedule, communicate_every=1, global_average_every=None),
-    )
-    gradients = hierarchy.gradients if hierarchy is not None else None
-    last = Phase(algorithm, way.topology, schedule, options.codes, hierarchy, options.lr_scale, gradients, way.reason)
-    return Phases.of(last, first, options.data_parallel_steps)
 
 
 def _scheduler_for(family: str, options: Options) -> type[Scheduler]:

@@ -148,6 +148,18 @@ ROWS: tuple[Refusal, ...] = (
         )
         for other in ("exchange in mid-step", "wire_dtype", "capturable", "measure", "FSDP2")
     ),
+    Refusal(
+        "weight",
+        "FSDP2",
+        "FSDP averages the gradients of a replica's ranks itself, all alike",
+        "leave it out; with SGD, multiply each rank's loss by its weight over the mean weight",
+    ),
+    Refusal(
+        "weight",
+        "no learning rate",
+        "around another optimizer it multiplies lr, and there is none",
+        "leave it out, or use fusedfog.SGD or fusedfog.AdamW",
+    ),
     Refusal("listed twice", "momentum", "torch begins its buffer anew for each time", "list each parameter once"),
     Refusal("cpu_compile", "measure", "compiled passes measure nothing", _ONE_OF_THEM),
     *(

@@ -92,20 +92,22 @@ class Controls(UnevenSteps):
         parameters that `.data` and numpy write unseen; GPUs tell the latter some steps later); refused, the neighbours'
         messages of which something was not finite and was left out (with mesh= and global averages: contributions to
         averages), and once there are some refused_from, {rank: how many}; healed, how often this rank's own values were
-        replaced (`nonfinite="heal"`). On a GPU these begin to count some steps after the first such message.
+        replaced (`nonfinite="heal"`). On a GPU these begin to count some steps after the first such message. With ranks of
+        different `weight`, share: this rank's over the sum of all.
 
         With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
-        was used, after unscaling and clipping, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over all
-        mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
+        was used, after unscaling, clipping and `weight`, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over
+        all mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
         """
         engine = self._engine
-        halves = engine.algorithm.before is not None
+        halves, weights = engine.algorithm.before is not None, engine.phases.last.weights
         measured = measured_norms(engine.segments, halves) if engine.schedule.measure else {}
         return {
             "topology": graph_of(engine),
             "topology_reason": engine.phases.last.reason if engine.communicator is not None else "",
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
+            **({} if weights is None else {"share": weights[engine.rank] / sum(weights)}),
             **engine.stats.plain(),
             **measured,
         }
@@ -262,8 +264,9 @@ class Controls(UnevenSteps):
         algorithm: str | None = None,
         topology: Topology | str | None = None,
         communicate_every: int | None = None,
+        weight: float | torch.Tensor | None = None,
     ) -> None:
-        """Go on with another algorithm, topology or rhythm from the next step on. Collective, discards messages in flight.
+        """Go on with another algorithm, topology, rhythm or weight from the next step on. Collective, discards messages.
 
             opt = fusedfog.AdamW(model.parameters(), algorithm="allreduce")
             ...                                          # a fast phase as DistributedDataParallel makes it
@@ -280,12 +283,13 @@ class Controls(UnevenSteps):
         Args:
             algorithm, topology, communicate_every: as at construction; what is left out stays. A topology that was left out at
                 construction too is the new algorithm's default.
+            weight: this rank's, where all ranks have one; other ranks may keep theirs.
 
         Raises:
             ValueError: as at construction; or the optimizer was built with algorithm="local", which knows no other rank.
             MismatchError: ranks were given different things; nothing has changed then.
         """
-        given = {"algorithm": algorithm, "topology": topology, "communicate_every": communicate_every}
+        given = {"algorithm": algorithm, "topology": topology, "communicate_every": communicate_every, "weight": weight}
         changes = cast(Keywords, {name: value for name, value in given.items() if value is not None})
         options = switched(self._options, changes)
         switch(self._kind, self._family, self._engine, options)

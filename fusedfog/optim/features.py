@@ -162,6 +162,7 @@ FEATURES: dict[str, Feature] = {
     "max_grad_norm": _keyword("max_grad_norm"),
     "data_parallel_steps": _keyword("data_parallel_steps"),
     "lr_scale": _keyword("lr_scale", 1.0),
+    "weight": _keyword("weight"),
     "capturable": _keyword("capturable"),
     "measure": _keyword("measure"),
     "heals": Feature(
@@ -198,6 +199,10 @@ FEATURES: dict[str, Feature] = {
     # Seen by the first step: frameworks wrap the model after the optimizer is built.
     "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),
     "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
+    "no learning rate": Feature(
+        lambda setup: setup.family == "wrapped" and any("lr" not in group for group in setup.groups),
+        "an optimizer whose param groups have no `lr`",
+    ),
     "exchanging steps": _algorithm(
         lambda setup: not setup.algorithm.takes_outer, "an algorithm that exchanges in its steps"
     ),

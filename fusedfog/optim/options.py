@@ -17,6 +17,7 @@ from fusedfog.algorithm import Outer
 from fusedfog.cost.links import Links, links_of
 from fusedfog.cost.network import Network
 from fusedfog.engine.mix_strength import MixStrength, Strength
+from fusedfog.engine.rank_weights import checked
 from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format
 from fusedfog.params.precision import WAYS, Storage, Way
@@ -57,6 +58,7 @@ class Keywords(TypedDict, total=False):
     sync_init: bool
     data_parallel_steps: int
     lr_scale: float
+    weight: float | torch.Tensor | None
     comm_sms: int | None
     links: Links | Network | str | PathLike[str] | None
     model: torch.nn.Module | None
@@ -91,6 +93,7 @@ class Options:
     sync_init: bool = True
     data_parallel_steps: int = 0
     lr_scale: float = 1.0
+    weight: float | None = None
     comm_sms: int | None = None
     links: Links | Network | str | PathLike[str] | None = None
     model: torch.nn.Module | None = None
@@ -105,7 +108,8 @@ class Options:
             ValueError, TypeError: one is wrong; says which.
             OSError: the file of `links` cannot be read.
         """
-        options = Options(**keywords)
+        given: dict[str, Any] = {**keywords, "weight": checked(keywords.get("weight"))}
+        options = Options(**given)
         MixStrength.of(options.mix_strength)
         for name in ("communicate_every", "global_average_every"):
             every = getattr(options, name)

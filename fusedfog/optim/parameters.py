@@ -228,6 +228,7 @@ def fields_of(
                 known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))
                 fields[f"{name} of group {g}"] = repr(plain) if known else type(plain).__name__
     for entry in dataclasses.fields(options):
-        if entry.name not in ("topology", "group", "mesh", "model", "clock", "mix_strength"):
+        if entry.name not in ("topology", "group", "mesh", "model", "clock", "mix_strength", "weight"):
             fields[entry.name] = repr(getattr(options, entry.name))
-    return fields | {"mix_strength": options.strength.described()}
+    given = "none" if options.weight is None else "given"
+    return fields | {"mix_strength": options.strength.described(), "weight": given}

@@ -21,7 +21,7 @@ from fusedfog.log import warn_user
 from fusedfog.optim.build import name_topology
 from fusedfog.params.flat import FlatSegment
 
-KEYS = ("rank", "ranks", "topology")
+KEYS = ("rank", "ranks", "topology", "weights")
 """What `origin_of` adds to a clock."""
 
 _CLOCK = "fusedfog"
@@ -31,18 +31,30 @@ def origin_of(engine: Scheduler) -> dict[str, Any]:
     """What identifies this rank among those it exchanges with; nothing for a rank that is alone."""
     if engine.communicator is None:
         return {}
-    view = engine.communicator.view
-    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(engine.phases.last.topology)}
+    view, last = engine.communicator.view, engine.phases.last
+    weights = {} if last.weights is None else {"weights": list(last.weights)}
+    return {"rank": view.rank, "ranks": view.size, "topology": name_topology(last.topology), **weights}
 
 
 def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
     """Remove the origin from a loaded clock; False, with a warning, if it is not this rank's.
+
+    Other weights of the same ranks are a warning too, but what was saved is this rank's.
 
     Raises:
         ValueError: push-sum's scalars are of another number of ranks.
     """
     saved, own = {key: clock.pop(key) for key in KEYS if key in clock}, origin_of(engine)
     if not own or not saved or saved == own:
+        return True
+    weighed, weighs = saved.pop("weights", None), own.pop("weights", None)
+    if saved == own:
+        warn_user(
+            f"rank {own['rank']}: {kind}: this checkpoint was saved by ranks whose shares were {_shares(weighed)}, and now they "
+            f"are {_shares(weighs)}: training goes on towards another weighted mean of the losses; build the optimizer with the "
+            f"saved weight= unless the change is meant",
+            ForeignCheckpointWarning,
+        )
         return True
     found = f"rank {own['rank']}: {kind}: this checkpoint was saved by rank {saved['rank']} of {saved['ranks']}"
     if saved["ranks"] != own["ranks"] and clock.get("push_sum") is not None:
@@ -62,6 +74,10 @@ def take_origin(kind: str, engine: Scheduler, clock: dict[str, Any]) -> bool:
         )
     warn_user(found, ForeignCheckpointWarning)
     return False
+
+
+def _shares(weights: Sequence[float] | None) -> str:
+    return "all equal" if weights is None else ", ".join(f"{weight / sum(weights):.4g}" for weight in weights)
 
 
 def has_messages(kind: str, engine: Scheduler, states: Mapping[Any, Mapping[str, Any]]) -> bool:

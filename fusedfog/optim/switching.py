@@ -16,6 +16,7 @@ from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, i
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
+from fusedfog.optim.phases import phases_of, weights_of
 
 
 def switched(options: Options, changes: Keywords) -> Options:
@@ -24,8 +25,12 @@ def switched(options: Options, changes: Keywords) -> Options:
     Raises:
         ValueError: a value makes no sense by itself.
     """
-    Options.of(changes)
-    given: dict[str, Any] = {**changes, "data_parallel_steps": 0}
+    weight = Options.of(changes).weight
+    given: dict[str, Any] = {
+        **changes,
+        "data_parallel_steps": 0,
+        "weight": options.weight if weight is None else weight,
+    }
     return dataclasses.replace(options, **given)
 
 
@@ -43,9 +48,15 @@ def switch(kind: str, family: str, engine: Scheduler, options: Options) -> None:
             f"{kind}.switch: an optimizer that was built with algorithm='local' has nothing to exchange with: build it with "
             f"algorithm={options.algorithm!r}, and switch that one to 'local' for a while"
         )
-    fields = {"algorithm": options.algorithm, "communicate_every": str(options.communicate_every)}
-    way, hierarchy = _agree_on_way(kind, engine, setup, options, fields, "switch")
-    phases = construction.phases_of(family, setup.running, way, options, hierarchy, alone=communicator is None)
+    fields = {
+        "algorithm": options.algorithm,
+        "communicate_every": str(options.communicate_every),
+        "weight": "none" if options.weight is None else "given",
+    }
+    (way, hierarchy), weights = _agree_on_way(kind, engine, setup, options, fields, "switch"), None
+    if communicator is not None:
+        weights = weights_of(communicator.view, options, communicator.timeout, f"{kind}.switch", "switch()")
+    phases = phases_of(family, setup.running, way, options, hierarchy, weights, alone=communicator is None)
     engine.take_edits()
     engine.phases = Phases.of(phases.last)
     engine.change_phase(phases.last)

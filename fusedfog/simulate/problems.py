@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class Problem(Protocol):
     """What `simulate` minimises: one loss per rank.
 
-    Optional attributes, looked up by name: `loss(X) -> Tensor` (its mean is recorded), `minimiser` [N], `dim` (N) and
+    Optional attributes, looked up by name: `loss(X) -> Tensor` (its mean is recorded), `minimiser` [N],
+    `weighted(parts) -> Problem`, whose losses are this one's times `parts` [n], `dim` (N) and
     `start()` -> [N] or [n, N] for `x0=None`, and `sizes`, the numbers of elements of the parameters that a row consists
     of (only quasi-global Adam, which takes a norm over the flat buffer, has bits that depend on it).
     """
@@ -51,6 +52,11 @@ class Quadratics:
         b = np.einsum("nmd,nd->nm", a, targets) + 0.1 * rng.standard_normal((n, m))
         hessians, linear = np.einsum("nmi,nmj->nij", a, a) / m, np.einsum("nmi,nm->ni", a, b) / m
         return Quadratics(torch.from_numpy(hessians), torch.from_numpy(linear))
+
+    def weighted(self, parts: Sequence[float]) -> Quadratics:
+        """The problem with rank i's loss times parts[i], n p_i to have sum_i p_i f_i as its mean loss; noise stays as it is."""
+        column = torch.tensor(parts, dtype=self.linear.dtype)[:, None]
+        return replace(self, hessians=self.hessians * column[:, :, None], linear=self.linear * column)
 
     @property
     def dim(self) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fusedfog.algorithm import Algorithm, Stage
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.mix_strength import rate_of
+from fusedfog.engine.rank_weights import RankWeights, part_of_node
 from fusedfog.gossip.push_sum import idle, push
-from fusedfog.kernels.reference import RULES
+from fusedfog.kernels.reference import RULES, Result, Tensors
 from fusedfog.kernels.region import align
 from fusedfog.topology import Round, Topology
 
@@ -58,13 +59,18 @@ def _everyone(base: Tensor, strength: float) -> Tensor:
     return _contained(_mean(base) - base).mul_(strength).add_(base) if strength else base
 
 
-def _mean(rows: Tensor) -> Tensor:
-    """Row by row: torch's own sum picks its order by shape. Rows that are not finite are left out, as in buckets of one model."""
+def _mean(rows: Tensor, parts: Sequence[float] | None = None) -> Tensor:
+    """Row by row: torch's own sum picks its order by shape. Rows that are not finite are left out, as in buckets of one model.
+
+    Of a weighted mean, `parts` are what each row is multiplied by.
+    """
+    parts = parts if parts is not None else [1.0] * len(rows)
     total, fine = torch.zeros_like(rows[0]), rows.isfinite().all(1).tolist()
-    for row, whole in zip(rows * (1.0 / len(rows)), fine, strict=True):
+    for row, part, whole in zip(rows, parts, fine, strict=True):
         if whole:
-            total += row
-    return total if all(fine) else total.mul_(len(rows) / max(1, sum(fine)))
+            total += row * (part / len(rows))
+    present = math.fsum(part for part, whole in zip(parts, fine, strict=True) if whole)
+    return total if all(fine) else total.mul_(len(rows) / (present or 1.0))
 
 
 def _slots(received: Sequence[Mapping[int, float]]) -> tuple[_Slot, ...]:
@@ -84,6 +90,7 @@ class Ranks:
 
     Attributes:
         flat: [n, N] tensors by the table's names: "param", states, "message". scalars: push-sum's, float64 [n].
+        parts: n p of each rank, if they have different weights.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class Ranks:
         group: dict[str, Any],
         x: Tensor,
         sizes: Any,
+        weights: RankWeights | None = None,
     ) -> None:
         self.row, self.topology, self.schedule, self.group = row, topology, schedule, group
         self.state_names = row.state_names(group)
@@ -101,6 +109,7 @@ class Ranks:
         if row.outer:
             self.flat["outer_param"].copy_(x)
         self.scalars = np.ones(len(x))
+        self.parts = weights and [part_of_node(weights, [rank], len(x)) for rank in range(len(x))]
         self.clock, self.updates = Clock(), 0
         self._sizes = tuple(sizes)
         self._rounds: dict[int, list[Round]] = {}
@@ -115,7 +124,7 @@ class Ranks:
         gradients = gradients.to(x.dtype)
         exchanging = self.topology is not None and self.schedule.exchanges(step)
         if row.exchanges == "gradients":
-            gradients = _mean(gradients).expand_as(x)
+            gradients = _mean(gradients, self.parts).expand_as(x)
         before, mixing = self._mixing(step, exchanging)
         if row.before is None:
             self._pass(row.after, gradients, mixing)
@@ -128,20 +137,39 @@ class Ranks:
     def _pass(self, stage: Stage, gradients: Tensor | None, mixing: Mix) -> None:
         row, group, x = self.row, self.group, self.flat["param"]
         first_half = stage is row.before
-        hyper: tuple[Any, ...] = stage.hyper(group, self.clock.previous_lr.get(0, group["lr"] or 1.0))
-        if first_half and row.normalized:
-            hyper = (*hyper, self._inverse_norms(self.flat[row.normalized]))
         if stage.differences and isinstance(mixing, _Mixing):
             mixing = replace(mixing, row_sum=0.0)
         mixed = tuple(mixing(self.flat[name]) for name in (("param",) if first_half else row.messages))
         names, g = stage.states(group), torch.zeros_like(x) if gradients is None else gradients
         states = tuple(self.flat[name] for name in names)
-        x, states, made = RULES[stage.rule](x, mixed, g, states, self.updates + 1.0, hyper)
+        weighed = self.parts is not None and gradients is not None and row.exchanges != "gradients"
+        if weighed and not stage.scaleless:
+            g = g * self._column(self.parts or ())
+        x, states, made = self._rule(stage, x, mixed, g, states, by_lr=weighed and stage.scaleless)
         self.flat.update({"param": x}, **dict(zip(names, states, strict=True)))
         if first_half and "message" in row.messages:
             self.flat["message"] = made[0]
         if gradients is not None and row.counts_updates(group):
             self.updates += 1
+
+    def _rule(self, stage: Stage, x: Tensor, mixed: Tensors, g: Tensor, states: Tensors, *, by_lr: bool) -> Result:
+        """The rule on all ranks at once, or where each one's lr has a weight on one after the other."""
+        group, previous = self.group, self.clock.previous_lr.get(0, self.group["lr"] or 1.0)
+        norms: Tensors = ()
+        if stage is self.row.before and self.row.normalized:
+            norms = (self._inverse_norms(self.flat[self.row.normalized]),)
+        rule, step = RULES[stage.rule], self.updates + 1.0
+        if not by_lr:
+            return rule(x, mixed, g, states, step, (*stage.hyper(group, previous), *norms))
+        results = []
+        for rank, part in enumerate(self.parts or ()):
+            own = slice(rank, rank + 1)
+            hyper = stage.hyper({**group, "lr": group["lr"] * part}, previous)
+            given = [tuple(one[own] for one in several) for several in (mixed, states, norms)]
+            results.append(rule(x[own], given[0], g[own], given[1], step, (*hyper, *given[2])))
+        rows, kept, made = zip(*results, strict=True)
+        stacked = [tuple(torch.cat(one) for one in zip(*several, strict=True)) for several in (kept, made)]
+        return torch.cat(rows), stacked[0], stacked[1]
 
     def _mixing(self, step: int, exchanging: bool) -> tuple[Mix, Mix]:
         """How the pass before the exchange and the one after it mix."""

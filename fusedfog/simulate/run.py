@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from fusedfog.algorithm import Algorithm, Outer
 from fusedfog.algorithms import algorithm_for, alone
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.mix_strength import Strength
+from fusedfog.engine.rank_weights import RankWeights, checked, usable
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
@@ -63,6 +64,7 @@ def simulate(
     global_average_every: int | None = None,
     outer: Outer | None = None,
     mix_strength: Strength = 1.0,
+    weights: Sequence[float] | None = None,
     record_every: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -75,6 +77,7 @@ def simulate(
         n: number of ranks.
         topology, algorithm, communicate_every, global_average_every, outer, mix_strength: as for the optimizers.
         optimizer: the name of the optimizer class.
+        weights: each rank's `weight`, [n]. Distances and losses are those of the weighted mean if the problem has `weighted`.
         steps: how many steps to make.
         lr: learning rate, or a function of the step (from 0).
         x0: the start [n, N], or [N] for all ranks alike. None asks the problem's `start`, else draws one standard normal
@@ -102,19 +105,21 @@ def simulate(
         global_average_every=global_average_every,
         outer=outer,
         mix_strength=mix_strength,
+        weight=None if weights is None else next(iter(weights), None),
     )
     family, group = _group(optimizer, rate(0), hyper)
     row, graph, schedule = _resolve(keywords, family, group, n)
     x = _start(problem, n, x0, seed, dtype)
-    ranks = Ranks(row, graph, schedule, group, x, getattr(problem, "sizes", x.shape[1:]))
+    ranks = Ranks(row, graph, schedule, group, x, getattr(problem, "sizes", x.shape[1:]), _weights(weights, n))
+    measured = problem.weighted(ranks.parts) if ranks.parts is not None and hasattr(problem, "weighted") else problem
     path = Trajectory()
     for step in range(steps):
         if step % record_every == 0:
-            _record(path, problem, step, ranks.flat["param"])
+            _record(path, measured, step, ranks.flat["param"])
         group["lr"] = float(rate(step))
         check_finite(group, ("lr",))
         ranks.step(problem.grad(step, ranks.flat["param"]))
-    _record(path, problem, steps, ranks.flat["param"])
+    _record(path, measured, steps, ranks.flat["param"])
     path.X, path.states = ranks.flat["param"], {name: ranks.flat[name] for name in ranks.state_names}
     return path
 
@@ -142,6 +147,14 @@ def _resolve(
         row, graph = alone(family), None
     every = options.outer.every if options.outer is not None else options.communicate_every
     return row, graph, StepSchedule(every, options.global_average_every, mix_strength=options.strength)
+
+
+def _weights(given: Sequence[float] | None, n: int) -> RankWeights | None:
+    if given is None:
+        return None
+    if len(given) != n:
+        raise ValueError(f"weights must be one number for each of {n} ranks, got {len(given)}")
+    return usable([weight for weight in map(checked, given) if weight is not None])
 
 
 def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, dtype: torch.dtype) -> Tensor:

@@ -75,6 +75,8 @@ def by_rate(step: int, rate: float) -> float:
     return rate**0.5
 
 
+WEIGHTS = [3.0, 1.0, 7.5, 2.0]
+
 # family's optimizer, algorithm, topology, options
 ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("SGD", "awc", "exponential", {"momentum": 0.9, "weight_decay": 0.1}),
@@ -108,6 +110,13 @@ ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("SGD", "momentum_tracking", "base_graph", {"momentum": 0.9, "mix_strength": by_step}),
     ("SGD", "local", topology.random_matching(4, 3), {"outer": Outer(every=4, lr=0.7), "mix_strength": by_step}),
     ("AdamW", "quasi_global", "ring", {"weight_decay": 0.1, "mix_strength": by_rate}),
+    ("SGD", "awc", "exponential", {"momentum": 0.9, "weight_decay": 0.1, "weights": WEIGHTS}),
+    ("SGD", "push_sum", irregular(), {"momentum": 0.9, "weights": WEIGHTS}),
+    ("SGD", "local", "fully_connected", {"outer": Outer(every=5), "weights": WEIGHTS}),
+    ("AdamW", "atc", "ring", {"weight_decay": 0.1, "weights": WEIGHTS}),
+    ("AdamW", "quasi_global", "ring", {"weight_decay": 0.1, "weights": WEIGHTS}),
+    ("Adam", "gradient_tracking", "exponential", {"weight_decay": 0.1, "weights": WEIGHTS}),
+    ("AccumAdamW", "awc", "exponential", {"accum_steps": 4, "weights": WEIGHTS}),
 ]
 
 
@@ -136,12 +145,14 @@ SUMMED: list[tuple[str, str, dict[str, Any]]] = [
     ("SGD", "awc", {"global_average_every": 5}),
     ("SGD", "gradient_tracking", {"global_average_every": 5, "communicate_every": 2}),
     ("SGD", "awc", {"global_average_every": 3, "mix_strength": by_step}),
+    ("SGD", "allreduce", {"momentum": 0.9, "weights": WEIGHTS}),
 ]
 
 
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize(("kind", "algorithm", "options"), SUMMED, ids=str)
 def test_sums_over_all_ranks(ranks: Pool, kind: str, algorithm: str, options: dict[str, Any], n: int) -> None:
+    options = options | ({"weights": WEIGHTS[:n]} if "weights" in options else {})
     real, simulated = both(ranks, n, kind, None, algorithm=algorithm, **options)
     # Two terms have one sum. Of more, gloo's ring begins each piece of the buffer with another rank.
     torch.testing.assert_close(real, simulated, rtol=0, atol=0 if n == 2 else 2e-15)

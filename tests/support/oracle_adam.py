@@ -52,7 +52,7 @@ def quasi_global_adam(
     def step(t: int, x: Array) -> Array:
         nonlocal mh, vh, count
         a = rate(t)
-        if a == 0:
+        if not np.any(a):  # One rate, or one for each node [n, 1].
             return mix(t) @ x
         count += 1
         g = rule.signed(x, grad(t, x))

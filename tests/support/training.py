@@ -48,12 +48,18 @@ def train(
     *,
     record: bool = True,
     touch: Callable[[Any, int], None] | None = None,
+    weights: Sequence[float] | None = None,
     **keywords: Any,
 ) -> Array:
-    """Train rank i on (hessians[i], linear[i]) from x0[i] for len(rates) steps; returns its trajectory [steps + 1, d]."""
+    """Train rank i on (hessians[i], linear[i]) from x0[i] for len(rates) steps; returns its trajectory [steps + 1, d].
+
+    `weights` has one for each rank.
+    """
     rank = dist.get_rank()
     model = QuadraticLoss(hessians[rank], linear[rank], x0[rank])
     keywords = {"sync_init": False, "bucket_mb": TINY_BUCKETS} | keywords
+    if weights is not None:
+        keywords["weight"] = weights[rank]
     opt = getattr(fusedfog, kind)(model.parameters(), lr=rates[0], **keywords)
     path = [model.vector()]
     for step, rate in enumerate(rates):
