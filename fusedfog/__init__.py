@@ -26,6 +26,7 @@ from fusedfog.errors import (
     UnsupportedEnvironment,
 )
 from fusedfog.ops import (
+    Window,
     Work,
     agree,
     allreduce_parameters,
@@ -72,6 +73,7 @@ __all__ = [
     "Topology",
     "TornMessageWarning",
     "UnsupportedEnvironment",
+    "Window",
     "Work",
     "agree",
     "allreduce_parameters",

@@ -74,17 +74,18 @@ def agree(
             which other call.
         PeerTimeout: a rank did not come to this check within `timeout`; names it.
     """
-    differences, everything = confer(view, prefix, [dict(fields), told], _compare, timeout, what, call)
-    if differences:
-        raise MismatchError(f"rank {view.rank}: {what} differs between ranks: {differences}")
+    found, everything = confer(view, prefix, [dict(fields), told], _compare, timeout, what, call)
+    if found:
+        raise MismatchError(f"rank {view.rank}: {what} differs between ranks: {found}")
     return list(everything)
 
 
 def _compare(values: Sequence[Any]) -> tuple[str, list[Any]]:
-    return _differences([fields for fields, _ in values]), [told for _, told in values]
+    return differences([fields for fields, _ in values]), [told for _, told in values]
 
 
-def _differences(fields: Sequence[Mapping[str, str]]) -> str:
+def differences(fields: Sequence[Mapping[str, str]]) -> str:
+    """In which fields ranks differ from the first one, in words; "" in none."""
     own, *others = fields
     found = [
         f"{name} is {theirs.get(name, 'missing')} on rank {rank} but {own.get(name, 'missing')} on rank 0"

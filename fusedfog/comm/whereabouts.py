@@ -118,14 +118,14 @@ class World:
 
 def listen(store: Store) -> tuple[socket.socket, str]:
     """A listening socket, and the address by which processes of this store reach it."""
-    ip, inside = _own_ip(store), _innermost(store)
+    ip, inside = own_ip(store), _innermost(store)
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     # A host may know its own name by a loopback address, while others ask for it by the same name.
     alone = isinstance(inside, TCPStore) and inside.host in ("localhost", "127.0.0.1", "::1")
     return socket.create_server((ip if alone else "", 0), family=family, backlog=256), ip
 
 
-def _own_ip(store: Store) -> str:
+def own_ip(store: Store) -> str:
     """This host's address on the way to the one that hosts the store."""
     inside = _innermost(store)
     if not isinstance(inside, TCPStore):

@@ -13,9 +13,11 @@ from fusedfog.ops.hierarchical import hierarchical_neighbor_allreduce
 from fusedfog.ops.neighbors import neighbor_allgather, neighbor_allreduce, pair_gossip
 from fusedfog.ops.state import allreduce_parameters, broadcast_optimizer_state, broadcast_parameters
 from fusedfog.ops.together import agree, mean
+from fusedfog.ops.window import Window
 from fusedfog.ops.work import Work
 
 __all__ = [
+    "Window",
     "Work",
     "agree",
     "allreduce_parameters",

@@ -69,12 +69,12 @@ def weighted_edges(
     if (self_weight is None) != (recv_weights is None):
         given, missing = ("self_weight", "recv_weights") if recv_weights is None else ("recv_weights", "self_weight")
         raise ValueError(f"{given} was given without {missing}; pass both, or neither to use the topology's weights")
-    recv = None if recv_weights is None else _weights(recv_weights, "recv_weights", rank, size)
-    send = None if send_weights is None else _weights(send_weights, "send_weights", rank, size, listed=True)
+    recv = None if recv_weights is None else read_weights(recv_weights, "recv_weights", rank, size)
+    send = None if send_weights is None else read_weights(send_weights, "send_weights", rank, size, listed=True)
     if recv is None or self_weight is None:
         round_ = read_topology(topology, size).round(rank, whole(step, "step", 0))
         return Edges(round_.self_weight, round_.recv, _every_edge(round_, send))
-    own = _weight(self_weight, "self_weight")
+    own = read_weight(self_weight, "self_weight")
     if topology is None:
         return Edges(own, recv, send)
     round_ = read_topology(topology, size).round(rank, whole(step, "step", 0))
@@ -122,7 +122,7 @@ def pair_edges(rank: int, size: int, peer: int | None, weight: float) -> Edges:
     Raises:
         ValueError: if the weight is not finite, or the peer is the rank itself or no rank.
     """
-    share = _weight(weight, "weight")
+    share = read_weight(weight, "weight")
     if peer is None:
         return Edges(1.0, {}, {})
     other = _peer(peer, "peer", rank, size)
@@ -141,9 +141,15 @@ def read_rank(given: int, name: str, size: int) -> int:
     return rank
 
 
-def _weights(
+def read_weights(
     given: Mapping[int, float] | Sequence[int], name: str, rank: int, size: int, listed: bool = False
 ) -> dict[int, float]:
+    """Weights by rank, in ascending order; with `listed`, a list of ranks means weights of 1.
+
+    Raises:
+        TypeError: for arguments of the wrong kind.
+        ValueError: for weights that are not finite, or go to the rank itself, to no rank or to one twice.
+    """
     if listed and _is_list(given):
         return dict(sorted(_listed(given, name, rank, size).items()))
     if not isinstance(given, Mapping):
@@ -154,7 +160,7 @@ def _weights(
         peer = _peer(key, name, rank, size)
         if peer in weights:
             raise ValueError(f"{name} names rank {peer} twice")
-        weights[peer] = _weight(value, f"{name}[{peer}]")
+        weights[peer] = read_weight(value, f"{name}[{peer}]")
     # Ascending: every rank must sum in the same order, whatever order its dict was written in.
     return dict(sorted(weights.items()))
 
@@ -182,7 +188,12 @@ def _peer(given: int, name: str, rank: int, size: int) -> int:
     return peer
 
 
-def _weight(given: float, name: str) -> float:
+def read_weight(given: float, name: str) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: if it is none.
+    """
     try:
         weight = float(given)
     except (TypeError, ValueError):

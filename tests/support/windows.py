@@ -1,0 +1,35 @@
+"""What tests of windows have in common: edges that are forced over TCP, and a wait that all ranks end together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from fusedfog.comm.window.memory import Sharing
+
+TRANSPORTS = ["memory", "tcp"]
+
+
+@contextlib.contextmanager
+def transport(name: str) -> Iterator[None]:
+    """Inside, windows of this rank use shared memory where they can, or TCP for all of their edges."""
+    before, Sharing.allowed = Sharing.allowed, name == "memory"
+    try:
+        yield
+    finally:
+        Sharing.allowed = before
+
+
+def held_by_process() -> tuple[int, int]:
+    """Descriptors and threads (of Python) of this process."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def settle(window: object) -> None:
+    """All that was sent has arrived, everywhere."""
+    window.fence(20.0)  # type: ignore[attr-defined]
+    dist.barrier()
