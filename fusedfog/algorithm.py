@@ -61,6 +61,8 @@ class Algorithm:
         plain: its states are just torch.optim's, kept only for parameters that have had a gradient.
         conserves: sums over ranks must be conserved, so no message may be left out.
         weighs: push-sum's scalars weigh what ranks hold, so row sums are not one.
+        asynchronous: `asynchronous=True` may make its steps.
+        deposits: it makes them, and sends shares of a mass beside estimates: asynchronous push-sum.
         takes_outer: `outer=` may run over its steps.
         outer: an `Outer` does: the state "outer_param" is where the last exchange left the parameters.
         begins_with: state -> (the inner optimizer's state that it is after data-parallel steps, whether times lr); others
@@ -82,6 +84,8 @@ class Algorithm:
     plain: bool = False
     conserves: bool = False
     weighs: bool = False
+    asynchronous: bool = False
+    deposits: bool = False
     takes_outer: bool = False
     outer: bool = False
     begins_with: Mapping[str, tuple[str, bool]] = field(default_factory=dict)

@@ -91,7 +91,7 @@ _EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
 def _common(inner: Stage) -> dict[str, Algorithm]:
     rows = [
-        Algorithm("awc", None, inner),
+        Algorithm("awc", None, inner, asynchronous=True),
         Algorithm("atc", inner, MIX),
         Algorithm(
             "push_sum",
@@ -100,6 +100,7 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             passes_without_exchange=True,
             graph="any",
             weighs=True,
+            asynchronous=True,
             conserves=True,
             refuses={
                 "global_average_every": ("a full average would need the ranks' push-sum scalars", "use atc"),
@@ -273,7 +274,7 @@ TABLE: dict[str, dict[str, Algorithm]] = {"SGD": _sgd_family(), "Adam": _adam_fa
 """family -> algorithm name -> row."""
 
 WRAPPED = {
-    "awc": Algorithm("awc", None, MIX, plain=True),
+    "awc": Algorithm("awc", None, MIX, plain=True, asynchronous=True),
     "atc": Algorithm("atc", Stage("outside"), MIX, plain=True),
     "allreduce": Algorithm("allreduce", None, MIX, exchanges="gradients", plain=True, refuses=_DATA_PARALLEL),
     "local": Algorithm("local", None, MIX, exchanges="nothing", plain=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET),
@@ -306,6 +307,14 @@ def algorithm_for(name: str, family: str, outer: Outer | None = None) -> Algorit
     numbers = (outer.lr, outer.momentum, float(outer.nesterov))
     stage = Stage("outer", lambda group, previous_lr: numbers, lambda group: ("outer_param", "outer_momentum"))
     return Algorithm(name, INNER[family], stage, takes_outer=True, outer=True)
+
+
+def asynchronous(row: Algorithm) -> Algorithm:
+    """The row as an asynchronous optimizer makes it: one pass, between what has arrived and what is sent."""
+    if not row.weighs:
+        return row
+    after = row.before or row.after
+    return replace(row, before=None, after=after, passes_without_exchange=False, weighs=False, deposits=True)
 
 
 def data_parallel(family: str) -> Algorithm:

@@ -86,6 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "capturable": {"capturable": True},
     "measure": {"measure": True},
     "heals": {"nonfinite": "heal"},
+    "asynchronous": {"asynchronous": True},
     "cpu_compile": {"cpu_compile": True},
     "mix_strength": {"mix_strength": 0.5},
     "weight": {"weight": None},

@@ -219,6 +219,7 @@ def build_every_cell() -> list[str]:
         "low_precision": {"low_precision": "kahan"},
         "state_dtype` bf16": {"state_dtype": torch.bfloat16},
         "capturable": {"capturable": True},
+        "asynchronous": {"asynchronous": True},
     }
     wrong = []
     for row in option_table():

@@ -10,6 +10,7 @@ from weakref import WeakMethod
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.engine.async_gossip import discard
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.engine.gradient_means import GradientMeans
 from fusedfog.engine.hooks import BackwardHooks
@@ -50,8 +51,9 @@ class BetweenSteps:
         return self.exchanges.read_clock()
 
     def discard(self) -> None:
-        """Wait for what is in flight and forget it: the next step starts its own exchange."""
+        """Wait for what is in flight and forget it: the next step starts its own exchange. Asynchronous ranks do it together."""
         self.drain(keep_failures=True)
+        discard(self)
         for bucket in self.buckets.all:
             bucket.transfer = None
         if self.exchanges.samples is not None:

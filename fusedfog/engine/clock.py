@@ -18,6 +18,7 @@ class Clock:
         previous_lr: each group's last learning rate that was not zero (DecentLaM scales its momentum by lr changes).
         largest_lr: the largest learning rate of the first group that is mixed.
         push_sum: all ranks' push-sum scalars.
+        masses: this rank's, by segment, of asynchronous push-sum.
         encoded: the compressed messages of the next exchange are made already.
         gradient_squares: of data-parallel steps; see `GradientMeans.squares`.
     """
@@ -27,6 +28,7 @@ class Clock:
     previous_lr: dict[int, float] = field(default_factory=dict)
     largest_lr: float = 0.0
     push_sum: list[float] | None = None
+    masses: list[float] | None = None
     encoded: bool = False
     gradient_squares: list[list[float]] | None = None
 
@@ -49,7 +51,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Which steps exchange, how strongly they mix, when passes run, whether they measure, what becomes of NaNs and infinities."""
+    """Which steps exchange, how strongly they mix, when passes run, whether they measure, what becomes of NaNs and infinities.
+
+    `asynchronous` steps wait for nobody, or with `max_lag` for whoever is that many steps behind.
+    """
 
     communicate_every: int = 1
     global_average_every: int | None = None
@@ -58,6 +63,8 @@ class StepSchedule:
     measure: bool = False
     nonfinite: str = "contain"
     mix_strength: MixStrength = FULL
+    asynchronous: bool = False
+    max_lag: int | None = None
 
     @property
     def skips(self) -> bool:

@@ -19,6 +19,7 @@ from fusedfog.gossip.neighbors import Neighbors
 from fusedfog.gossip.push_sum import PushSum, Shares
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.gossip.samples import Samples
+from fusedfog.gossip.window_delivery import WindowDelivery, WindowMailbox, rate
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -31,6 +32,8 @@ class Exchanges:
         hierarchy: this rank's place on a mesh, if there is one.
         mailbox, channels: how they go, and this rank's ends of compressed messages; None where there are none.
         quarantine: what becomes of values that are not finite; None where they spread.
+        windows: of an asynchronous optimizer.
+        rate: a factor on learning rates, of asynchronous push-sum.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Exchanges:
         self.mailbox: Mailbox | None = None
         self.channels: CompressedChannels | None = None
         self.quarantine: Quarantine | None = None
+        self.windows: WindowDelivery | None = None
+        self.rate = 1.0
         self._push_sum: PushSum | None = None
         self._shares: Shares | None = None
         if communicator is None:
@@ -62,6 +67,11 @@ class Exchanges:
                 heals=schedule.nonfinite == "heal",
                 conserves=algorithm.name if algorithm.conserves else None,
             )
+        if schedule.asynchronous:
+            lag = schedule.max_lag / schedule.communicate_every if schedule.max_lag is not None else None
+            self.windows = WindowDelivery(communicator, self.stats, deposits=algorithm.deposits, max_lag=lag)
+            self.mailbox = WindowMailbox(communicator, self.windows, self.stats)
+            return
         inboxes = InboxTensors(algorithm.messages)
         if codes is not None and algorithm.exchanges == "parameters":
             ahead = algorithm.before is None
@@ -94,6 +104,8 @@ class Exchanges:
     def use_topology(self, topology: Topology | None) -> None:
         """Exchange along `topology` from the next exchange on; push-sum's scalars start anew from what they are."""
         self.topology = topology
+        if self._algorithm.deposits and topology is not None and self.communicator is not None:
+            self.rate = rate(topology, self.communicator.view.rank)
         if self.mailbox is not None:
             self.mailbox.use_topology(topology)
         if self.channels is not None:
@@ -134,6 +146,8 @@ class Exchanges:
         """The clock as plain data."""
         if self._push_sum is not None:
             self.clock.push_sum = self._push_sum.scalars.tolist()
+        if self._algorithm.deposits and self.windows is not None:
+            self.clock.masses = self.windows.masses()
         if self.channels is not None:
             self.clock.encoded = self.channels.pending(self.clock.exchanges)
         return {**vars(self.clock), "previous_lr": dict(self.clock.previous_lr)}
@@ -141,6 +155,8 @@ class Exchanges:
     def set_clock(self, saved: dict[str, Any]) -> None:
         """Resume from `read_clock`'s data; missing entries count from zero."""
         self.clock.restore(saved)
+        if self.windows is not None:
+            self.windows.set_masses(self.clock.masses or ())
         if self._push_sum is not None and self.topology is not None:
             fresh = PushSum(self.topology, self._push_sum.rank)
             if self.clock.push_sum is not None:

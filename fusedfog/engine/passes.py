@@ -187,7 +187,9 @@ def hyper_of(engine: Engine, number: int, stage: Stage) -> tuple[float, ...]:
     numbers = engine.inputs.numbers
     if (number, stage.rule) not in numbers:
         group = engine.groups[number]
-        factor = engine.phase.lr_scale * (engine.weight if stage.scaleless and group["mix"] else 1.0)
+        factor = engine.phase.lr_scale * engine.exchanges.rate
+        if stage.scaleless and group["mix"]:
+            factor *= engine.weight
         if factor != 1.0:
             group = {**group, "lr": group["lr"] * factor}
         previous = engine.clock.previous_lr.get(number, float(group.get("lr") or 1.0))

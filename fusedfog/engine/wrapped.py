@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class AroundScheduler(Scheduler):
 
     _healed = False
     _inner: weakref.ref[torch.optim.Optimizer] | None = None
+
+    @cached_property
+    def _rooms(self) -> dict[int, Tensor]:
+        """By segment, where corrections are put if the inbox is not to be overwritten."""
+        return {}
 
     def has_second_moments(self) -> bool:
         """Not known before the wrapped optimizer has made a step."""
@@ -60,11 +66,12 @@ class AroundScheduler(Scheduler):
         self.end_step()
 
     def _correction(self, pass_group: PassGroup) -> Tensor | None:
-        """W x - x of a pass group's buckets, in one of the tensors that came; None if there is nothing to mix."""
+        """W x - x of a pass group's buckets, in a tensor that came unless it is kept; None if there is nothing to mix."""
         inbox = self.exchanges.receive(pass_group)
         if not inbox.weights:
             return None
         (received,), param = inbox.tensors, pass_group.segment.param
+        into = self._room_for(pass_group.segment) if inbox.kept else received[0]
         if self._before_pass(pass_group, inbox):
             self._healed = True
         quarantine = self.exchanges.quarantine
@@ -76,14 +83,20 @@ class AroundScheduler(Scheduler):
             run_pass(
                 Pass(
                     "mix",
-                    received[0],
+                    into,
                     (),
                     (),
                     pass_group.region,
                     mixing=Mixing((param,), (received,), weights_of(self, inbox), row_sum=0.0, alarm=alarm),
                 )
             )
-        return received[0]
+        return into
+
+    def _room_for(self, segment: FlatSegment) -> Tensor:
+        """Zeros like the segment at first: passes leave out the padding between parameters."""
+        if id(segment) not in self._rooms:
+            self._rooms[id(segment)] = torch.zeros_like(segment.param)
+        return self._rooms[id(segment)]
 
     def _update_outside(
         self, inner: torch.optim.Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None

@@ -22,6 +22,7 @@ class Inbox:
 
     Compressed messages are codes, with `scales`, and belong to `channels`, this rank's own ends. With `numbers`, what counts is
     what they hold when the pass is made; see `kernels.Pass`. `ranks` are the neighbours, by group rank; averages have none.
+    `kept` tensors are read again by later steps, so nobody may write into them.
     """
 
     tensors: tuple[tuple[Tensor, ...], ...] = ()
@@ -31,6 +32,7 @@ class Inbox:
     channels: tuple[CompressedChannel, ...] = ()
     numbers: Tensor | None = None
     ranks: tuple[int, ...] = ()
+    kept: bool = False
 
 
 EMPTY = Inbox()

@@ -122,6 +122,13 @@ class DecentralizedOptimizer(Controls):
             clipping; with Adam, whose steps do not grow with gradients, and in `Decentralized` its lr is, but for
             gradient_tracking and dag. Coupled weight decay stays as it is, decoupled goes with lr. The plain mean, as in
             `averaged()`, is what follows the weighted gradient. None: all are equal. See `engine.rank_weights`.
+        asynchronous: `step()` waits for nobody (awc and push_sum, on CPUs): it mixes the newest that each neighbour has sent, and
+            a slow rank slows no other. Ranks make different numbers of steps; see `finish`. The topology is static, the
+            symmetric exponential graph by default. Averages reuse a neighbour's value until a newer one comes, so that the limit
+            depends on no rank's speed; push-sum deposits estimates with a mass, and its learning rate is divided by this rank's
+            share of the mass in the long run. A rank that has died counts as the rank's own value.
+        max_lag: of an asynchronous optimizer: a rank that is more than so many of its steps ahead of its slowest in-neighbour
+            waits for that one.
         sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
         model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
             buffers and the parameters that this optimizer does not hold.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithm import Algorithm
-from fusedfog.algorithms import algorithm_for, data_parallel
+from fusedfog.algorithms import algorithm_for, asynchronous, data_parallel
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
@@ -83,7 +83,8 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         check_mesh(options.mesh, view)
     setup = dataclasses.replace(setup, options=vars(options), ranks=view.size)
     topology = choose_topology(setup, options.topology, view.size if options.mesh is None else options.mesh.size(0))
-    algorithm, way = setup.running, Way(topology)
+    algorithm = asynchronous(setup.running) if options.asynchronous else setup.running
+    way = Way(topology)
     check_kernel(place)
     check_backend(view, place)
     communicator, channel, hierarchy, weights = None, 0, None, None

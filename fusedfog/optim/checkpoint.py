@@ -235,7 +235,7 @@ def _means(sums: Sums, model: nn.Module, view: GroupView) -> dict[str, Tensor]:
             dist.all_reduce(moved)
             sums.totals[name] = moved.cpu()
     clock = sums.others["optimizer"]["fusedfog"]
-    clock |= {"push_sum": None, "encoded": False}
+    clock |= {"push_sum": None, "masses": None, "encoded": False}
     for key in origin.KEYS:
         clock.pop(key, None)
     return sums.means()

@@ -232,6 +232,39 @@ ROWS: tuple[Refusal, ...] = (
         "it keeps replicas for each round of the topology's period, and this one has none",
         "use a static graph, 'one_peer_exponential' or another periodic sequence",
     ),
+    *(
+        Refusal("asynchronous", option, why, instead)
+        for option, why, instead in (
+            (
+                "no asynchronous form",
+                "only awc and push_sum have a form in which no rank waits for another",
+                "use algorithm='awc' or 'push_sum', or leave it out",
+            ),
+            ("global_average_every", "an average over all ranks waits for all of them", _ONE_OF_THEM),
+            ("mesh", "the ranks of a machine wait for each other", "use a topology of ranks, or leave it out"),
+            ("FSDP2", "the ranks of a machine wait for each other", "leave it out"),
+            ("wire_dtype", "compressed messages are differences, of which none may be skipped", _ONE_OF_THEM),
+            ("capturable", "what has arrived is looked up by the host in every step", _ONE_OF_THEM),
+            ("cpu_compile", "nobody has compiled passes over other processes' memory", _ONE_OF_THEM),
+            (
+                "data_parallel_steps",
+                "ranks wait for each other in these steps",
+                "leave it out, or begin with data-parallel steps in an optimizer of their own",
+            ),
+            (
+                "changing",
+                "windows have the same neighbours for as long as they live",
+                "use a static topology, as 'ring', 'exponential' or 'symmetric_exponential'",
+            ),
+            ("GPU", "windows lie in the CPU's memory so far", "train on the CPU, or leave it out"),
+        )
+    ),
+    Refusal(
+        "asynchronous push_sum",
+        "not strongly connected",
+        "some ranks would lose all mass to others",
+        "use a graph in which every rank reaches every other one",
+    ),
     Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
     Refusal("GPU", "instructions that lack", "{lacking}", "use {replacement}"),
 )
@@ -256,7 +289,7 @@ def choose_topology(setup: Setup, given: Topology | str | None, size: int) -> To
     Raises:
         ValueError: as `check` and `resolve_topology`.
     """
-    chosen = resolve_topology(setup.algorithm, given, size, static=bool(setup.value("wire_dtype")))
+    chosen = resolve_topology(setup.algorithm, given, size, static=bool(setup.value("wire_dtype") or setup.value("asynchronous")))
     check(replace(setup, topology=chosen))
     return chosen.lazy() if chosen is not None and setup.algorithm.lazy else chosen
 
@@ -308,6 +341,7 @@ _COLUMNS: dict[str, Mapping[str, Any]] = {
     "`low_precision`": {"low_precision": "kahan"},
     "`state_dtype` bf16": {"state_dtype": torch.bfloat16},
     "`capturable`": {"capturable": True},
+    "`asynchronous`": {"asynchronous": True},
 }
 _ALGORITHMS = {name for name, _, _ in ROWS_OF_ALGORITHMS}
 _GRAPHS = {"doubly_stochastic": "doubly stochastic", "symmetric": "static symmetric", "any": "any directed"}

@@ -13,6 +13,7 @@ import torch
 
 from fusedfog.comm.calls import Call
 from fusedfog.comm.registry import leave
+from fusedfog.engine.async_gossip import Finish, of_windows, settle
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.scheduler import Scheduler
@@ -34,6 +35,7 @@ class Controls(UnevenSteps):
     _family: str
     _claim: Claim | None
     _released: str | None = None
+    _rank_steps: tuple[int, ...] | list[int] = ()
 
     @property
     def _kind(self) -> str:
@@ -98,6 +100,10 @@ class Controls(UnevenSteps):
         With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
         was used, after unscaling, clipping and `weight`, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over
         all mixed parameters, how far the neighbours pull this rank, 0 without an exchange. Both of this rank's shards alone.
+
+        Of an asynchronous optimizer also neighbor_exchanges, {in-neighbour: the newest exchange that has come from it}; with
+        push_sum mass, what this rank holds of it (the mean over segments); and after `finish` rank_steps, how many steps each
+        rank had made (-1 of one that died), and total_steps.
         """
         engine = self._engine
         halves, weights = engine.algorithm.before is not None, engine.phases.last.weights
@@ -110,16 +116,46 @@ class Controls(UnevenSteps):
             **({} if weights is None else {"share": weights[engine.rank] / sum(weights)}),
             **engine.stats.plain(),
             **measured,
+            **of_windows(engine),
+            **({"rank_steps": self._rank_steps, "total_steps": sum(self._rank_steps)} if self._rank_steps else {}),
         }
 
     @announced("drain()")
     def drain(self) -> None:
         """Wait for all messages in flight; what arrived is kept for the next step. Local.
 
+        Of an asynchronous optimizer it is collective: all that was sent arrives, and push-sum's deposits are taken in, so that
+        the ranks' masses sum to their number.
+
         Raises:
             PeerTimeout, ExchangeError: a message did not come or could not be delivered.
         """
         self._engine.drain()
+        settle(self._engine, "drain()")
+
+    @announced("finish()")
+    def finish(self) -> None:
+        """End a rank's part in asynchronous training: it has no more data. Returns once all ranks have called this. Collective.
+
+        Until then this rank goes on mixing, without updates, so that the others do not average with values that stand still.
+        Afterwards everything has arrived, `stats()` has `rank_steps`, and training may go on. A rank that has died is not
+        waited for, as far as a neighbour of it is alive. `with opt.uneven():` calls it on leaving.
+
+        Raises:
+            ValueError: the optimizer is not asynchronous.
+        """
+        engine = self._engine
+        if not self._options.asynchronous:
+            raise ValueError(f"{self._kind}.finish: only asynchronous optimizers finish; see uneven() for uneven data")
+        if engine.communicator is None:
+            return
+        steps, exchanges = engine.clock.steps, engine.clock.exchanges
+        finish = Finish(engine, steps)
+        self._rank_steps = finish.serve(self._mix_only)
+        # Steps that only mixed are none of training.
+        engine.clock.steps, engine.clock.exchanges = steps, exchanges
+        if -1 not in self._rank_steps:
+            engine.discard()
 
     def leave(self) -> None:
         """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.
@@ -140,6 +176,8 @@ class Controls(UnevenSteps):
         """
         engine = self._engine
         if engine.communicator is not None:
+            if engine.exchanges.windows is not None:
+                engine.exchanges.windows.close()
             leave(engine.communicator, engine.clock.steps)
             engine.discard()
 
@@ -163,6 +201,8 @@ class Controls(UnevenSteps):
             f"after it"
         )
         if self._scheduler is not None and self._claim is not None:
+            if self._scheduler.exchanges.windows is not None:
+                self._scheduler.exchanges.windows.close()
             self._scheduler.discard()
             self._scheduler.hooks.detach()
             self._claim.drop()
@@ -289,6 +329,8 @@ class Controls(UnevenSteps):
             ValueError: as at construction; or the optimizer was built with algorithm="local", which knows no other rank.
             MismatchError: ranks were given different things; nothing has changed then.
         """
+        if self._options.asynchronous:
+            raise ValueError(f"{self._kind}.switch: an asynchronous optimizer stays what it is: build another one")
         given = {"algorithm": algorithm, "topology": topology, "communicate_every": communicate_every, "weight": weight}
         changes = cast(Keywords, {name: value for name, value in given.items() if value is not None})
         options = switched(self._options, changes)

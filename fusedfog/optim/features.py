@@ -112,6 +112,19 @@ def _needs(graph: str) -> Callable[[Setup], bool]:
     return lambda setup: setup.algorithm.exchanges == "parameters" and setup.algorithm.graph == graph
 
 
+def _connected(topology: Topology) -> bool:
+    """Whether every rank reaches every other one along a static topology's edges."""
+    for ends in ("send", "recv"):
+        found, left = {0}, [0]
+        while left:
+            fresh = set(getattr(topology.round(left.pop()), ends)) - found
+            found |= fresh
+            left += fresh
+        if len(found) < topology.size:
+            return False
+    return True
+
+
 def _pauses(setup: Setup) -> bool:
     return _keyword("communicate_every", 1).present(setup) or bool(setup.value("global_average_every"))
 
@@ -165,6 +178,19 @@ FEATURES: dict[str, Feature] = {
     "weight": _keyword("weight"),
     "capturable": _keyword("capturable"),
     "measure": _keyword("measure"),
+    "asynchronous": _keyword("asynchronous"),
+    "no asynchronous form": _algorithm(
+        lambda setup: not setup.algorithm.asynchronous, "an algorithm without an asynchronous form"
+    ),
+    "asynchronous push_sum": Feature(
+        lambda setup: bool(setup.value("asynchronous")) and setup.algorithm.weighs,
+        "`asynchronous` push-sum",
+        lambda setup: f"asynchronous=True with algorithm {setup.algorithm.name!r}",
+    ),
+    "changing": _topology(lambda topology: not topology.is_static, "a topology that changes"),
+    "not strongly connected": _topology(
+        lambda topology: topology.is_static and not _connected(topology), "a topology in which some ranks never reach others"
+    ),
     "heals": Feature(
         lambda setup: setup.value("nonfinite") == "heal", "`nonfinite='heal'`", lambda setup: "nonfinite='heal'"
     ),

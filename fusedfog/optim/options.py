@@ -59,6 +59,8 @@ class Keywords(TypedDict, total=False):
     data_parallel_steps: int
     lr_scale: float
     weight: float | torch.Tensor | None
+    asynchronous: bool
+    max_lag: int | None
     comm_sms: int | None
     links: Links | Network | str | PathLike[str] | None
     model: torch.nn.Module | None
@@ -94,6 +96,8 @@ class Options:
     data_parallel_steps: int = 0
     lr_scale: float = 1.0
     weight: float | None = None
+    asynchronous: bool = False
+    max_lag: int | None = None
     comm_sms: int | None = None
     links: Links | Network | str | PathLike[str] | None = None
     model: torch.nn.Module | None = None
@@ -145,6 +149,11 @@ class Options:
             raise ValueError(f"data_parallel_steps must be a whole number of steps, 0 for none, got {steps!r}")
         if not (math.isfinite(options.lr_scale) and options.lr_scale > 0):
             raise ValueError(f"lr_scale must be positive and finite, got {options.lr_scale!r}; 1 changes nothing")
+        lag = options.max_lag
+        if lag is not None and (not isinstance(lag, int) or isinstance(lag, bool) or lag < 0):
+            raise ValueError(f"max_lag must be a whole number of steps, or None for any number, got {lag!r}")
+        if lag is not None and not options.asynchronous:
+            raise ValueError(f"max_lag={lag} bounds asynchronous steps, and these wait for each other: asynchronous=True")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")

@@ -65,4 +65,6 @@ def _schedule(options: Options) -> StepSchedule:
         measure=options.measure,
         nonfinite=options.nonfinite,
         mix_strength=options.strength,
+        asynchronous=options.asynchronous,
+        max_lag=options.max_lag,
     )

@@ -79,8 +79,14 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
         """
         return Block((self, *others))
 
+    @abstractmethod
+    def finish(self) -> None:
+        """See `Controls`."""
+
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `torch.distributed.algorithms.Join`: steps without gradients, as `uneven` makes them."""
+        if self._options.asynchronous:
+            raise ValueError("Join makes ranks wait in every step: use `with opt.uneven():` with asynchronous=True")
         return _Hook(self)
 
     @property
@@ -102,7 +108,7 @@ class UnevenSteps(torch.optim.Optimizer, Joinable):
 
     def _announce_step(self, engine: Scheduler) -> None:
         """Tell `Join`, and ranks that have left an `uneven` block, that this rank makes a step."""
-        if (self._block is None and not self._join_config.enable) or recording():
+        if (self._block is None and not self._join_config.enable) or recording() or self._options.asynchronous:
             return
         if self._announced == engine.clock.steps:
             return
@@ -169,7 +175,7 @@ class Block:
     def __init__(self, optimizers: tuple[UnevenSteps, ...]) -> None:
         self.optimizers = optimizers
         self._begun = 0
-        self._outer = False
+        self._outer = self._asynchronous = False
 
     def __enter__(self) -> None:
         """Take note of the optimizers' steps from now on."""
@@ -184,7 +190,12 @@ class Block:
             )
         if len({communicator.view.ranks for communicator in found}) > 1 or len(found) < len(communicators):
             raise ValueError(f"rank {found[0].view.rank}: uneven() takes optimizers over the same ranks")
-        self._outer = True
+        kinds = {optimizer._options.asynchronous for optimizer in self.optimizers}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"rank {found[0].view.rank}: uneven() takes asynchronous optimizers, or others, and not both"
+            )
+        self._outer, self._asynchronous = True, kinds == {True}
         self._communicator: Communicator = found[0]
         self._view, self._timeout = found[0].view, found[0].timeout
         self._store: Any = dist.distributed_c10d._get_default_store()
@@ -202,6 +213,10 @@ class Block:
         self._open.remove(self)
         for optimizer in self.optimizers:
             optimizer._block = None
+        if error is None and self._asynchronous:
+            for optimizer in self.optimizers:
+                optimizer.finish()
+            return
         if error is None:
             self._catch_up()
             return

@@ -211,6 +211,22 @@ class Inbox:
         except Busy:
             return self.seen
 
+    def has_news(self) -> bool:
+        """Whether something has arrived that was not taken, as far as can be told without a wait."""
+        try:
+            with self.region.lock():
+                return bool(self.region.slots_in(FULL))
+        except Busy:
+            return False
+
+    def newest_stamp(self) -> int:
+        """The highest stamp that has arrived, taken or not."""
+        try:
+            with self.region.lock():
+                return max([self.stamp, *(self.region.note(slot).stamp for slot in self.region.slots_in(FULL))])
+        except Busy:
+            return self.stamp
+
     def _take_oldest(self) -> bool:
         try:
             with self.region.lock():
