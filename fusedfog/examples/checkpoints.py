@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+import fusedfog
 
 KEPT = 2
 
@@ -57,11 +60,31 @@ class Checkpoints:
             self.path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:
-        """This rank's state of a step; what only some ranks had saved after it is dropped."""
+        """This rank's state of a step; what only some ranks had saved after it is dropped. Collective.
+
+        Nothing in a file is executed, and every byte of it is compared with its checksum.
+
+        Raises:
+            CheckpointError: on all ranks, if any rank's file is damaged; names it.
+        """
+        state: dict[str, Any] = {}
+        failure = None
+        try:
+            with zipfile.ZipFile(self.path(step)) as file:
+                damaged = file.testzip()  # torch writes checksums, and compares none
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} has another checksum than was written")
+            state = torch.load(self.path(step), map_location="cpu", weights_only=True)
+        except Exception as error:  # Whatever it is, the others have to know.
+            failure = f"{self.path(step)} cannot be loaded ({type(error).__name__}: {error})"
+        found = [one for one in self._gather(failure) if one]
+        if found:
+            raise fusedfog.CheckpointError(
+                f"rank {self.rank}: {'; '.join(found)}. Remove the files of step {step} to go on from an earlier one"
+            )
         for newer in self._own_steps():
             if newer > step:
                 self.path(newer).unlink()
-        state: dict[str, Any] = torch.load(self.path(step), map_location="cpu", weights_only=True)
         return state
 
     def _own_steps(self) -> list[int]:

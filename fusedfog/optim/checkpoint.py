@@ -36,6 +36,7 @@ from fusedfog.optim.averaged import measuring_communicator
 from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.checkpoint_file import Written, write
 from fusedfog.optim.checkpoint_folder import Manifest, Unfinished
+from fusedfog.optim.checkpoint_of_torch import OfTorch, is_of_torch, refuse
 from fusedfog.optim.checkpoint_parts import Content, Saved, Sums, adopt, check_model, shards_of
 
 
@@ -149,7 +150,9 @@ def _tidy(final: Path, run: str, keep: int | None) -> None:
 
 
 @collective("load_checkpoint()")
-def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, *, trusted: bool = False
+) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote into a model and its optimizer. Collective; discards messages in flight.
 
     With as many ranks as were saved, each takes up its own part, bit for bit. With another number, all ranks start from
@@ -160,30 +163,40 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
 
     Args:
         path: a checkpoint, or a run's folder, of which it takes the newest one: that which was written last, whatever its step.
+        trusted: read a folder of `torch.distributed.checkpoint` too, in which somebody saved `{"model": ..., "optimizer": ...}`
+            of `torch.distributed.checkpoint.state_dict.get_state_dict`: every rank starts from that. torch *executes* what is
+            pickled in it, and compares no checksums.
 
     Returns:
         `extra` as it was saved by this rank, or by rank 0 where numbers differ (of a sharded replica: by its first rank).
-        Tensors are on the CPU.
+        Tensors are on the CPU. Of a folder of torch: nothing.
 
     Raises, on all ranks alike, before anything is changed:
         CheckpointError: there is no checkpoint, or a file of it is missing, damaged or foreign; names it, and a rank that
             noticed it.
         ValueError: it is one of another model or algorithm.
-        MismatchError: `path` differs between ranks.
+        MismatchError: `path` or `trusted` differ between ranks.
         PeerTimeout: a rank did not come.
     """
     world, view = find_group(), _replicas(opt)
     ranks = Outcome(world, "load_checkpoint()")
-    described = ranks.each(lambda: [os.fspath(path), view.rank])
-    _check_same("path", [one[0] for one in described], world.rank, "load_checkpoint()")
-    siblings = [rank for rank, (_, replica) in enumerate(described) if replica == view.rank]
-    chosen, checksum = ranks.first(lambda: _choose(Path(os.path.abspath(path))))
+    described = ranks.each(lambda: [os.fspath(path), trusted, view.rank])
+    paths, words, replicas = ([one[place] for one in described] for place in range(3))
+    _check_same("path", paths, world.rank, "load_checkpoint()")
+    _check_same("trusted", words, world.rank, "load_checkpoint()")
+    place = replicas[: world.rank].count(view.rank)
+    chosen, checksum = ranks.first(lambda: _choose(Path(os.path.abspath(path)), trusted))
+    if checksum is None:
+        theirs = OfTorch(Path(chosen))
+        ranks.own(lambda: theirs.read(model, opt))
+        theirs.adopt(model, opt)
+        return {}
     with Saved(Path(chosen)) as saved:
 
         def read() -> tuple[dict[str, Tensor], dict[str, Any], Sums | None]:
             with folders.advising(saved.folder):
                 saved.open(checksum)
-                found = _read(saved, model, opt, view, siblings.index(world.rank) if len(siblings) > 1 else 0)
+                found = _read(saved, model, opt, view, place)
                 # Between them ranks look at every byte.
                 saved.check_rest(sorted(saved.manifest.files)[world.rank :: world.size])
             return found
@@ -197,9 +210,15 @@ def load_checkpoint(path: str | Path, model: nn.Module, opt: DecentralizedOptimi
     return extra
 
 
-def _choose(path: Path) -> tuple[str, int]:
-    """The checkpoint that is meant, and the checksum of its manifest."""
+def _choose(path: Path, trusted: bool) -> tuple[str, int | None]:
+    """The checkpoint that is meant, and the checksum of its manifest; None if it is one of torch."""
     folder = folders.find(path)
+    if folder is None and is_of_torch(path):
+        if not trusted:
+            refuse(path)
+        return str(path), None
+    if folder is None:
+        raise CheckpointError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
     with folders.advising(folder):
         return str(folder), folders.read_manifest(folder)[1]
 

@@ -118,20 +118,17 @@ def complete(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that is meant by a path: itself, or the newest one of a run's folder.
+def find(path: Path) -> Path | None:
+    """The checkpoint that is meant by a path: itself, or the newest one of a run's folder; None if there is none.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it is no folder.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")
     if (path / MANIFEST).exists() or _NAME.fullmatch(path.name):
         return path
-    found = complete(path)
-    if not found:
-        raise CheckpointError(f"{path} holds no checkpoint written by fusedfog.save_checkpoint")
-    return found[-1]
+    return next(reversed(complete(path)), None)
 
 
 @contextlib.contextmanager

@@ -273,6 +273,15 @@ class Sums:
             name: torch.zeros_like(empty(names[name], like.get(name)), dtype=_wide(dtype))
             for name, dtype in self._dtypes.items()
         }
+        first = parts[0]
+        exact = [name for name in first.names() if _has_a_mean(name) and name not in self.totals]
+        self._exact = {name: first.read(name, like.get(name)) for name in exact}
+        for name in self.totals:
+            steps = f"{name.rsplit('/', 1)[0]}/step"
+            if name.startswith("state/") and steps not in self._exact:
+                # The largest count of a parameter that the first part has none for.
+                counts = [part.read(steps) for part in parts if steps in part.pieces]
+                self._exact[steps] = torch.stack([*counts, torch.ones(())]).max()
 
     def add(self, number: int) -> None:
         """Read a part."""
@@ -283,20 +292,7 @@ class Sums:
 
     def means(self) -> dict[str, Tensor]:
         """All tensors of a part, once `totals` has the sums over all parts."""
-        first = self._parts[0]
-        wanted = [name for name in first.names() if _has_a_mean(name) and name not in self.totals]
-        result = {name: first.read(name, self._like.get(name)) for name in wanted}
-        for name, total in self.totals.items():
-            result[name] = total.to(self._dtypes[name])
-            steps = f"{name.rsplit('/', 1)[0]}/step"
-            if name.startswith("state/") and steps not in result:
-                result[steps] = self._most(steps)
-        return result
-
-    def _most(self, name: str) -> Tensor:
-        """The largest step count of a parameter that the first part has none for."""
-        counts = [part.read(name) for part in self._parts if name in part.pieces]
-        return torch.stack([*counts, torch.ones(())]).max()
+        return self._exact | {name: total.to(self._dtypes[name]) for name, total in self.totals.items()}
 
 
 def _weights(others: Mapping[str, Any], count: int) -> list[float]:

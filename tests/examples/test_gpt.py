@@ -17,6 +17,7 @@ import torch.distributed as dist
 from support.pool import Pool, RankFailure
 from support.processes import ranks_of, wait_for_step
 
+import fusedfog
 from fusedfog.examples import gpt, text
 from fusedfog.examples.checkpoints import Checkpoints
 from fusedfog.examples.gpt_model import GPT, Shape, next_token_loss, parameter_groups
@@ -268,6 +269,46 @@ def save_states(folder: Path) -> list[int | None]:
 def test_an_unfinished_file_is_no_checkpoint(ranks: Pool, tmp_path: Path) -> None:
     assert ranks.run(2, save_states, tmp_path) == [[None, 1, 2, 3, 3]] * 2
     assert not (tmp_path / "step-0000004-rank-0-of-2.pt").exists()  # dropped: the run goes on from step 3
+
+
+class Hostile:
+    """What makes a folder where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.mkdir, (self.mark,)
+
+
+def load_damaged(folder: Path, damage: str) -> str:
+    """Rank 1's file is damaged; what each rank is told."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"weight": torch.arange(1000.0)})
+    assert torch.equal(checkpoints.load(1)["weight"], torch.arange(1000.0))
+    if dist.get_rank() == 1:
+        path = checkpoints.path(1)
+        raw = bytearray(path.read_bytes())
+        raw[raw.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
+        path.write_bytes(raw if damage == "flipped" else raw[:1000])
+        if damage == "hostile":
+            torch.save({"weight": Hostile(folder / "executed")}, path)
+    try:
+        checkpoints.load(1)
+    except fusedfog.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [("flipped", "another checksum"), ("cut", "not a zip file"), ("hostile", "Weights only load failed")],
+)
+def test_a_damaged_or_hostile_file_is_named_on_every_rank(ranks: Pool, tmp_path: Path, damage: str, words: str) -> None:
+    for rank, told in enumerate(ranks.run(2, load_damaged, tmp_path, damage)):
+        assert told.startswith(f"rank {rank}: {tmp_path}/step-0000001-rank-1-of-2.pt cannot be loaded (")
+        assert words in told
+    assert not (tmp_path / "executed").exists()
 
 
 def test_checkpoints_of_another_run_are_refused(ranks: Pool, folder: Path, tmp_path: Path) -> None:

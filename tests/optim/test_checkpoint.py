@@ -149,10 +149,3 @@ def test_a_checkpoint_of_something_else_changes_nothing(
     ranks.run(2, save, str(tmp_path), "SGD", "awc")
     for outcome in ranks.outcomes(2, load_other, str(tmp_path), width, algorithm):
         assert outcome.error_type == "ValueError" and message in outcome.message
-
-
-def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
-    model, opt = make("SGD", "local")
-    torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
-    with pytest.raises(ValueError, match="holds no checkpoint written by"):
-        fusedfog.load_checkpoint(tmp_path, model, opt)

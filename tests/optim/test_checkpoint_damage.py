@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.pool import Pool
 from torch import nn
@@ -141,11 +141,13 @@ def test_every_damaged_file_is_named_and_none_loads(saved: Path, backup: Path, c
     @given(damages())
     def check(what: tuple[str, str, int, bytes]) -> None:
         nonlocal told
-        told += check_damaged(saved, backup, what)
+        changed = check_damaged(saved, backup, what)
+        told += changed
+        assume(changed)
 
     check()
-    print(f"{told} of {count} files were damaged, and named")
-    assert told > 0.8 * count
+    print(f"{told} files were damaged, and named")
+    assert told >= count
     model, opt = build()
     assert fusedfog.load_checkpoint(saved, model, opt)["step"] == 1
 
