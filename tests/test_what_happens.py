@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support import misuse_of_checkpoints  # noqa: F401  # which adds to both
 from support.misuse import ALONE
 from support.misuse_of_ranks import WORLDS
 from support.pool import Pool
@@ -16,10 +17,12 @@ VARIES = {
     r"\S+\.py:\d+": "train.py:1",
     r"closed it \(.*?\)\. Who": "closed it (in torch's words). Who",
     r"for \d+ s\b": "for 1 s",
+    r"/\S*/run\b": "/home/me/run",
+    r"\.unfinished-\w+": ".unfinished-1",
     r"timeout of [\d.]+ s\b": "timeout of 1 s",
     r"within \d+:\d\d:\d\d(\.\d+)?": "within 0:00:01",
 }
-"""What differs from run to run: a line of a script, what torch says of a connection, seconds."""
+"""What differs from run to run: a line of a script, what torch says of a connection, seconds, folders."""
 
 
 def same(text: str) -> str:

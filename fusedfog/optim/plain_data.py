@@ -22,10 +22,7 @@ Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | 
 _KIND, _OF = "!", "of"
 _AS_THEY_ARE = (type(None), bool, int, float, str)
 _DICTS = (dict, OrderedDict, defaultdict)
-_TAKEN = (
-    "numbers, strings, bytes, None, tensors, numpy arrays, and lists, tuples, sets and dicts of these, with keys that are no "
-    "tensors"
-)
+_TAKEN = "numbers, strings, bytes, None, tensors, numpy arrays, and lists, tuples, sets and dicts of these"
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Plain:
@@ -70,15 +67,17 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor], above: tuple[int
     if type(value) in _DICTS or isinstance(value, Counter):
         return _encode_dict(value, where, tensors, above)
     raise TypeError(
-        f"{where} is of type {type(value).__qualname__}, and a checkpoint takes {_TAKEN}: nothing that would have to be "
-        f"executed on load. Give its state_dict(), or dataclasses.asdict(...), str(...) or the like"
+        f"{where} is of type {type(value).__qualname__}, which only code could make again. A checkpoint takes {_TAKEN}: give its "
+        f"state_dict(), dataclasses.asdict(...), vars(...) or str(...)"
     )
 
 
 def _encode_dict(value: dict[Any, Any], where: str, tensors: dict[str, Tensor], above: tuple[int, ...]) -> Plain:
     for key in value:
         if not isinstance(key, (*_AS_THEY_ARE, tuple)):
-            raise TypeError(f"{where} has a key of type {type(key).__qualname__}, and a checkpoint takes {_TAKEN}")
+            raise TypeError(
+                f"{where} has a key of type {type(key).__qualname__}; in a checkpoint keys are strings, numbers, None or tuples"
+            )
     if type(value) in _DICTS and all(type(key) is str for key in value) and _KIND not in value:
         return {key: _encode(one, f"{where}/{key}", tensors, above) for key, one in value.items()}
     pairs: list[Plain] = [
