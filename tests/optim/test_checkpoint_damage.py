@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import struct
@@ -75,7 +76,9 @@ KINDS = ("flip", "truncate", "append", "delete", "swap", "foreign", "folder", "z
 
 @st.composite
 def damages(draw: st.DrawFn) -> tuple[str, str, int, bytes]:
-    return draw(st.sampled_from(NAMES)), draw(st.sampled_from(KINDS)), draw(st.integers(0, 1 << 20)), draw(st.binary())
+    # Hypothesis likes small numbers: then nothing but headers would be damaged.
+    where = random.Random(draw(st.integers(0, 1 << 32))).randrange(1 << 20)
+    return draw(st.sampled_from(NAMES)), draw(st.sampled_from(KINDS)), where, draw(st.binary())
 
 
 def damage(run: Path, name: str, kind: str, where: int, other: bytes) -> bool:

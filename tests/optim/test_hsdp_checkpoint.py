@@ -142,6 +142,39 @@ def test_save_checkpoint_keeps_a_replica_per_machine(ranks: Pool, others: Pool, 
         assert furthest([states], [mean_states]) < 1e-12
 
 
+def save_shards(path: str) -> None:
+    model, opt = build("AdamW")
+    iterate(model, opt, 0, 2)
+    fusedfog.save_checkpoint(path, model, opt, rank=fusedfog.rank())
+
+
+def load_shards(path: str, machines: int, local: int) -> tuple[Any, str]:
+    """What a rank gets back of what it gave, or what it is told; and whether anything has changed then."""
+    model, opt = build("AdamW", mesh_of(machines, local), topology=UNEVEN)
+    before = whole(model)
+    try:
+        return fusedfog.load_checkpoint(path, model, opt)["rank"], ""
+    except fusedfog.CheckpointError as error:
+        assert furthest([before], [whole(model)]) == 0
+        return None, str(error)
+
+
+def test_every_rank_of_a_machine_has_a_file_and_damage_in_any_is_told_on_all_ranks(ranks: Pool, tmp_path: Path) -> None:
+    ranks.run(4, save_shards, str(tmp_path))
+    (saved,) = tmp_path.iterdir()
+    assert [found for found, _ in ranks.run(4, load_shards, str(tmp_path), 2, 2)] == [0, 1, 2, 3]
+    assert [found for found, _ in ranks.run(2, load_shards, str(tmp_path), 2, 1)] == [0, 2]
+    last = saved / "rank-00003.safetensors"
+    raw = bytearray(last.read_bytes())
+    raw[-1] ^= 128
+    last.write_bytes(raw)
+    for machines, local in ((2, 2), (2, 1)):
+        for rank, (_, told) in enumerate(ranks.run(machines * local, load_shards, str(tmp_path), machines, local)):
+            assert told.startswith(
+                f"rank {rank}: load_checkpoint() failed on rank {machines * local - 1}: {last} is damaged"
+            )
+
+
 def whole_states() -> tuple[bool, bool]:
     """Full optimizer states, of another sharded run and of torch.optim on the whole model."""
     (model, opt), (other, loaded) = build("AdamW"), build("AdamW")
