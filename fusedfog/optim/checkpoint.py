@@ -60,7 +60,8 @@ def save_checkpoint(
     Args:
         path: the run's folder, on a file system that all ranks see; made if it is not there. The same on all ranks; a relative
             one is of rank 0's working directory. One run at a time writes into it.
-        keep: how many of the run's checkpoints stay: the last ones, this one included; None for all.
+        keep: how many of the run's checkpoints stay: the last ones, this one included; None for all. The disk needs room for
+            one more.
         extra: what `load_checkpoint` shall return: numbers, strings, bytes, None, tensors, numpy arrays, and lists, tuples,
             sets and dicts of these, as a scheduler's state_dict() or the states of random number generators.
 
@@ -72,7 +73,7 @@ def save_checkpoint(
         ValueError: `keep` is less than 1.
         MismatchError: `path` or `keep` differ between ranks; names rank and values.
         CheckpointError: a rank could not write; names rank, file and cause. The earlier checkpoints are as they were.
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not come, or needed longer to write than the process group's timeout.
 
     Warns:
         ForeignCheckpointWarning: the folder has checkpoints of another run. They stay, and `keep` does not count them.
@@ -91,7 +92,7 @@ def save_checkpoint(
     paths, keeps, replicas = ([one[place] for one in described] for place in range(3))
     _check_same("path", paths, world.rank, "save_checkpoint()")
     _check_same("keep", keeps, world.rank, "save_checkpoint()")
-    run = Path(ranks.first(lambda: os.path.abspath(path)))
+    run = Path(ranks.first(lambda: os.path.realpath(path)))
     with closing(Unfinished()) as unfinished:
         folder = Path(ranks.first(lambda: str(unfinished.begin(run))))
 
@@ -185,7 +186,7 @@ def load_checkpoint(
     _check_same("path", paths, world.rank, "load_checkpoint()")
     _check_same("trusted", words, world.rank, "load_checkpoint()")
     place = replicas[: world.rank].count(view.rank)
-    chosen, checksum = ranks.first(lambda: _choose(Path(os.path.abspath(path)), trusted))
+    chosen, checksum = ranks.first(lambda: _choose(Path(os.path.realpath(path)), trusted))
     if checksum is None:
         theirs = OfTorch(Path(chosen))
         ranks.own(lambda: theirs.read(model, opt))
@@ -234,10 +235,10 @@ def _read(
     """
     like = shards_of(model, opt)
     part = saved.part(view.rank if len(saved) == view.size else 0)
-    check_model(saved.folder, model, part)
+    others = part.others(place if len(saved) == view.size and place < len(part.files) else 0)
+    check_model(saved.folder, model, part, others)
     if len(saved) == view.size:
-        tensors = {name: part.read(name, like.get(name)) for name in part.names()}
-        return tensors, part.others(place if place < len(part.files) else 0), None
+        return {name: part.read(name, like.get(name)) for name in part.names()}, others, None
     sums = Sums(saved, like)
     # A rank of a sharded replica holds a part that no other reads, so it reads all of them by itself.
     for number in range(0, len(saved)) if like else range(view.rank, len(saved), view.size):

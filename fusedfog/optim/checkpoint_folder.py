@@ -137,7 +137,9 @@ def advising(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        siblings = complete(folder.parent)
+        siblings = []
+        with contextlib.suppress(OSError):
+            siblings = complete(folder.parent)
         before = siblings[: siblings.index(folder)] if folder in siblings else []
         raise CheckpointError(f"{error}; the checkpoint before it is {before[-1]}" if before else str(error)) from error
 

@@ -311,17 +311,21 @@ def _has_a_mean(name: str) -> bool:
     return state != COMPENSATION and not is_wire_state(state)
 
 
-def check_model(folder: Path, model: nn.Module, part: Part) -> None:
-    """Raise ValueError unless a checkpoint's model has the same tensors as this one, of the same shapes."""
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def check_model(folder: Path, model: nn.Module, part: Part, others: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint's model has the same entries as this one, tensors of the same shapes."""
+    own = {name: _shape(value) for name, value in model.state_dict().items()}
     names = [name for name in part.names() if name.startswith("model/")]
-    saved = {name.removeprefix("model/"): part.about(name).whole for name in names}
+    saved = {name.removeprefix("model/"): part.about(name).whole for name in names} | dict.fromkeys(others["model"], ())
     for name in [*own, *saved]:
         if own.get(name) != saved.get(name):
             raise ValueError(
                 f"{folder} is a checkpoint of another model: {name} has shape {saved.get(name, 'none')} there and "
                 f"{own.get(name, 'none')} here"
             )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def adopt(

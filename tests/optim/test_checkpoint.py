@@ -149,3 +149,61 @@ def test_a_checkpoint_of_something_else_changes_nothing(
     ranks.run(2, save, str(tmp_path), "SGD", "awc")
     for outcome in ranks.outcomes(2, load_other, str(tmp_path), width, algorithm):
         assert outcome.error_type == "ValueError" and message in outcome.message
+
+
+class Counting(nn.Module):
+    """A module that keeps something beside tensors."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.full((3,), scale)), {"names": [scale], "mask": torch.ones(2)}
+
+    def get_extra_state(self) -> Any:
+        return self.seen
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state
+
+
+class Plain(torch.optim.Optimizer):
+    """States that are numbers, and tensors inside of others."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": torch.tensor(0.5), "names": ("a", None)})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["count"] = state.get("count", 0) + 1
+                state["history"] = [*state.get("history", []), p.detach().clone()]
+                p.data.add_(p.grad, alpha=-float(group["lr"]))
+
+
+def what_is_no_tensor(path: str) -> None:
+    rank = dist.get_rank()
+    (model, opt), (other, loaded) = (
+        (one, fusedfog.Decentralized(Plain(one.parameters()), topology="ring", algorithm="atc", sync_init=False))
+        for one in (Counting(1.0 + rank), Counting(5.0))
+    )
+    for _ in range(2):
+        model.weight.grad = torch.ones(3)
+        opt.step()
+    fusedfog.save_checkpoint(path, model, opt)
+    fusedfog.load_checkpoint(path, other, loaded)
+    assert torch.equal(other.weight, model.weight) and other.seen["names"] == [1.0 + rank]
+    assert torch.equal(other.seen["mask"], torch.ones(2))
+    ours, theirs = opt.state[model.weight], loaded.state[other.weight]
+    assert theirs["count"] == 2 and len(theirs["history"]) == 2
+    assert all(map(torch.equal, ours["history"], theirs["history"]))
+    group = loaded.param_groups[0]
+    assert torch.equal(group["lr"], torch.tensor(0.5)) and group["names"] == ("a", None)
+    plain = nn.Module()
+    plain.weight = nn.Parameter(torch.zeros(3))
+    without = fusedfog.Decentralized(Plain(plain.parameters()), topology="ring", algorithm="atc")
+    with pytest.raises(ValueError, match="_extra_state has shape"):
+        fusedfog.load_checkpoint(path, plain, without)
+
+
+def test_what_is_no_tensor_comes_back_too(ranks: Pool, tmp_path: Path) -> None:
+    ranks.run(2, what_is_no_tensor, str(tmp_path))

@@ -159,6 +159,8 @@ def test_odd_paths_and_links_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fusedfog.save_checkpoint(odd, model, opt, here=True)
     (tmp_path / "link").symlink_to(odd)
     assert fusedfog.load_checkpoint(tmp_path / "link", model, opt) == {"here": True}
+    another_process()
+    fusedfog.load_checkpoint(tmp_path / "link", model, opt)  # the run goes on by whichever way
     # A checkpoint that was moved to another disk: the link goes, what it points to stays.
     moved = tmp_path / "moved"
     (odd / "000001-step-00000000").rename(moved)
@@ -216,6 +218,27 @@ def test_two_runs_that_finish_at_once_both_have_their_checkpoint(
     # The other run has come between this one's look at the folder and its rename.
     monkeypatch.setattr(checkpoint_folder, "complete", lambda run: [])
     assert fusedfog.save_checkpoint(tmp_path, model, opt, run=2).name == "000002-step-00000000"
+
+
+def save_beside_another(run: str) -> list[Any]:
+    """A run of one rank, while another one saves into the same folder."""
+    rank = fusedfog.rank()
+    for name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    model, opt = build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(20):
+            last = fusedfog.save_checkpoint(run, model, opt, keep=2, whose=[rank, number])
+    told = [one for one in caught if issubclass(one.category, fusedfog.ForeignCheckpointWarning)]
+    assert fusedfog.load_checkpoint(last, model, opt) == {"whose": [rank, 19]}
+    return [len(told), last.name]
+
+
+def test_two_runs_in_one_folder_lose_nothing_and_are_warned(ranks: Pool, tmp_path: Path) -> None:
+    (_, one), (_, other) = outcomes = ranks.run(2, save_beside_another, str(tmp_path), init=False)
+    assert one != other and len(names(tmp_path)) == 4 and {one, other} <= set(names(tmp_path))
+    assert sum(told for told, _ in outcomes) >= 1 and max(told for told, _ in outcomes) <= 1
 
 
 # -- what cannot be written ------------------------------------------------------------------------------------------
