@@ -14,5 +14,6 @@ are gathered at once, so a step costs degree * n * N.
 
 from fusedfog.simulate.problems import ModuleProblem, Problem, Quadratics
 from fusedfog.simulate.run import Trajectory, simulate
+from fusedfog.simulate.speeds import lognormal
 
-__all__ = ["ModuleProblem", "Problem", "Quadratics", "Trajectory", "simulate"]
+__all__ = ["ModuleProblem", "Problem", "Quadratics", "Trajectory", "lognormal", "simulate"]

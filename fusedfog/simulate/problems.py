@@ -16,7 +16,8 @@ class Problem(Protocol):
     """What `simulate` minimises: one loss per rank.
 
     Optional attributes, looked up by name: `loss(X) -> Tensor` (its mean is recorded), `minimiser` [N],
-    `weighted(parts) -> Problem`, whose losses are this one's times `parts` [n], `dim` (N) and
+    `grad_of(step, ranks, X)`, the gradients [k, N] of k ranks at the rows of X [k, N] (or else `grad` is asked for all, where
+    ranks step at different times), `weighted(parts) -> Problem`, whose losses are this one's times `parts` [n], `dim` (N) and
     `start()` -> [N] or [n, N] for `x0=None`, and `sizes`, the numbers of elements of the parameters that a row consists
     of (only quasi-global Adam, which takes a norm over the flat buffer, has bits that depend on it).
     """
@@ -71,10 +72,17 @@ class Quadratics:
     def grad(self, step: int, X: Tensor) -> Tensor:
         """H_i x_i - c_i, and noise: [n, d]."""
         exact = torch.einsum("nij,nj->ni", self.hessians.to(X.dtype), X) - self.linear.to(X.dtype)
-        if not self.noise:
-            return exact
+        return exact + self._noise_at(step, X.dtype) if self.noise else exact
+
+    def grad_of(self, step: int, ranks: Sequence[int], X: Tensor) -> Tensor:
+        """The same for some ranks, at the rows of X [k, d]."""
+        own = [*ranks]
+        exact = torch.einsum("nij,nj->ni", self.hessians[own].to(X.dtype), X) - self.linear[own].to(X.dtype)
+        return exact + self._noise_at(step, X.dtype)[own] if self.noise else exact
+
+    def _noise_at(self, step: int, dtype: torch.dtype) -> Tensor:
         source = torch.Generator().manual_seed(self.seed * 2**32 + step)
-        return exact + self.noise * torch.randn(X.shape, generator=source, dtype=X.dtype)
+        return self.noise * torch.randn(self.linear.shape, generator=source, dtype=dtype)
 
     def loss(self, X: Tensor) -> Tensor:
         """The mean loss at the mean of the rows: 0-d."""
@@ -135,7 +143,11 @@ class ModuleProblem:
 
     def grad(self, step: int, X: Tensor) -> Tensor:
         """Gradients of every rank's loss on its batch: [n, N]."""
-        chosen = self.indices(step)
+        return self.grad_of(step, range(len(self.counts)), X)
+
+    def grad_of(self, step: int, ranks: Sequence[int], X: Tensor) -> Tensor:
+        """The same for some ranks, at the rows of X [k, N]."""
+        chosen = self.indices(step)[[*ranks]]
         return self._gradients(X, self.inputs[chosen], self.targets[chosen])
 
     @torch.no_grad()

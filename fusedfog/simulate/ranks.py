@@ -19,6 +19,7 @@ from fusedfog.engine.rank_weights import RankWeights, part_of_node
 from fusedfog.gossip.push_sum import idle, push
 from fusedfog.kernels.reference import RULES, Result, Tensors
 from fusedfog.kernels.region import align
+from fusedfog.simulate.problems import Problem
 from fusedfog.topology import Round, Topology
 
 Mix: TypeAlias = Callable[[Tensor], Tensor]
@@ -42,21 +43,21 @@ class _Mixing:
             # Rounded once, as a pass does.
             weights = (exact * self.strength).to(base.dtype)
             if receivers is None:
-                mixed = _contained(base[senders] - base).mul_(weights).add_(mixed)
+                mixed = contained(base[senders] - base).mul_(weights).add_(mixed)
             else:
-                part = _contained(base[senders] - base[receivers]).mul_(weights).add_(mixed[receivers])
+                part = contained(base[senders] - base[receivers]).mul_(weights).add_(mixed[receivers])
                 mixed = mixed.index_copy(0, receivers, part)
         return mixed
 
 
-def _contained(differences: Tensor) -> Tensor:
+def contained(differences: Tensor) -> Tensor:
     """In place, as `nonfinite="contain"` has it: differences that are not finite are 0."""
     return differences if math.isfinite(differences.sum()) else differences.masked_fill_(~differences.isfinite(), 0.0)
 
 
 def _everyone(base: Tensor, strength: float) -> Tensor:
     """A full average as an exchange with weight one."""
-    return _contained(_mean(base) - base).mul_(strength).add_(base) if strength else base
+    return contained(_mean(base) - base).mul_(strength).add_(base) if strength else base
 
 
 def _mean(rows: Tensor, parts: Sequence[float] | None = None) -> Tensor:
@@ -114,6 +115,23 @@ class Ranks:
         self._sizes = tuple(sizes)
         self._rounds: dict[int, list[Round]] = {}
         self._mixings: dict[int, _Mixing] = {}
+
+    @property
+    def rank_steps(self) -> list[int]:
+        """How many steps each rank has made."""
+        return [self.clock.steps] * len(self.scalars)
+
+    @property
+    def masses(self) -> list[float]:
+        """Push-sum's scalars, of which nothing is under way between steps; none with other algorithms."""
+        scalars: list[float] = self.scalars.tolist() if self.row.weighs else []
+        return scalars
+
+    def run_until(self, end: int, problem: Problem, lr: Callable[[int], float]) -> None:
+        """Make steps until there are `end`, with the learning rates that `lr` says."""
+        while self.clock.steps < end:
+            self.group["lr"] = lr(self.clock.steps)
+            self.step(problem.grad(self.clock.steps, self.flat["param"]))
 
     @torch.no_grad()
     def step(self, gradients: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -16,12 +17,14 @@ from fusedfog.algorithms import algorithm_for, alone
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.mix_strength import Strength
 from fusedfog.engine.rank_weights import RankWeights, checked, usable
-from fusedfog.optim.compatibility import choose_topology
+from fusedfog.optim.compatibility import choose_topology, resolve_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
 from fusedfog.optim.parameters import check_finite
 from fusedfog.simulate.problems import Problem
 from fusedfog.simulate.ranks import Ranks
+from fusedfog.simulate.speeds import Ends, Speeds
+from fusedfog.simulate.virtual_time import VirtualRanks
 from fusedfog.topology import Topology
 
 Rate: TypeAlias = float | Callable[[int], float]
@@ -33,12 +36,14 @@ class Trajectory:
     """What a run recorded: one entry of each list per recorded step, and the end.
 
     Attributes:
-        steps: how many steps had been made.
+        steps: how many steps had been made; with `speeds`, how many units of virtual time had gone by.
         losses: mean of the problem's `loss`, if it has one.
         distances, mean_distances: root mean square over ranks of ||x_i - x*||, and ||mean - x*||, if x* is known.
         consensus: root mean square over ranks of ||x_i - mean||.
+        rank_steps: how many steps each rank had made, n numbers.
         X: final parameters [n, N].
         states: the algorithm's final states by name, each [n, N].
+        masses, mass_under_way: push-sum's at the end: what each rank holds, n numbers, and what nobody has collected; in sum n.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -46,8 +51,11 @@ class Trajectory:
     distances: list[float] = field(default_factory=list)
     mean_distances: list[float] = field(default_factory=list)
     consensus: list[float] = field(default_factory=list)
+    rank_steps: list[list[int]] = field(default_factory=list)
     X: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     states: dict[str, Tensor] = field(default_factory=dict)
+    masses: list[float] = field(default_factory=list)
+    mass_under_way: float = 0.0
 
 
 def simulate(
@@ -65,6 +73,8 @@ def simulate(
     outer: Outer | None = None,
     mix_strength: Strength = 1.0,
     weights: Sequence[float] | None = None,
+    speeds: Speeds | None = None,
+    delay: float = 0.0,
     record_every: int = 1,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -82,6 +92,11 @@ def simulate(
         lr: learning rate, or a function of the step (from 0).
         x0: the start [n, N], or [N] for all ranks alike. None asks the problem's `start`, else draws one standard normal
             row for all ranks from `seed`.
+        speeds: let no rank wait for another: steps that each makes in a unit of virtual time, [n], or a function of the rank
+            and its step such as `lognormal(sigma, seed)`. The run lasts `steps` units, so many steps of a rank of speed 1, and
+            lr is a function of a rank's own step. For awc, push_sum and local, on a static topology (default:
+            symmetric_exponential); `fusedfog.simulate.virtual_time` says what a step is, and what comes first at one moment.
+        delay: with `speeds`, the time from the end of a step until its messages are there.
         record_every: record after every so many steps; the start and the end are always recorded.
         dtype: of parameters and arithmetic, float64 or float32.
         hyper: the optimizer's own arguments: momentum, weight_decay, betas, ...
@@ -97,7 +112,6 @@ def simulate(
         raise ValueError(f"need n >= 1, steps >= 0, record_every >= 1; got {n}, {steps}, {record_every}")
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype must be torch.float64 or torch.float32, which are the arithmetic's, got {dtype}")
-    rate = lr if callable(lr) else (lambda step: lr)
     keywords = Keywords(
         topology=topology,
         algorithm=algorithm,
@@ -107,21 +121,39 @@ def simulate(
         mix_strength=mix_strength,
         weight=None if weights is None else next(iter(weights), None),
     )
+    if not 0 <= delay < math.inf or (delay and speeds is None):
+        raise ValueError(f"delay must be finite and not negative, and 0 without speeds=, got {delay!r}")
+    rate = _checked(lr)
     family, group = _group(optimizer, rate(0), hyper)
-    row, graph, schedule = _resolve(keywords, family, group, n)
+    row, graph, schedule = _resolve(keywords, family, group, n, waits=speeds is None)
     x = _start(problem, n, x0, seed, dtype)
-    ranks = Ranks(row, graph, schedule, group, x, getattr(problem, "sizes", x.shape[1:]), _weights(weights, n))
+    shares = _weights(weights, n)
+    ranks: Ranks | VirtualRanks
+    if speeds is None:
+        ranks = Ranks(row, graph, schedule, group, x, getattr(problem, "sizes", x.shape[1:]), shares)
+    else:
+        ranks = VirtualRanks(row, graph, schedule, group, x, Ends(speeds, n), delay, shares)
     measured = problem.weighted(ranks.parts) if ranks.parts is not None and hasattr(problem, "weighted") else problem
     path = Trajectory()
-    for step in range(steps):
-        if step % record_every == 0:
-            _record(path, measured, step, ranks.flat["param"])
-        group["lr"] = float(rate(step))
-        check_finite(group, ("lr",))
-        ranks.step(problem.grad(step, ranks.flat["param"]))
-    _record(path, measured, steps, ranks.flat["param"])
+    for step in range(0, steps, record_every):
+        _record(path, measured, step, ranks)
+        ranks.run_until(min(step + record_every, steps), problem, rate)
+    _record(path, measured, steps, ranks)
     path.X, path.states = ranks.flat["param"], {name: ranks.flat[name] for name in ranks.state_names}
+    path.masses = ranks.masses
+    path.mass_under_way = ranks.mass_under_way if isinstance(ranks, VirtualRanks) else 0.0
     return path
+
+
+def _checked(lr: Rate) -> Callable[[int], float]:
+    """The learning rate of a step, once it is found to be one."""
+
+    def rate(step: int) -> float:
+        group = {"lr": float(lr(step) if callable(lr) else lr)}
+        check_finite(group, ("lr",))
+        return group["lr"]
+
+    return rate
 
 
 def _group(optimizer: str, lr: float, hyper: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -137,16 +169,37 @@ def _group(optimizer: str, lr: float, hyper: Mapping[str, Any]) -> tuple[str, di
 
 
 def _resolve(
-    keywords: Keywords, family: str, group: dict[str, Any], n: int
+    keywords: Keywords, family: str, group: dict[str, Any], n: int, *, waits: bool
 ) -> tuple[Algorithm, Topology | None, StepSchedule]:
-    """What `fusedfog.optim.build` decides for n real ranks."""
+    """What `fusedfog.optim.build` decides for n real ranks, which wait for each other or do not."""
     options = Options.of(keywords)
     row = algorithm_for(options.algorithm, family, options.outer)
-    graph = choose_topology(Setup(family, row, vars(options), [group], ranks=n), options.topology, n)
+    given = options.topology if waits else resolve_topology(row, options.topology, n, static=True)
+    graph = choose_topology(Setup(family, row, vars(options), [group], ranks=n), given, n)
+    if not waits:
+        _check_asynchronous(row, graph, options)
     if n == 1:
         row, graph = alone(family), None
     every = options.outer.every if options.outer is not None else options.communicate_every
     return row, graph, StepSchedule(every, options.global_average_every, mix_strength=options.strength)
+
+
+def _check_asynchronous(row: Algorithm, graph: Topology | None, options: Options) -> None:
+    """Refuse what makes ranks wait for each other."""
+    if not row.asynchronous:
+        raise ValueError(
+            f"algorithm {row.name!r} does not work with speeds=: its step needs what all neighbours sent in the same step; use "
+            f"awc or push_sum, or leave it out"
+        )
+    if options.global_average_every is not None:
+        raise ValueError(
+            "global_average_every does not work with speeds=: in an average all ranks wait; leave one of them out"
+        )
+    if graph is not None and not graph.is_static:
+        raise ValueError(
+            f"topology {graph.name} does not work with speeds=: ranks that do not wait are in different rounds; use a static "
+            f"one such as 'exponential' or 'symmetric_exponential'"
+        )
 
 
 def _weights(given: Sequence[float] | None, n: int) -> RankWeights | None:
@@ -170,10 +223,12 @@ def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, 
     return x.expand(n, -1).to(dtype, copy=True).contiguous()
 
 
-def _record(path: Trajectory, problem: Problem, step: int, x: Tensor) -> None:
+def _record(path: Trajectory, problem: Problem, step: int, ranks: Ranks | VirtualRanks) -> None:
+    x = ranks.flat["param"]
     wide = x.double()
     mean = wide.mean(0)
     path.steps.append(step)
+    path.rank_steps.append(ranks.rank_steps)
     path.consensus.append(float((wide - mean).norm()) / len(x) ** 0.5)
     if hasattr(problem, "loss"):
         path.losses.append(float(problem.loss(x).double().mean()))
