@@ -348,7 +348,8 @@ class DecentralizedOptimizer(Controls):
 
         Warns:
             ForeignCheckpointWarning: another rank saved it, or it was one of another number of ranks, or on another topology.
-                Compressed messages then begin anew from rank 0's values, as they do if any rank's replicas are missing.
+                Compressed messages then begin anew from rank 0's values, as they do if any rank's replicas are missing. Also,
+                without that, where ranks had other weights.
         """
         engine = self._engine
         engine.meet("load_state_dict()")

@@ -122,6 +122,11 @@ def misspelt_value() -> None:
     fusedfog.SGD(net().parameters(), lr=0.1, topology="exponentail")
 
 
+@misuse("give a rank `weight=0`")
+def weightless() -> None:
+    fusedfog.SGD(net().parameters(), lr=0.1, weight=0)
+
+
 @misuse("give `mix_strength=` a number above 1")
 def too_strong() -> None:
     fusedfog.SGD(net().parameters(), lr=0.1, mix_strength=1.5)

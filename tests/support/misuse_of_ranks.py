@@ -109,12 +109,13 @@ def by_multiprocessing() -> Texts:
 
 OTHER_OPTIONS = "build it with other options, or another model, on one rank"
 FROZEN = "freeze a parameter on some ranks only"
+WEIGHED = "give `weight=` on some ranks only"
 UNDER_DDP = "wrap the model in `DistributedDataParallel`"
 TOO_STRONG = "give `mix_strength=` a function whose value in some step is not from 0 to 1"
 OTHER_CALL = "call `averaged()` on rank 0, and `consensus_distance()` on the others"
 
 
-@world(OTHER_OPTIONS, TOO_STRONG, FROZEN, UNDER_DDP, OTHER_CALL)
+@world(OTHER_OPTIONS, WEIGHED, TOO_STRONG, FROZEN, UNDER_DDP, OTHER_CALL)
 def nothing_was_sent() -> Texts:
     """All of this is noticed before anything is sent, so that ranks can go on."""
     rank, model = dist.get_rank(), net()
@@ -143,6 +144,7 @@ def nothing_was_sent() -> Texts:
 
     return {
         OTHER_OPTIONS: said(lambda: fusedfog.SGD(net().parameters(), lr=0.1, momentum=0.9 * rank)),
+        WEIGHED: said(lambda: fusedfog.SGD(net().parameters(), lr=0.1, weight=None if rank else 16)),
         TOO_STRONG: said(too_strong),
         FROZEN: said(frozen),
         UNDER_DDP: said(wrapped),
