@@ -102,7 +102,6 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
             weighs=True,
             asynchronous=True,
             conserves=True,
-            asynchronous=True,
             refuses={
                 "global_average_every": ("a full average would need the ranks' push-sum scalars", "use atc"),
                 "mesh": ("it works on the ranks' own edges and not on a mesh", "use awc or atc"),
@@ -122,15 +121,7 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
                 "mix_strength": ("it averages gradients, and mixes no parameters", "leave it out, or use awc or atc"),
             },
         ),
-        Algorithm(
-            "local",
-            None,
-            inner,
-            exchanges="nothing",
-            asynchronous=True,
-            takes_outer=True,
-            refuses=_NOTHING_TO_MIX | _NO_MIXING_YET,
-        ),
+        Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET),
     ]
     return {row.name: replace(row, plain=True) for row in rows}
 

@@ -77,7 +77,7 @@ class CheckpointError(RuntimeError, ValueError):
 
 
 class ForeignCheckpointWarning(UserWarning):
-    """A `state_dict()` of another rank, number of ranks or topology, or a part of one, was loaded; names what differs.
+    """A `state_dict()` of another rank, number of ranks, topology or weights, or a part of one, was loaded; says which.
 
     Or a folder of checkpoints has some of another run.
     """

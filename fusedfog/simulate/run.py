@@ -186,7 +186,7 @@ def _resolve(
 
 def _check_asynchronous(row: Algorithm, graph: Topology | None, options: Options) -> None:
     """Refuse what makes ranks wait for each other."""
-    if not row.asynchronous:
+    if not row.asynchronous and row.exchanges != "nothing":
         raise ValueError(
             f"algorithm {row.name!r} does not work with speeds=: its step needs what all neighbours sent in the same step; use "
             f"awc or push_sum, or leave it out"

@@ -132,6 +132,7 @@ def test_push_sum_on_an_irregular_digraph_ends_in_the_exact_mean(speeds: Any) ->
     assert path.mass_under_way > 0
 
 
+@pytest.mark.slow
 def test_push_sum_counts_all_losses_alike_whatever_the_speeds() -> None:
     """A slow rank makes fewer updates but has collected more mass for each: the limit tends to the minimiser as lr falls."""
     data, problem, x0 = least_squares(6, 3)
