@@ -205,9 +205,10 @@ def _check_asynchronous(row: Algorithm, graph: Topology | None, options: Options
 def _weights(given: Sequence[float] | None, n: int) -> RankWeights | None:
     if given is None:
         return None
-    if len(given) != n:
-        raise ValueError(f"weights must be one number for each of {n} ranks, got {len(given)}")
-    return usable([weight for weight in map(checked, given) if weight is not None])
+    known = [weight for weight in map(checked, given) if weight is not None]
+    if not len(known) == len(given) == n:
+        raise ValueError(f"weights must be one number for each of {n} ranks, got {given!r}")
+    return usable(known)
 
 
 def _start(problem: Problem, n: int, x0: Tensor | np.ndarray | None, seed: int, dtype: torch.dtype) -> Tensor:

@@ -82,8 +82,9 @@ def test_what_has_nothing_to_weigh_refuses(ranks: Pool) -> None:
         fusedfog.SGD([nn.Parameter(torch.zeros(3))], lr=0.1, algorithm="local", weight=2)
     with pytest.raises(ValueError, match="'local' does not work with weight"):
         simulate(Quadratics.random(2, 3), 2, algorithm="local", steps=1, lr=0.1, weights=[1, 2])
-    with pytest.raises(ValueError, match="one number for each of 2 ranks, got 3"):
-        simulate(Quadratics.random(2, 3), 2, steps=1, lr=0.1, weights=[1, 2, 3])
+    for weights in ([1, 2, 3], [1, None], [None, 1], []):
+        with pytest.raises(ValueError, match="one number for each of 2 ranks, got"):
+            simulate(Quadratics.random(2, 3), 2, steps=1, lr=0.1, weights=weights)
 
     class WithoutRate(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
