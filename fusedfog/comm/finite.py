@@ -50,7 +50,11 @@ def make_mean(total: Tensor, flags: Tensor, nobody: float, parts: Tensor | None 
         return []
     fine = flags.tolist()
     if min(fine) == 0:
-        present = sum(fine) if parts is None else math.fsum(part for part, one in zip(parts.tolist(), fine, strict=True) if one)
+        present = (
+            sum(fine)
+            if parts is None
+            else math.fsum(part for part, one in zip(parts.tolist(), fine, strict=True) if one)
+        )
         total.mul_(size / present if present else nobody)
     return [rank for rank, one in enumerate(fine) if not one]
 

@@ -116,6 +116,9 @@ class Ranks:
         self._rounds: dict[int, list[Round]] = {}
         self._mixings: dict[int, _Mixing] = {}
 
+    mass_under_way = 0.0
+    """Push-sum's deposits arrive in the step in which they are sent."""
+
     @property
     def rank_steps(self) -> list[int]:
         """How many steps each rank has made."""
@@ -123,7 +126,7 @@ class Ranks:
 
     @property
     def masses(self) -> list[float]:
-        """Push-sum's scalars, of which nothing is under way between steps; none with other algorithms."""
+        """Push-sum's scalars; none with other algorithms."""
         scalars: list[float] = self.scalars.tolist() if self.row.weighs else []
         return scalars
 

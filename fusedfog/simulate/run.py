@@ -108,10 +108,7 @@ def simulate(
         ValueError: whatever the optimizers refuse at construction, with their words; shapes that do not fit.
         TypeError: unknown hyper-parameters, and as the optimizers.
     """
-    if n < 1 or steps < 0 or record_every < 1:
-        raise ValueError(f"need n >= 1, steps >= 0, record_every >= 1; got {n}, {steps}, {record_every}")
-    if dtype not in (torch.float64, torch.float32):
-        raise ValueError(f"dtype must be torch.float64 or torch.float32, which are the arithmetic's, got {dtype}")
+    _check_numbers(n, steps, record_every, dtype, delay, waits=speeds is None)
     keywords = Keywords(
         topology=topology,
         algorithm=algorithm,
@@ -121,8 +118,6 @@ def simulate(
         mix_strength=mix_strength,
         weight=None if weights is None else next(iter(weights), None),
     )
-    if not 0 <= delay < math.inf or (delay and speeds is None):
-        raise ValueError(f"delay must be finite and not negative, and 0 without speeds=, got {delay!r}")
     rate = _checked(lr)
     family, group = _group(optimizer, rate(0), hyper)
     row, graph, schedule = _resolve(keywords, family, group, n, waits=speeds is None)
@@ -140,9 +135,17 @@ def simulate(
         ranks.run_until(min(step + record_every, steps), problem, rate)
     _record(path, measured, steps, ranks)
     path.X, path.states = ranks.flat["param"], {name: ranks.flat[name] for name in ranks.state_names}
-    path.masses = ranks.masses
-    path.mass_under_way = ranks.mass_under_way if isinstance(ranks, VirtualRanks) else 0.0
+    path.masses, path.mass_under_way = ranks.masses, ranks.mass_under_way
     return path
+
+
+def _check_numbers(n: int, steps: int, record_every: int, dtype: torch.dtype, delay: float, *, waits: bool) -> None:
+    if n < 1 or steps < 0 or record_every < 1:
+        raise ValueError(f"need n >= 1, steps >= 0, record_every >= 1; got {n}, {steps}, {record_every}")
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype must be torch.float64 or torch.float32, which are the arithmetic's, got {dtype}")
+    if not 0 <= delay < math.inf or (delay and waits):
+        raise ValueError(f"delay must be finite and not negative, and 0 without speeds=, got {delay!r}")
 
 
 def _checked(lr: Rate) -> Callable[[int], float]:
