@@ -195,7 +195,7 @@ def images(batch: int, gpus: int, method: str, card: Link) -> float:
     network = Network(gpus, card, 8, NVLINK)
     chosen = {
         "Horovod": Method("ddp"),
-        "hierarchical": Method("awc", "one_peer_exponential", mesh=True),
+        "hierarchical": Method("awc", "one_peer_exponential", mesh=True, inside="parameters"),
         "one-peer": Method("awc", inner_outer_exponential(network.machines, 8)),
     }[method]
     return batch * gpus / predict(bluefog_workload(batch), network, chosen).step_s

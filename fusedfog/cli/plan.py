@@ -5,17 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from fusedfog.cost.links import INSIDE, Links, read_links
 from fusedfog.cost.network import Link, Network
-from fusedfog.cost.timeline import Prediction
 from fusedfog.cost.workload import DEFAULT_BUCKET_MB, OPTIMIZER_TENSORS, PROFILES, Workload, read_layers
+from fusedfog.plan.auto import explain_auto
 from fusedfog.plan.methods import Method
-from fusedfog.plan.report import best, draw, predict_all, scaling, sizes_up_to, standard_methods, table
+from fusedfog.plan.report import (
+    Price,
+    best,
+    draw,
+    fastest,
+    predict_all,
+    prices,
+    scaling,
+    sizes_up_to,
+    standard_methods,
+    table,
+    wire_advice,
+)
 from fusedfog.plan.units import parse_count, parse_rate, parse_time, show_bytes, show_rate, show_time
 from fusedfog.topology import Topology
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
@@ -25,7 +37,7 @@ example:
   fusedfog plan --params 25.6e6 --step-ms 200 --ranks 128 --local 8 --bandwidth 25Gb/s --latency 30us
 
 A step without communication is what one rank alone takes, optimizer included. `torchrun ... -m fusedfog calibrate` measures
-links into a file for --links. Predictions are of speed only: averaging with fewer ranks, or less often, can take more steps."""
+links into a file for --links. Losses are those of small models: bench/results/loss.md."""
 
 Value = TypeVar("Value")
 
@@ -65,6 +77,10 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     own.add_argument("--fused-backward", action="store_true")
     own.add_argument("--mesh", action="store_true", help="mix across machines only; the topology is of machines")
     own.add_argument("--communicate-every", type=int, default=1, metavar="H")
+    own.add_argument("--wire", choices=("bf16", "fp8", "int8"), help="format of messages; default: fp32")
+    own.add_argument(
+        "--start", type=float, default=0.0, metavar="PART", help="of all steps that are data-parallel before"
+    )
     own.add_argument("--bucket-mb", type=float, default=DEFAULT_BUCKET_MB, metavar="MB")
     parser.add_argument("--plot", metavar="FILE.png", help="draw efficiency against ranks, up to 4,096")
     parser.add_argument("--json", metavar="FILE.json", help="write the predictions")
@@ -81,10 +97,13 @@ def run_plan(options: argparse.Namespace) -> int:
     network, workload = _network(options, links), _workload(options, links)
     methods = _methods(options, network)
     predictions = predict_all(workload, network, methods, sigma=options.sigma)
+    found = prices(methods, predictions, network, "AdamW" if options.optimizer == "adam" else "SGD")
     print(_heading(workload, network, options.sigma))
-    print(table(predictions, machines=network.local > 1))
+    print(table(found, machines=network.local > 1))
+    for line in filter(None, (wire_advice(found, methods), explain_auto(workload, network, options.algorithm))):
+        print(line)
     if options.json:
-        _write(Path(options.json), predictions, options)
+        _write(Path(options.json), found, options)
     if options.plot:
         _plot(workload, network, options)
         print(f"drawing: {options.plot}")
@@ -137,7 +156,7 @@ def _workload(options: argparse.Namespace, links: Links | None) -> Workload:
 
 
 def _methods(options: argparse.Namespace, network: Network) -> list[Method]:
-    switches = options.fused_backward or options.mesh or options.communicate_every != 1
+    switches = options.fused_backward or options.mesh or options.communicate_every != 1 or options.wire or options.start
     if not (options.algorithm or options.topology or switches or options.bucket_mb != DEFAULT_BUCKET_MB):
         return standard_methods(network)
     own = Method(
@@ -147,6 +166,8 @@ def _methods(options: argparse.Namespace, network: Network) -> list[Method]:
         communicate_every=options.communicate_every,
         mesh=options.mesh,
         bucket_mb=options.bucket_mb,
+        wire=options.wire,
+        start=options.start,
     )
     return [*standard_methods(network)[:2], own]
 
@@ -178,11 +199,20 @@ def _heading(workload: Workload, network: Network, sigma: float) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, predictions: list[Prediction], options: argparse.Namespace) -> None:
+def _write(path: Path, found: Sequence[Price], options: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(options).items() if key not in ("run", "json", "plot")}
     rows = [
-        {**asdict(one), "exposed_s": one.exposed_s, "efficiency": one.efficiency, "best": one is best(predictions)}
-        for one in predictions
+        {
+            **asdict(price.prediction),
+            "exposed_s": price.prediction.exposed_s,
+            "efficiency": price.prediction.efficiency,
+            "loss_above_percent": price.loss.above if price.loss is not None else None,
+            "loss_measured_on": price.loss.ranks if price.loss is not None else None,
+            "time_to_ddp_loss": price.time,
+            "best": price is best(found),
+            "fastest": price is fastest(found),
+        }
+        for price in found
     ]
     path.write_text(json.dumps({"asked": asked, "rows": rows}, indent=1) + "\n")
 

@@ -43,6 +43,9 @@ from fusedfog.topology import Topology
 PACKING = 2
 """Tensors of a bucket's size that a copy moves: each gradient goes into the bucket, and the mean back."""
 
+ENCODING = 4
+"""Tensors of the model's size in fp32 that a pass with lossy messages reads and writes besides: 16 bytes an element."""
+
 ENDLESS = 32
 """Rounds of an endless sequence that stand for all."""
 
@@ -63,6 +66,7 @@ class Scheme:
         graph: between ranks, or with `inside` between machines; None for algorithms without.
         collective: how an all-reduce is done.
         inside: machines are nodes, and average this inside; None where ranks are nodes.
+        wire_bytes: of an fp32 element in a message.
         ddp: it is torch's DistributedDataParallel, with its buckets.
     """
 
@@ -73,6 +77,7 @@ class Scheme:
     communicate_every: int = 1
     inside: Inside | None = None
     bucket_mb: float = 25
+    wire_bytes: float = 4
     ddp: bool = False
 
     @property
@@ -221,7 +226,7 @@ class _Run:
             return around, (around if machines > 1 else 0.0) if outside is None else outside
         if self.graph is None:
             return 0.0, 0.0
-        models = size * len(self.row.messages) / self.every
+        models = size * len(self.row.messages) * self.scheme.wire_bytes / 4 / self.every
         outside = models * float(np.mean([round_.outside for round_ in self.rounds])) / machines
         if self.scheme.inside is not None:
             within, gradients = (local - 1) / local, 2 * size
@@ -311,8 +316,11 @@ class _Run:
         return self.rounds[t // self.every % len(self.rounds)]
 
     def _inbox(self, t: int) -> Times | float:
-        """Tensors of the model's size that the pass reads from neighbours."""
-        return len(self.row.messages) * (1.0 if self.scheme.inside is not None else self._round(t).incoming)
+        """Tensors of the model's size in fp32 that a pass moves for its neighbours' values, and to encode its own."""
+        if self.scheme.inside is not None:
+            return float(len(self.row.messages))
+        encoding = ENCODING if self.scheme.wire_bytes != 4 else 0
+        return len(self.row.messages) * (self._round(t).incoming * self.scheme.wire_bytes / 4 + encoding)
 
     def _pass(self, bucket: Bucket, tensors: Times | float) -> Times | float:
         return bucket.size * tensors / self.workload.memory_bandwidth
@@ -321,7 +329,7 @@ class _Run:
         round_ = self._round(t)
         for b, bucket in enumerate(self.buckets):
             begin = np.maximum(posted[b], self.free)
-            size = bucket.size * len(self.row.messages)
+            size = bucket.size * len(self.row.messages) * self.scheme.wire_bytes / 4
             if self.scheme.inside is not None:
                 self.free = finish_by_machine(self.network, round_, begin, size, collects=not self.machine_means)
             else:

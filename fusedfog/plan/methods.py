@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusedfog.algorithm import Algorithm
 from fusedfog.algorithms import TABLE
@@ -10,6 +10,7 @@ from fusedfog.cost import timeline
 from fusedfog.cost.network import Collective, Network, Times
 from fusedfog.cost.timeline import Inside, Prediction, Scheme
 from fusedfog.cost.workload import Bucket, Workload
+from fusedfog.kernels.wire import ELEMENTS_PER_SCALE, FORMATS, wire_format
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.topology import Topology
@@ -26,9 +27,11 @@ class Method:
         mesh: machines are nodes (`mesh=` of the optimizers, and what `topology="auto"` makes of them).
         inside: what the ranks of a machine average then, as in the optimizers.
         label: what tables call it; None describes it.
+        wire: `wire_dtype` of the optimizers, by name; None sends fp32 parameters as they are.
+        start: the part of all steps that are data-parallel, before the algorithm takes over (`data_parallel_steps`).
 
     Raises:
-        ValueError: an unknown algorithm, or options that it refuses.
+        ValueError: an unknown algorithm or wire, or options that the algorithm refuses.
     """
 
     algorithm: str
@@ -40,10 +43,15 @@ class Method:
     bucket_mb: float = 25
     label: str | None = None
     inside: Inside = "gradients"
+    wire: str | None = None
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         if self.communicate_every < 1:
             raise ValueError(f"communicate_every must be at least 1, got {self.communicate_every}")
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start is a part of all steps, from 0 to less than 1, got {self.start}")
+        _wire_bytes(self.wire)
         check(self._setup)
         if self.communicate_every > 1 and self.reduces:
             raise ValueError(f"{self.algorithm} reduces gradients in every step; communicate_every is for awc and atc")
@@ -78,6 +86,7 @@ class Method:
         words += ["fused_backward"] * self.fused_backward + [f"H={self.communicate_every}"] * (
             self.communicate_every > 1
         )
+        words += [self.wire or ""] * (self.wire is not None) + [f"start {self.start:.0%}"] * (self.start > 0)
         return " ".join(words)
 
     def graph(self, network: Network) -> Topology | None:
@@ -101,18 +110,31 @@ class Method:
             communicate_every=self.communicate_every,
             inside=self.inside if self.mesh else None,
             bucket_mb=self.bucket_mb,
+            wire_bytes=_wire_bytes(self.wire),
             ddp=self.algorithm == "ddp",
         )
 
     @property
     def _setup(self) -> Setup:
         family = next(family for family in ("SGD", "Adam") if self.row.name in TABLE[family])
-        given = {"communicate_every": self.communicate_every, "mesh": "machines" if self.mesh else None}
+        given = {
+            "communicate_every": self.communicate_every,
+            "mesh": "machines" if self.mesh else None,
+            "wire_dtype": self.wire,
+            "data_parallel_steps": int(self.start > 0),
+        }
         return Setup(family, TABLE[family][self.row.name], given, ranks=2)
 
 
+def _wire_bytes(wire: str | None) -> float:
+    codes = wire_format(wire)
+    if codes is None:
+        return 4.0
+    return codes.itemsize + (1 / ELEMENTS_PER_SCALE if FORMATS[codes] is not None else 0.0)
+
+
 def predict(workload: Workload, network: Network, method: Method, *, sigma: float = 0.0, seed: int = 0) -> Prediction:
-    """Simulate a method until its rate is steady.
+    """Simulate a method until its rate is steady. With a data-parallel start the numbers are means over all steps.
 
     Args:
         sigma: of the logarithm of compute times; equal seeds draw equal times for all methods.
@@ -120,13 +142,21 @@ def predict(workload: Workload, network: Network, method: Method, *, sigma: floa
     Raises:
         ValueError: `sigma` is negative, or the method does not fit the network.
     """
-    return timeline.predict(workload, network, method.scheme(network), method.name, sigma=sigma, seed=seed)
+    later = timeline.predict(workload, network, method.scheme(network), method.name, sigma=sigma, seed=seed)
+    if not method.start:
+        return later
+    first = predict(workload, network, Method("allreduce", collective=method.collective), sigma=sigma, seed=seed)
+    mixed = {
+        name: method.start * getattr(first, name) + (1 - method.start) * getattr(later, name)
+        for name in ("step_s", "local_s", "sent", "sent_by_machine")
+    }
+    return replace(later, **mixed)
 
 
 def finish_times(workload: Workload, network: Network, method: Method, pace: Times) -> Times:
     """When each rank finishes each step, [steps, n], compute times being multiplied by `pace` [steps, n].
 
-    Training begins at 0; messages that the first step needs are sent then.
+    Training begins at 0; messages that the first step needs are sent then. A data-parallel start is left out.
 
     Raises:
         ValueError: the method does not fit the network.

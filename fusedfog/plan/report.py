@@ -10,6 +10,7 @@ from typing import Any
 from fusedfog.cost.network import Network
 from fusedfog.cost.timeline import Prediction
 from fusedfog.cost.workload import Workload
+from fusedfog.plan.loss import NEAR, Measured, Way, measured
 from fusedfog.plan.methods import Method, predict
 from fusedfog.plan.units import show_bytes
 from fusedfog.topology import inner_outer_exponential
@@ -23,11 +24,18 @@ def standard_methods(network: Network) -> list[Method]:
     several = network.local > 1 and network.machines > 1
     methods = [Method("ddp"), Method("ddp", collective="tree")]
     if several:
-        methods += [Method("ddp", collective="hierarchical"), Method("awc", mesh=True)]
+        methods += [
+            Method("ddp", collective="hierarchical"),
+            Method("atc", mesh=True),
+            Method("awc", mesh=True),
+        ]
     methods += [
         Method("awc", "exponential"),
+        Method("awc", "exponential", wire="int8"),
         Method("atc", fused_backward=True),
+        Method("awc", start=0.1),
         Method("awc"),
+        Method("awc", Method("awc").graph(network), wire="int8"),
     ]
     if several:
         methods.append(Method("awc", inner_outer_exponential(network.machines, network.local)))
@@ -47,27 +55,122 @@ def predict_all(
     return [predict(workload, network, method, sigma=sigma, seed=seed) for method in methods]
 
 
-def best(predictions: Sequence[Prediction]) -> Prediction:
-    """The fastest; among equally fast ones (to 0.2 %) the first."""
-    limit = min(one.step_s for one in predictions) * (1 + CLOSE)
-    return next(one for one in predictions if one.step_s <= limit)
+@dataclass(frozen=True)
+class Price:
+    """What a method costs: time and bytes per step, and loss.
+
+    Attributes:
+        prediction: of time and bytes.
+        loss: the row that is nearest to it in the table of `plan.loss`; None where nobody has measured it.
+        time: until DistributedDataParallel's loss (`NEAR` percent above its final one), over the time that the fastest of its
+            collectives takes itself; None where it is not known, or never comes.
+    """
+
+    prediction: Prediction
+    loss: Measured | None
+    time: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return self.prediction.step_s
+
+    @property
+    def known(self) -> bool:
+        """Whether the loss is."""
+        return self.loss is not None or self.time is not None
 
 
-def table(predictions: Sequence[Prediction], *, machines: bool = False) -> str:
-    """One line per method, the best marked with an asterisk; with `machines`, also bytes that leave a machine per step."""
-    winner = best(predictions)
-    width = max(len(one.method) for one in predictions) + 2
-    head = f"  {'method':<{width}}{'step':>11}{'exposed':>11}{'efficiency':>12}{'sent':>10}"
-    lines = [head + f"{'by machine':>12}" * machines]
-    for one in predictions:
-        mark = "*" if one is winner else " "
+def prices(
+    methods: Sequence[Method], predictions: Sequence[Prediction], network: Network, optimizer: str = "AdamW"
+) -> list[Price]:
+    """The price of each method, whose predictions these are; `optimizer` is "AdamW" or "SGD", for the loss."""
+    parallel = [one.step_s for way, one in zip(methods, predictions, strict=True) if way.reduces]
+    base, found = min(parallel, default=None), []
+    for method, one in zip(methods, predictions, strict=True):
+        loss = None if method.reduces else _loss(method, network, optimizer)
+        steps = 1.0 if method.reduces else loss.steps if loss is not None else None
+        found.append(Price(one, loss, one.step_s * steps / base if steps is not None and base is not None else None))
+    return found
+
+
+def _loss(method: Method, network: Network, optimizer: str) -> Measured | None:
+    graph = method.graph(network)
+    if method.communicate_every > 1 or graph is None or network.ranks == 1 or method.inside == "parameters":
+        return None
+    way = Way(optimizer, method.algorithm, graph.name, method.mesh, method.wire, method.start > 0)
+    return measured(way, network.ranks)
+
+
+def fastest(found: Sequence[Price]) -> Price:
+    """The one with the shortest step; among equally fast ones (to 0.2 %) the first."""
+    limit = min(one.seconds for one in found) * (1 + CLOSE)
+    return next(one for one in found if one.seconds <= limit)
+
+
+def best(found: Sequence[Price]) -> Price:
+    """The one that takes the least time to DistributedDataParallel's loss, of those of which it is known; else the fastest."""
+    times = [one.time for one in found if one.time is not None]
+    if not times:
+        return fastest(found)
+    limit = min(times) * (1 + CLOSE)
+    return next(one for one in found if one.time is not None and one.time <= limit)
+
+
+def table(found: Sequence[Price], *, machines: bool = False) -> str:
+    """One line per method with its three prices; with `machines`, also bytes that leave a machine per step."""
+    winner, quickest = best(found), fastest(found)
+    width = max(len(one.prediction.method) for one in found) + 2
+    head = f"  {'method':<{width}}{'step':>11}{'exposed':>11}{'efficiency':>12}{'sent':>10}{'by machine':>12}"
+    lines = [(head if machines else head.removesuffix("  by machine")) + f"{'loss':>17}{'time':>9}"]
+    for price in found:
+        one, mark = price.prediction, "*" if price is winner else "+" if price is quickest else " "
         line = (
             f"{mark} {one.method:<{width}}{one.step_s * 1e3:>8.1f} ms{one.exposed_s * 1e3:>8.1f} ms"
             f"{one.efficiency:>12.1%}{show_bytes(one.sent):>10}"
         )
-        lines.append(line + f"{show_bytes(one.sent_by_machine):>12}" * machines)
-    lines.append("* fastest; methods listed first average more thoroughly per step")
-    return "\n".join(lines)
+        line += f"{show_bytes(one.sent_by_machine):>12}" * machines
+        lines.append(line + f"{_shown_loss(price):>17}{_shown_time(price):>9}")
+    return "\n".join([*lines, *_notes(winner is quickest)])
+
+
+def _shown_loss(price: Price) -> str:
+    if price.loss is None:
+        return "0" if price.time is not None else "-"
+    return f"{price.loss.above:+.1f}% n={price.loss.ranks}"
+
+
+def _shown_time(price: Price) -> str:
+    return f"{price.time:.2f}" if price.time is not None else "never" if price.loss is not None else "-"
+
+
+def _notes(same: bool) -> list[str]:
+    first = f"* least time to DDP's loss (within {NEAR} %), where that is known"
+    return [
+        first + (", and shortest step" if same else "; + shortest step"),
+        "loss: above DDP's, each at its own best rate, measured on n ranks (byte models, bench/results/loss.md); - not measured",
+        f"time: until within {NEAR} % of DDP's final loss, over DDP's own time; never: not in as many steps as its run",
+    ]
+
+
+def wire_advice(found: Sequence[Price], methods: Sequence[Method]) -> str:
+    """That smaller messages would make steps shorter, if they would; nothing else. Communicating less often costs loss too."""
+    gossip = [
+        (price, way)
+        for price, way in zip(found, methods, strict=True)
+        if not way.reduces and way.communicate_every == 1
+    ]
+    plain = [price for price, way in gossip if way.wire is None and not way.start]
+    small = [price for price, way in gossip if way.wire is not None]
+    if not plain or not small:
+        return ""
+    one, other = fastest(small), fastest(plain)
+    if one.seconds >= other.seconds * (1 - CLOSE):
+        return ""
+    return (
+        f"the network is tight: {one.prediction.method} takes {one.seconds / other.seconds:.2f} of the step of "
+        f"{other.prediction.method}. Try a smaller wire_dtype before communicate_every, which costs loss"
+    )
 
 
 @dataclass(frozen=True)
