@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedfog.engine.mix_strength import FULL, MixStrength
+from fusedfog.engine.rhythm import Rhythm, is_due
 
 
 @dataclass
@@ -56,7 +57,7 @@ class StepSchedule:
     `asynchronous` steps wait for nobody, or with `max_lag` for whoever is that many steps behind.
     """
 
-    communicate_every: int = 1
+    communicate_every: Rhythm = 1
     global_average_every: int | None = None
     fused_backward: bool = False
     max_grad_norm: float | None = None
@@ -77,7 +78,7 @@ class StepSchedule:
 
     def is_gossip_step(self, step: int) -> bool:
         """Whether this step counts as an exchange with neighbours."""
-        return (step + 1) % self.communicate_every == 0
+        return is_due(self.communicate_every, step)
 
     def exchanges(self, step: int) -> bool:
         """Whether anything is exchanged for this step, with neighbours or with all ranks."""

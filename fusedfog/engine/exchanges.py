@@ -9,6 +9,7 @@ from typing import Any
 from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.clock import Clock
 from fusedfog.engine.phases import Phase
+from fusedfog.engine.rhythm import pauses
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import ByMachine
 from fusedfog.gossip.compression import CompressedChannels
@@ -138,7 +139,7 @@ class Exchanges:
         """How many tensors the inbox of a pass may have for each message."""
         if self.mailbox is None or self.topology is None:
             return {0}
-        return self.mailbox.inbox_counts() | ({0} if self.schedule.communicate_every > 1 else set())
+        return self.mailbox.inbox_counts() | ({0} if pauses(self.schedule.communicate_every) else set())
 
     # -- the clock ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ the whole iteration to come, and nothing else uses the cores or the GPU's launch
 buckets, 2.4 MB: 3.7 ms of CPU a step; bucket by bucket, with gloo's threads at work between passes, 7.3.) Elsewhere buckets
 are passed one by one, so that passes overlap with messages.
 
-The t-th step (t from 0) exchanges if (t + 1) % communicate_every == 0, and the k-th exchange uses `topology.round(rank, k)`;
+The t-th step (t from 0) exchanges as `communicate_every` says (`rhythm`), and the k-th exchange uses `topology.round(rank, k)`;
 it averages over all ranks instead if (t + 1) % global_average_every == 0. Only `step` moves these counters, so extra
 forwards, accumulation and skipped updates cannot de-phase ranks.
 """
@@ -176,15 +176,18 @@ class Scheduler(BetweenPhases):
             raise RuntimeError(f"step() inside {self.blocked_by}: leave the with-block first")
         if self.communicator is not None and self.communicator.ended is not None:
             raise self.communicator.ended
-        self._ask_strength()
+        self._ask_functions()
         self.take_back_moved()
         self.take_edits()
         for segment in self.segments:
             if not self.algorithm.plain or own_states(segment, self.channels):
                 segment.touch_all()
 
-    def _ask_strength(self) -> None:
-        """If a function says how strongly this step mixes, ask it before anything is changed."""
+    def _ask_functions(self) -> None:
+        """If functions say whether, and how strongly, this step mixes, ask them before anything is changed."""
+        if callable(self.schedule.communicate_every):
+            for step in (self.clock.steps, self.clock.steps + 1):  # The next one's messages are started by this one.
+                self.exchanges.due(step)
         if self.schedule.mix_strength.constant is None and self.exchanges.due(self.clock.steps):
             strength_of(self)
 
@@ -303,7 +306,7 @@ class Scheduler(BetweenPhases):
 
     def pass_bucket(self, place: int) -> None:
         """See `hooks.PassMaker`."""
-        self._ask_strength()
+        self._ask_functions()
         self.take_back_moved(self.buckets.all[place])
         self.take_edits()
         view = self.communicator.view if self.communicator is not None else None

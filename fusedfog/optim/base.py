@@ -68,7 +68,8 @@ class DecentralizedOptimizer(Controls):
             ranks. A number, or a function of the step that mixes (from 0), or of that and the rate, lr over the largest lr so
             far of the first param group that is mixed. `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC,
             Wang and Johansson 2026). See "How strongly ranks mix" in the docs.
-        communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only.
+        communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only; or in those of which a function says
+            so, the same on all ranks: `lambda step: step < 1000 or step % 4 == 3`.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
             (Gossip-PGA, Chen et al. 2021).
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
@@ -143,7 +144,8 @@ class DecentralizedOptimizer(Controls):
             bf16 on a GPU before sm_80; low_precision without 16-bit parameters; DTensors that are not sharded
             inside machines and replicated across them (`fusedfog.params.shards`).
         UnsupportedEnvironment (a ValueError): CUDA parameters without Triton, or with one before 3.5.
-        TypeError: `mix_strength` is neither a number nor a function of one or two arguments.
+        TypeError: `mix_strength` is neither a number nor a function of one or two arguments; a `communicate_every` that is a
+            function is neither True nor False (in the step, then).
         RuntimeError: no process group although WORLD_SIZE is larger than one.
         MismatchError: ranks disagree on the model, hyper-parameters, topology or algorithm; names rank and field.
         PeerTimeout: another rank never came to build its optimizer.

@@ -20,6 +20,7 @@ from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
+from fusedfog.engine.rhythm import pauses
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
@@ -244,7 +245,7 @@ def _compile(
 def _neighbours(options: Options, topology: Topology | None, view: GroupView, *, over_machines: bool) -> set[int]:
     """How many neighbours' values a pass may have."""
     # A strength of zero, which a function may have, leaves all neighbours out.
-    pausing = options.communicate_every > 1 or not options.strength.constant
+    pausing = pauses(options.communicate_every) or not options.strength.constant
     if over_machines:
         return {1, 0} if pausing else {1}
     averaging = options.global_average_every is not None

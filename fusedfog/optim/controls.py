@@ -16,6 +16,7 @@ from fusedfog.comm.registry import leave
 from fusedfog.engine.async_gossip import Finish, of_windows, settle
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
+from fusedfog.engine.rhythm import Rhythm
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
@@ -303,7 +304,7 @@ class Controls(UnevenSteps):
         *,
         algorithm: str | None = None,
         topology: Topology | str | None = None,
-        communicate_every: int | None = None,
+        communicate_every: Rhythm | None = None,
         weight: float | torch.Tensor | None = None,
     ) -> None:
         """Go on with another algorithm, topology, rhythm or weight from the next step on. Collective, discards messages.

@@ -126,7 +126,7 @@ def _connected(topology: Topology) -> bool:
 
 
 def _pauses(setup: Setup) -> bool:
-    return _keyword("communicate_every", 1).present(setup) or bool(setup.value("global_average_every"))
+    return setup.options.get("communicate_every", 1) != 1 or bool(setup.value("global_average_every"))
 
 
 def _changes(setup: Setup) -> bool:
@@ -157,7 +157,18 @@ HYPER = ("momentum", "nesterov", "dampening", "amsgrad")
 FEATURES: dict[str, Feature] = {
     **{name: feature for name, feature, _ in ROWS_OF_ALGORITHMS},
     **{name: _keyword(name) for name in HYPER},
-    "communicate_every": _keyword("communicate_every", 1),
+    "communicate_every": Feature(
+        lambda setup: setup.options.get("communicate_every", 1) != 1,
+        "`communicate_every`",
+        lambda setup: (
+            "communicate_every="
+            + (
+                "a function"
+                if callable(setup.options["communicate_every"])
+                else repr(setup.options["communicate_every"])
+            )
+        ),
+    ),
     "global_average_every": _keyword("global_average_every"),
     "outer": _keyword("outer"),
     "mix_strength": Feature(

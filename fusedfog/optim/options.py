@@ -18,6 +18,7 @@ from fusedfog.cost.links import Links, links_of
 from fusedfog.cost.network import Network
 from fusedfog.engine.mix_strength import MixStrength, Strength
 from fusedfog.engine.rank_weights import checked
+from fusedfog.engine.rhythm import Rhythm, check_rhythm
 from fusedfog.errors import did_you_mean
 from fusedfog.kernels.wire import wire_format
 from fusedfog.params.precision import WAYS, Storage, Way
@@ -42,7 +43,7 @@ class Keywords(TypedDict, total=False):
     mesh: DeviceMesh | None
     inside: Inside
     mix_strength: Strength
-    communicate_every: int
+    communicate_every: Rhythm
     global_average_every: int | None
     outer: Outer | None
     fused_backward: bool
@@ -79,7 +80,7 @@ class Options:
     mesh: DeviceMesh | None = None
     inside: Inside = "gradients"
     mix_strength: Strength = 1.0
-    communicate_every: int = 1
+    communicate_every: Rhythm = 1
     global_average_every: int | None = None
     outer: Outer | None = None
     fused_backward: bool = False
@@ -115,10 +116,10 @@ class Options:
         given: dict[str, Any] = {**keywords, "weight": checked(keywords.get("weight"))}
         options = Options(**given)
         MixStrength.of(options.mix_strength)
-        for name in ("communicate_every", "global_average_every"):
-            every = getattr(options, name)
-            if not (isinstance(every, int) and every >= 1) and (name == "communicate_every" or every is not None):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {every!r}")
+        check_rhythm(options.communicate_every)
+        every = options.global_average_every
+        if every is not None and not (isinstance(every, int) and every >= 1):
+            raise ValueError(f"global_average_every must be a whole number of at least 1, got {every!r}")
         if not (math.isfinite(options.bucket_mb) and options.bucket_mb > 0):
             raise ValueError(f"bucket_mb must be positive and finite, got {options.bucket_mb!r}; 25 is a good size")
         if options.low_precision not in (None, *WAYS):

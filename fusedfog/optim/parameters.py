@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedfog.comm.group import check_backend, find_group
+from fusedfog.engine.rhythm import described
 from fusedfog.optim.options import Options
 from fusedfog.params.homes import dense_stride
 from fusedfog.params.layout import ParamSpec, is_trained
@@ -228,7 +229,10 @@ def fields_of(
                 known = isinstance(plain, (bool, int, float, str, tuple, list, type(None)))
                 fields[f"{name} of group {g}"] = repr(plain) if known else type(plain).__name__
     for entry in dataclasses.fields(options):
-        if entry.name not in ("topology", "group", "mesh", "model", "clock", "mix_strength", "weight"):
+        if entry.name not in ("topology", "group", "mesh", "model", "clock", "mix_strength", "weight", "communicate_every"):
             fields[entry.name] = repr(getattr(options, entry.name))
-    given = "none" if options.weight is None else "given"
-    return fields | {"mix_strength": options.strength.described(), "weight": given}
+    return fields | {
+        "communicate_every": described(options.communicate_every),
+        "mix_strength": options.strength.described(),
+        "weight": "none" if options.weight is None else "given",
+    }

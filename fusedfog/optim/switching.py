@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fusedfog.comm.group import find_group
 from fusedfog.engine.phases import Phases
+from fusedfog.engine.rhythm import described
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.optim import build as construction
@@ -50,7 +51,7 @@ def switch(kind: str, family: str, engine: Scheduler, options: Options) -> None:
         )
     fields = {
         "algorithm": options.algorithm,
-        "communicate_every": str(options.communicate_every),
+        "communicate_every": described(options.communicate_every),
         "weight": "none" if options.weight is None else "given",
     }
     (way, hierarchy), weights = _agree_on_way(kind, engine, setup, options, fields, "switch"), None

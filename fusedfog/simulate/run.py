@@ -17,6 +17,7 @@ from fusedfog.algorithms import algorithm_for, alone
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.mix_strength import Strength
 from fusedfog.engine.rank_weights import RankWeights, checked, usable
+from fusedfog.engine.rhythm import Rhythm
 from fusedfog.optim.compatibility import choose_topology, resolve_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
@@ -68,7 +69,7 @@ def simulate(
     steps: int,
     lr: Rate,
     x0: Tensor | np.ndarray | None = None,
-    communicate_every: int = 1,
+    communicate_every: Rhythm = 1,
     global_average_every: int | None = None,
     outer: Outer | None = None,
     mix_strength: Strength = 1.0,
