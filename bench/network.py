@@ -12,7 +12,7 @@ machines are shaped, those inside are not). Kinds of compute, see network_models
 the CPU free, in `real` compute the hosts share this machine's cores with the network's own work, which is charged to the
 method that causes it. `device-like, 9.4 MB`, which has to be asked for, has default buckets.
 
-    --full             all networks, fractions 0.3, 0.6 and 0.9
+    --full             all four networks, fractions 0.3, 0.6 and 0.9
     --networks 4 8 2x4 4x2 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
                        a choice of one's own (a round is `steps` steps of each method)
     --runs 3           everything so often, with new processes and a new calibration each time
@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timelines", type=Path)
     options = parser.parse_args()
     if options.full:
-        options.networks, options.transfers = ["4", "8", "2x4"], [0.3, 0.6, 0.9]
+        options.networks, options.transfers = list(NETWORKS), [0.3, 0.6, 0.9]
     if "local" not in options.methods:
         options.methods.insert(0, "local")
     return options

@@ -186,6 +186,14 @@ def _fusedfog(hierarchical: bool = False, **keywords: Any) -> Callable[[Kind, De
     return build
 
 
+def _automatic(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
+    """The default, told which hosts are a machine: all of them have one name and one kernel here."""
+    place = mesh.get_coordinate() if mesh is not None else None
+    machine = f"machine {place[0]}" if place is not None else f"host {dist.get_rank()}"
+    with mock.patch("fusedfog.optim.automatic.this_machine", lambda: machine):
+        return _fusedfog()(kind, mesh)
+
+
 def _ungraded(**keywords: Any) -> Callable[[Kind, DeviceMesh | None], Trainer]:
     """The same with buckets of the largest size alone."""
 
@@ -223,10 +231,12 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "DDP": _ddp,
     "allreduce": _fusedfog(algorithm="allreduce"),
     "allreduce, fused_backward": _fusedfog(algorithm="allreduce", fused_backward=True),
+    "AWC auto": _automatic,
     "AWC one-peer": _fusedfog(topology="one_peer_exponential"),
     "AWC one-peer pairs": _fusedfog(topology="one_peer_hypercube"),
     "AWC one-peer pairs, fused_backward": _fusedfog(topology="one_peer_hypercube", fused_backward=True),
     "AWC exponential": _fusedfog(topology="exponential"),
+    "AWC exponential, int8": _fusedfog(topology="exponential", wire_dtype="int8"),
     "AWC ring": _fusedfog(topology="ring"),
     "ATC one-peer, fused_backward": _fusedfog(algorithm="atc", topology="one_peer_exponential", fused_backward=True),
     f"ATC one-peer, fused_backward, {UNGRADED}": _ungraded(
@@ -237,6 +247,7 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
 }
 """How each method's trainer is built, by the name that tables give it. Collective: in the same order on every host.
 
+"AWC auto" is what a user gets who says nothing: "AWC hierarchical" with several hosts a machine, else "AWC one-peer".
 decent-dp's one-peer graph is that of the rows "pairs", where a rank waits for one other, bucket by bucket in backward, as
 fused_backward does. On "AWC one-peer", the default graph, it waits for the rank it receives from and for the one it sends to.
 """

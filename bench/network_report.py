@@ -13,6 +13,7 @@ from common import RESULTS, machine, save, table
 Result = Mapping[str, Any]
 
 _BASELINES = ("DDP", "decent-dp one-peer")
+_AUTO = "AWC auto"
 _OURS = ("AWC one-peer", "AWC one-peer pairs")
 _OURS_ON_MACHINES = (*_OURS, "AWC one-peer pairs, fused_backward", "AWC hierarchical")
 
@@ -93,6 +94,20 @@ def device_like_targets(results: Sequence[Result]) -> list[dict[str, Any]]:
     return found
 
 
+def auto_targets(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """What a user gets who says nothing is level with the best of all other methods: at most 1.02 of its time, round by round."""
+    found = []
+    for result in results:
+        others = [method for method in result["turns"] if method not in (_AUTO, "local")]
+        if _AUTO not in result["turns"] or not others:
+            continue
+        ratios = {other: time_over(result, _AUTO, other) for other in others}
+        best = max(others, key=lambda other: statistics.median(ratios[other]))
+        line = _case(result) | {"best of the others": best, f"time of {_AUTO} over its": _with_interval(ratios[best])}
+        found.append(line | {"level (<= 1.02)": _yes(statistics.median(ratios[best]) <= 1.02)})
+    return found
+
+
 def real_targets(results: Sequence[Result]) -> list[dict[str, Any]]:
     """AWC takes less time than DDP and than decent-dp, in the median over rounds."""
     found = []
@@ -139,7 +154,7 @@ def _yes(is_so: bool) -> str:
 
 
 def _target_tables(results: Sequence[Result]) -> list[str]:
-    tables = (device_like_targets(results), real_targets(results), real_together(results))
+    tables = (device_like_targets(results), auto_targets(results), real_targets(results), real_together(results))
     return [table(lines) for lines in tables if lines]
 
 

@@ -100,6 +100,7 @@ MEASURED: dict[str, Method] = {
     "AWC ring": Method("awc", "ring"),
     "ATC one-peer, fused_backward": Method("atc", "one_peer_exponential", fused_backward=True),
     "AWC hierarchical": Method("awc", "one_peer_exponential", mesh=True),
+    "AWC exponential, int8": Method("awc", "exponential", wire="int8"),
 }
 """Methods of bench/network.py by its names; the others there are not ours to predict."""
 
@@ -155,9 +156,14 @@ def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row
             1e3 * medians[name],
             1e3 * predict(workload, network, replace(method, bucket_mb=bucket_mb, inside=inside)).step_s,
         )
-        for name, method in MEASURED.items()
+        for name, method in (MEASURED | {"AWC auto": _automatic(network)}).items()
         if name in medians
     ]
+
+
+def _automatic(network: Network) -> Method:
+    """What `topology="auto"` takes there."""
+    return MEASURED["AWC hierarchical" if network.local > 1 else "AWC one-peer"]
 
 
 def _measured_workload(result: Mapping[str, Any], step_s: float) -> Workload:
