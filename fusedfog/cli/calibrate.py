@@ -4,7 +4,7 @@
 
 Two ranks exchange messages of several sizes, both ways at once as gossip does, while all others are quiet. A straight line
 ``alpha + size / beta`` is fitted by least squares of the relative error, once for pairs inside a machine and once for pairs
-across machines (told apart by host name). Then all ranks of a machine exchange with the next machine together, since they
+across machines (told apart by `comm.machines`). Then all ranks of a machine exchange with the next machine together, as they
 share its network card: the larger of the two rates is the card's. All-reduces are measured beside the prediction of a ring,
 and a copy in memory gives the cost of passes. `fusedfog plan --links` reads the file.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from torch import Tensor
 from fusedfog.comm.calls import Call, enter_world
 from fusedfog.comm.group import find_group, group_timeout
 from fusedfog.comm.join import init
+from fusedfog.comm.machines import by_machine, this_machine
 from fusedfog.cost.links import Links
 from fusedfog.cost.network import Link, Network, allreduce_seconds
 from fusedfog.plan.units import show_bytes, show_rate, show_time
@@ -137,11 +137,11 @@ def fit(samples: Sequence[Sample]) -> Link:
     return Link(float(alpha), 1 / max(float(per_byte), 0.1 * float((seconds / sizes).min())))
 
 
-def _machines(size: int) -> list[list[int]]:
+def _machines(size: int) -> tuple[tuple[int, ...], ...]:
     """Ranks of each machine, in the order of their first ranks."""
-    names: list[str | None] = [None] * size
-    dist.all_gather_object(names, socket.gethostname())
-    return [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
+    names = [""] * size
+    dist.all_gather_object(names, this_machine())
+    return by_machine(names)
 
 
 def _exchanges(kind: str, pair: tuple[int, int], device: torch.device) -> list[Sample]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -103,8 +104,8 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         channel = communicator.open_channel()
         hierarchy = hierarchy_of(way, options, view, place)
     layouts = _lay_out(specs, options, algorithm, over_machines=hierarchy is not None)
-    neighbours = _neighbours(options, way.topology, view, over_machines=hierarchy is not None)
-    compiled = _compile(kind, family, algorithm, groups, layouts, neighbours, view, communicator, options)
+    counts = partial(_numbers_of_neighbours, options, way.topology, view, over_machines=hierarchy is not None)
+    compiled = _compile(kind, family, algorithm, groups, layouts, counts, view, communicator, options)
     segments = _adopt(groups, layouts, options, communicator, claim, compiled=compiled)
     frozen = _frozen(groups, specs)
     if options.sync_init:
@@ -225,14 +226,15 @@ def _compile(
     algorithm: Algorithm,
     groups: Groups,
     layouts: Sequence[Segment],
-    neighbours: set[int],
+    counts: Callable[[], set[int]],
     view: GroupView,
     communicator: Communicator | None,
     options: Options,
 ) -> bool:
-    """Whether the passes, with these numbers of neighbours, are compiled; all ranks together."""
+    """Whether the passes, with so many neighbours as `counts` says, are compiled; all ranks together."""
     if not options.cpu_compile or device.on_gpu(place_of(groups, options.group)):
         return False
+    neighbours = counts()
     passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
     if options.data_parallel_steps and view.size > 1:
         passes += kinds_of_passes(data_parallel(family), groups, layouts, {0})
@@ -242,7 +244,9 @@ def _compile(
     return compile_everywhere(view, passes, communicator.timeout if communicator is not None else None, kind)
 
 
-def _neighbours(options: Options, topology: Topology | None, view: GroupView, *, over_machines: bool) -> set[int]:
+def _numbers_of_neighbours(
+    options: Options, topology: Topology | None, view: GroupView, *, over_machines: bool
+) -> set[int]:
     """How many neighbours' values a pass may have."""
     # A strength of zero, which a function may have, leaves all neighbours out.
     pausing = pauses(options.communicate_every) or not options.strength.constant

@@ -87,11 +87,8 @@ def _agree_on_way(
     if engine.sharding is not None:
         options = dataclasses.replace(options, mesh=None)  # There it only says where shards lie.
     nodes = setup.ranks if options.mesh is None else options.mesh.size(0)
-    topology, communicator, last = (
-        choose_topology(setup, options.topology, nodes),
-        engine.communicator,
-        engine.phases.last,
-    )
+    topology = choose_topology(setup, options.topology, nodes)
+    communicator, last = engine.communicator, engine.phases.last
     if communicator is None:
         return Way(topology), None
     fields["topology"] = "auto" if is_automatic(options.topology) else construction.name_topology(topology)

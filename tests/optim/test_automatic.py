@@ -220,6 +220,12 @@ def test_machines_are_those_of_a_name() -> None:
     assert this_machine() == this_machine() != ""
 
 
+def test_a_rank_that_is_alone_has_no_graph() -> None:
+    opt = build(net().parameters(), topology="auto")
+    assert (opt.stats()["topology"], opt.stats()["topology_reason"]) == ("", "")
+    assert repr(opt).startswith("AdamW (awc, 1 rank\n")
+
+
 def asked_for(topology: str | None) -> str:
     """The error that follows where rank 1 asks for `topology` and the others leave it to auto."""
     with pytest.raises(fusedfog.MismatchError) as caught:
