@@ -69,7 +69,9 @@ class Exchanges:
                 conserves=algorithm.name if algorithm.conserves else None,
             )
         if schedule.asynchronous:
-            lag = schedule.max_lag / schedule.communicate_every if schedule.max_lag is not None else None
+            # Ranks tell each other how many exchanges they have made.
+            every = 1 if callable(schedule.communicate_every) else schedule.communicate_every
+            lag = schedule.max_lag / every if schedule.max_lag is not None else None
             self.windows = WindowDelivery(communicator, self.stats, deposits=algorithm.deposits, max_lag=lag)
             self.mailbox = WindowMailbox(communicator, self.windows, self.stats)
             return

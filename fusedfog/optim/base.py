@@ -129,7 +129,7 @@ class DecentralizedOptimizer(Controls):
             depends on no rank's speed; push-sum deposits estimates with a mass, and its learning rate is divided by this rank's
             share of the mass in the long run. A rank that has died counts as the rank's own value.
         max_lag: of an asynchronous optimizer: a rank that is more than so many of its steps ahead of its slowest in-neighbour
-            waits for that one.
+            waits for that one; of its exchanges, where `communicate_every` is a function.
         sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
         model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
             buffers and the parameters that this optimizer does not hold.
