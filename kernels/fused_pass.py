@@ -153,10 +153,12 @@ def fused_pass(
     x as it was, and bit 1 + s that it leaves state s, which are then not stored.
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
-    index, offset, n = tl.load(row), tl.multiple_of(tl.load(row + 1), 16), tl.load(row + 2).to(tl.int32)
+    # ptxas would rather spill than keep fewer blocks on a multiprocessor. On sm_100, Triton 3.7.1 spills 8 bytes of tracking if
+    # the offset is read here, and if the index is not, with int8; and of AdamW on fp16 with a master copy if `&` below is `//`.
+    index, n = tl.load(row), tl.load(row + 2).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     at = tl.multiple_of(tl.load(row + 3), _ALIGNMENT) + lanes
-    inside, real = lanes < (n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT, lanes < n
+    inside, real = lanes < tl.multiple_of((n + (_ALIGNMENT - 1)) & -_ALIGNMENT, _ALIGNMENT), lanes < n
     K: tl.constexpr = len(weights)
     HYPER: tl.constexpr = len(hyper)
     if numbers is not None:
@@ -207,6 +209,7 @@ def fused_pass(
     g = tl.zeros([BLOCK], tl.float32)
     if addresses is not None:
         address = tl.load(addresses + index)
+        offset = tl.multiple_of(tl.load(row + 1), 16)
         present = address != 0
         if found_inf is not None:
             present = present & (tl.load(found_inf) == 0.0)
@@ -378,9 +381,7 @@ def _constants_of(
         "GRAD_DTYPE": DTYPES[grad],
         "BLOCK": BLOCK,
     }
-    return Constants(
-        compiled, {"num_warps": num_warps(param, grad, others, states), "enable_fp_fusion": FP_FUSION}
-    )
+    return Constants(compiled, {"num_warps": num_warps(param, grad, others, states), "enable_fp_fusion": FP_FUSION})
 
 
 def _scales(work: Pass) -> tuple[torch.Tensor, ...]:
