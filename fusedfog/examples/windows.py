@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run both, and print what they came to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100, help="of every rank (default 100)")
-    parser.add_argument("--straggler", type=float, default=0.0, help="seconds that rank 0 sleeps after a step (default 0)")
+    parser.add_argument(
+        "--straggler", type=float, default=0.0, help="seconds that rank 0 sleeps after a step (default 0)"
+    )
     given = parser.parse_args(arguments)
     fusedfog.init()
     rank, size = fusedfog.rank(), fusedfog.world_size()

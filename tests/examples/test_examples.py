@@ -11,7 +11,8 @@ import pytest
 import torch
 from support.pool import Pool
 
-from fusedfog.examples import digits
+import fusedfog
+from fusedfog.examples import digits, windows
 
 
 def test_shards_cover_the_images_once_and_differ_by_label() -> None:
@@ -68,3 +69,27 @@ def test_the_demo_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit):
             digits.main([argument])
         assert "must be at least 1" in capsys.readouterr().err
+
+
+def consensus_and_mean() -> tuple[float, float, float]:
+    rank = float(os.environ["RANK"])
+    fusedfog.init()
+    x = torch.full((3,), rank, dtype=torch.float64)
+    windows.consensus_by_put(x, 30, 0.005 * (rank == 0))
+    y = torch.full((3,), rank, dtype=torch.float64)
+    estimate, p = windows.mean_by_push_sum(y, 30, 0.005 * (rank == 0))
+    windows.main(["--steps", "2"])
+    return x[0].item(), estimate[0].item(), p
+
+
+def test_the_windows_example_agrees_by_put_and_finds_the_exact_mean_by_push_sum(ranks: Pool) -> None:
+    found = ranks.run(4, consensus_and_mean, init=False)
+    assert all(0 <= value <= 3 for value, _, _ in found)
+    assert sum(p for _, _, p in found) == pytest.approx(4.0, abs=1e-12)
+    for _, estimate, _ in found:
+        assert estimate == pytest.approx(1.5, abs=1e-4)
+
+
+def test_the_windows_example_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    windows.main(["--steps", "3"])
+    assert "push-sum: 0.000000000" in capsys.readouterr().out

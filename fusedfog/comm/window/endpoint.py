@@ -115,9 +115,10 @@ class Endpoint:
 
         def confirmed(link: OutLink) -> bool:
             if link.peer not in pinged and link.delivered:
-                link.pings += 1
-                pinged[link.peer] = link.pings
-                self.say(link, Say.PING, link.pings)
+                with self.changed:
+                    link.pings += 1
+                    pinged[link.peer] = link.pings
+                self.say(link, Say.PING, pinged[link.peer])
             return link.peer in pinged and link.pong >= pinged[link.peer]
 
         try:
@@ -143,9 +144,10 @@ class Endpoint:
         links = [self.into[peer] for peer in weights]
         numbers = {}
         for link in links:
-            link.asked += 1
-            numbers[link.peer] = link.asked
-            self.say(link, Say.GET, link.asked, weights[link.peer])
+            with self.changed:
+                link.asked += 1
+                numbers[link.peer] = link.asked
+            self.say(link, Say.GET, numbers[link.peer], weights[link.peer])
         gone = self.wait("get", links, lambda link: link.answered >= numbers[link.peer], None)
         self._all_there("get", gone)
 
@@ -281,7 +283,7 @@ class Endpoint:
             endpoint.forget()
 
     def _tick(self) -> bool:
-        return any([answers.answer(self, link) for link in self.out.values()])
+        return any([answers.answer(self, link) for link in list(self.out.values())])
 
 
 _WHY = {
