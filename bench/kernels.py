@@ -44,7 +44,7 @@ def targets(numel: int, rounds: int) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
         runs = {"torch": torch_runs("adamw", 1, torch.float32, numel, device)["torch"]}
         runs["default"] = default = Pass("adamw", 1, torch.float32, numel, device)
-        if compiles("adam", torch.float32, 2, 1):
+        if compiles():
             region = dataclasses.replace(default.arguments["region"], compiled=True)
             runs["compiled"] = functools.partial(default, region=region)
             runs[FLOOR] = bare_loop(default, threads)
@@ -81,11 +81,11 @@ def bare_loop(like: Pass, threads: int) -> Callable[[], Any]:
     return lambda: loop(*tensors)
 
 
-def compiles(rule: str, dtype: torch.dtype, states: int, neighbours: int) -> bool:
+def compiles() -> bool:
     """Whether the compiled path works here; says why not."""
     try:
-        compile_now(rule, dtype, states, neighbours)
-    except Exception as error:  # whatever torch.compile raises, for instance without a C++ compiler
+        compile_now()
+    except Exception as error:  # whatever torch raises, for instance without a C++ compiler
         print(f"no compiled path here: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
         return False
     return True

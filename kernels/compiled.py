@@ -1,65 +1,79 @@
-"""The main rules on the CPU as one loop each, compiled by torch's Inductor: every tensor is read and written once.
+"""The main rules on the CPU as one loop, in C++ (`compiled.cpp`): every tensor is read and written once.
 
-A compiled function takes all numbers in one tensor, so that a schedule recompiles nothing. They are lowered first:
-powers of betas, which the compiler would leave in the loop, are taken on the host, and options such as nesterov or the
-first step of momentum become factors. One function serves a rule with any options; the number of neighbours, of states
-and the dtypes make others.
+For what torch has no call that does it in one sweep: neighbours mixed in by the way, values that are not finite left out,
+compressed messages decoded and made. One function serves all rules, dtypes and numbers of neighbours, and takes all numbers
+as arguments, so that it is compiled once, by torch's own way of compiling for the CPU. Numbers are lowered first: powers of
+betas are taken here, and options such as nesterov or the first step of momentum become factors.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import types
+import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .hyper import Adam, Sgd
+from .wire import CompressedChannel
 
-# A call costs 40 us or so, which a smaller parameter does not earn back.
-SMALLEST = 1 << 15
+SMALLEST = 1 << 14
+"""Elements below which parameters are better off in batches: a call costs 8 us, and torch's take many at a time."""
 
-
-def _mixed(x: Tensor, inbox: Sequence[Tensor], weights: Tensor) -> Tensor:
-    mixed = x
-    for k, received in enumerate(inbox):
-        mixed = mixed + weights[k] * (received.to(x.dtype) - x)
-    return mixed
-
-
-def _descent(gradient: Tensor, x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
-    # Without decay, an x that is not finite stays out of it, and out of the moments.
-    return scale * gradient.to(x.dtype) + torch.where(decay != 0, decay * x, 0.0)
-
-
-def _mix(param: Tensor, inbox: Sequence[Tensor], numbers: Tensor) -> None:
-    param.copy_(_mixed(param.to(numbers.dtype), inbox, numbers))
-
-
-def _sgd(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
-    x = param.to(numbers.dtype)
-    lr, carried, undamped, direct, through, scale, decay = numbers[:7].unbind()
-    d = _descent(gradient, x, scale, decay)
-    step = d
-    if states:
-        buf = carried * states[0] + undamped * d
-        step = direct * d + through * buf
-        states[0].copy_(buf)
-    param.copy_(_mixed(x, inbox, numbers[7:]) - lr * step)
+_FLAGS = (
+    *("-O3", "-ftree-loop-vectorize", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=off", "-fno-finite-math-only"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
+_NOT_FINITE, _LEFT_OUT = 1, 2
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+    torch.float8_e4m3fn: 5,
+}
 
 
-def _adam(param: Tensor, gradient: Tensor, states: Sequence[Tensor], inbox: Sequence[Tensor], numbers: Tensor) -> None:
-    x = param.to(numbers.dtype)
-    size, rescale, eps, drawn, beta1, undecayed1, beta2, undecayed2, scale, decay = numbers[:10].unbind()
-    d = _descent(gradient, x, scale, decay)
-    m = beta1 * states[0] + undecayed1 * d  # with the difference, a large m drowns a small d where beta1 is 0
-    v = beta2 * states[1] + undecayed2 * (d * d)
-    top = torch.maximum(states[2], v) if len(states) == 3 else v
-    param.copy_(_mixed(x, inbox, numbers[10:]) - size * (m / (top.sqrt() * rescale + eps)) - drawn * x)
-    for state, new in zip(states, (m, v, top), strict=False):
-        state.copy_(new)
+class _Flat(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int64))
+
+
+class _Call(ctypes.Structure):
+    """As `Call` in compiled.cpp."""
+
+    _fields_ = (
+        ("rule", ctypes.c_int64),
+        ("numel", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("neighbours", ctypes.c_int64),
+        ("contain", ctypes.c_int64),
+        ("states", ctypes.c_int64),
+        ("codes", ctypes.c_int64),
+        ("param", _Flat),
+        ("gradient", _Flat),
+        ("state", _Flat * 3),
+        ("inbox", ctypes.c_void_p),
+        ("inbox_scales", ctypes.c_void_p),
+        ("taken", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
+        ("taken_scales", ctypes.c_void_p),
+        ("given_scales", ctypes.c_void_p),
+        ("neighbor_delta", ctypes.c_void_p),
+        ("replica", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("strength", ctypes.c_double),
+    )
+
+
+def _mix_numbers(step: float, numbers: Sequence[float], scale: float) -> list[float]:
+    return []
 
 
 def _sgd_numbers(step: float, numbers: Sequence[float], scale: float) -> list[float]:
@@ -76,74 +90,134 @@ def _adam_numbers(step: float, numbers: Sequence[float], scale: float) -> list[f
     return [size, rescale, hyper.eps, hyper.lr * hyper.decoupled, *moments, hyper.sign * scale, hyper.coupled]
 
 
-_LOWERED: dict[str, tuple[Callable[..., None], Callable[[float, Sequence[float], float], list[float]]]] = {
-    "sgd": (_sgd, _sgd_numbers),
-    "adam": (_adam, _adam_numbers),
+_LOWERED: dict[str, tuple[int, Callable[[float, Sequence[float], float], list[float]]]] = {
+    "mix": (0, _mix_numbers),
+    "sgd": (1, _sgd_numbers),
+    "adam": (2, _adam_numbers),
 }
 
-RULES = ("mix", *_LOWERED)
+RULES = tuple(_LOWERED)
 """The rules that can be compiled."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """One rule with its numbers: `step` is the step being taken, from 1; `scale` multiplies the gradient."""
+
+    rule: str
+    hyper: Sequence[float] = ()
+    step: float = 1.0
+    scale: float = 1.0
+
+
+MIX = Update("mix")
+"""No update: the parameter is only mixed."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """What neighbours sent of a parameter, each tensor [N]; as in `Mixing` and `Compression`.
+
+    Attributes:
+        inbox: K tensors, of codes if `taken`; weights: K floats, none of them zero.
+        scales: of the codes, K tensors or None for formats without.
+        contain: leave out differences that are not finite.
+        taken: this rank's end of the exchange, cut likewise, if messages are compressed.
+    """
+
+    inbox: Sequence[Tensor] = ()
+    weights: Sequence[float] = ()
+    scales: Sequence[Tensor | None] = ()
+    contain: bool = False
+    taken: CompressedChannel | None = None
+    strength: float = 1.0
+
+
+NOTHING = Received()
+
+
+def takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether the loop knows the dtypes of these tensors."""
+    return all(tensor.dtype in _DTYPES for tensor in tensors)
+
+
 def update(
-    rule: str,
+    how: Update,
     x: Tensor,
     gradient: Tensor | None,
     states: Sequence[Tensor],
-    inbox: Sequence[Tensor],
-    weights: Sequence[float],
-    step: float,
-    hyper: Sequence[float],
-    scale: float,
-) -> None:
-    """One parameter's part of a pass with `rule` ("sgd" or "adam"), in place; without a gradient it is only mixed.
+    received: Received = NOTHING,
+    given: CompressedChannel | None = None,
+) -> tuple[bool, bool]:
+    """One parameter's part of a pass, in place.
 
     Args:
-        x: [N], of any dtype; gradient, states and the K tensors of inbox are [N] too.
-        weights: K floats, none of them zero.
-        step: the step being taken, from 1; hyper: as for `reference.RULES`; scale: multiplies the gradient.
+        x: [N]; gradient (none for the rule "mix") and states are [N] too, all contiguous.
+        given: where the codes of the new x are written, cut likewise.
+
+    Returns:
+        Whether a difference was not finite and left out, and whether codes leave out values that are not finite.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if gradient is None:
-        if inbox:
-            _function("mix", x.dtype, 0, len(inbox), torch.get_num_threads())(
-                x, inbox, torch.tensor(weights, dtype=dtype)
+    number, lower = _LOWERED[how.rule]
+    codes = given or received.taken
+    inbox = (_Flat * len(received.inbox))(*map(_flat, received.inbox))
+    scales = (ctypes.c_void_p * len(received.scales))(*map(_address, received.scales))
+    numbers = lower(how.step, how.hyper, how.scale)
+    found = _library()(
+        ctypes.byref(
+            _Call(
+                number,
+                x.numel(),
+                torch.get_num_threads(),
+                len(received.inbox),
+                received.contain,
+                len(states),
+                -1 if codes is None else _DTYPES[codes.codes.dtype],
+                _flat(x),
+                _Flat() if gradient is None else _flat(gradient),
+                (_Flat * 3)(*map(_flat, states)),
+                ctypes.addressof(inbox),
+                ctypes.addressof(scales),
+                None if received.taken is None else received.taken.codes.data_ptr(),
+                None if given is None else given.codes.data_ptr(),
+                None if received.taken is None else _address(received.taken.scales),
+                None if given is None else _address(given.scales),
+                None if received.taken is None else received.taken.neighbor_delta.data_ptr(),
+                None if given is None else given.replica.data_ptr(),
+                ctypes.addressof(weights := (ctypes.c_double * len(received.weights))(*received.weights)),
+                ctypes.addressof(lowered := (ctypes.c_double * len(numbers))(*numbers)),
+                received.strength,
             )
-        return
-    numbers = torch.tensor([*_LOWERED[rule][1](step, hyper, scale), *weights], dtype=dtype)
-    _function(rule, x.dtype, len(states), len(inbox), torch.get_num_threads())(x, gradient, states, inbox, numbers)
+        )
+    )
+    del weights, lowered  # They have lived through the call.
+    return bool(found & _NOT_FINITE), bool(found & _LEFT_OUT)
+
+
+def _flat(tensor: Tensor) -> _Flat:
+    return _Flat(tensor.data_ptr(), _DTYPES[tensor.dtype])
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
-def _function(rule: str, dtype: torch.dtype, states: int, neighbours: int, threads: int) -> Callable[..., None]:
-    # Dynamo counts recompilations by code object and gives up at eight: each variant gets a code object of its own.
-    plain = _mix if rule == "mix" else _LOWERED[rule][0]
-    name = f"{rule}_{str(dtype).removeprefix('torch.')}_{states}_{neighbours}_{threads}"
-    own = types.FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name)
-    # Inductor writes the number of threads into the code, and leaves loops serial that are short when it sees them first,
-    # as in `compile_now`.
-    options: dict[str, Any] = {"cpp.threads": threads, "cpp.min_chunk_size": 1}
-    compiled: Callable[..., None] = torch.compile(own, dynamic=True, fullgraph=True, options=options)
-    return compiled
+def _library() -> Callable[[object], int]:
+    from torch._inductor.codecache import CppCodeCache  # Slow to import, and needed here alone.
+
+    source = Path(__file__).with_name("compiled.cpp").read_text()
+    function = CppCodeCache.load(source, extra_flags=_FLAGS).fusedfog_pass
+    function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
+    found: Callable[[object], int] = function
+    return found
 
 
-@torch.no_grad()
-def compile_now(rule: str, dtype: torch.dtype, states: int, neighbours: int) -> None:
-    """Compile what passes with `rule` will call, in ten seconds or so; later processes find it in Inductor's cache.
-
-    Args:
-        rule: one of `RULES`.
-        dtype: of the parameters.
-        states, neighbours: how many there are of each.
+def compile_now() -> None:
+    """Compile the loop, in a few seconds; later processes find it in torch's cache.
 
     Raises:
-        Exception: whatever torch.compile raises where it cannot compile, for instance without a C++ compiler.
+        Exception: whatever torch raises where it cannot compile, for instance without a C++ compiler.
     """
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    x, gradient, *inbox = (torch.zeros(96, dtype=dtype) for _ in range(2 + neighbours))
-    kept = [torch.zeros(96, dtype=state_dtype) for _ in range(states)]
-    weights = [0.5] * neighbours
-    if rule != "mix":
-        hyper = {"sgd": (0.0,) * 6, "adam": (0.0, 0.9, 0.1, 0.9, 0.1, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)}[rule]
-        update(rule, x, gradient, kept, inbox, weights, 1.0, hyper, 1.0)
-    update(rule, x, None, (), inbox, weights, 1.0, (), 1.0)
+    _library()
+    update(MIX, torch.zeros(1), None, ())

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import compiled, torch_pass
+from . import compiled, torch_pass, wire
+from .cuts import Cut, cut
 from .hyper import Adam, Sgd
 from .passes import Pass
 from .reference import contain
-from .region import ALIGNMENT, Region
+from .region import Region
+from .wire import CompressedChannel
 
 # Elements of a batch: 4 MB of parameters, and as much of each neighbour, stay in a 32 MB L3; 25M parameters are 24 batches
 # of 25 us dispatch each. AdamW with one neighbour, relative to torch's fused AdamW after lerp_, on one thread and on two:
@@ -41,68 +43,6 @@ Views = list[Tensor]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How some parameters of a flat tensor are cut into pieces, and those into batches.
-
-    Attributes:
-        start, stop: the part of the tensor that holds them.
-        sizes: lengths of all pieces and of what lies between them, in order of memory.
-        pieces: for each piece its place in `sizes`, its parameter's position in the region and its offset in there.
-        batches: ranges of pieces.
-        runs: for each batch, the parts of the flat tensor that its pieces cover, with no more than padding in between.
-    """
-
-    start: int
-    stop: int
-    sizes: tuple[int, ...]
-    pieces: tuple[tuple[int, int, int], ...]
-    batches: tuple[range, ...]
-    runs: tuple[tuple[slice, ...], ...]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of a flat tensor."""
-        if len(self.sizes) == 1:  # A split costs as much again, and a segment of one parameter little else.
-            return [flat[self.start : self.stop]]
-        parts = flat[self.start : self.stop].split(self.sizes)
-        return [parts[place] for place, _, _ in self.pieces]
-
-
-def cut(spans: Sequence[tuple[int, int]], positions: Sequence[int], width: int) -> Cut:
-    """Cut the parameters at `positions` of `spans`, (start, numel) each, into pieces of at most `width` elements."""
-    sizes: list[int] = []
-    pieces: list[tuple[int, int, int]] = []
-    batches: list[range] = []
-    runs: list[list[slice]] = [[]]
-    first = filled = 0
-    begin = end = spans[positions[0]][0] if positions else 0
-    for position in positions:
-        start, numel = spans[position]
-        if start > end:
-            sizes.append(start - end)
-        for offset in range(0, numel, width):
-            size = min(width, numel - offset)
-            if filled and filled + size > width:
-                batches.append(range(first, len(pieces)))
-                first, filled = len(pieces), 0
-                runs.append([])
-            _extend(runs[-1], start + offset, size)
-            pieces.append((len(sizes), position, offset))
-            sizes.append(size)
-            filled += size
-        end = start + numel
-    batches.append(range(first, len(pieces)))
-    return Cut(begin, end, tuple(sizes), tuple(pieces), tuple(batches), tuple(map(tuple, runs)))
-
-
-def _extend(runs: list[slice], start: int, size: int) -> None:
-    """Add a piece to the runs of its batch."""
-    stop = start + size
-    if runs and start - runs[-1].stop < ALIGNMENT:
-        start = runs.pop().start
-    runs.append(slice(start, stop))
-
-
-@dataclass(frozen=True)
 class Plan:
     """Which parameters of a region, by position, are compiled, and the cut of the others."""
 
@@ -110,16 +50,26 @@ class Plan:
     cut: Cut
 
 
-_plans: weakref.WeakKeyDictionary[Region, Plan] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[Region, dict[int, Plan]] = weakref.WeakKeyDictionary()
 
 
-def _plan(region: Region, dtype: torch.dtype) -> Plan:
-    if region not in _plans:
-        smallest = compiled.SMALLEST if dtype == torch.float32 else 1
+def _plan(region: Region, smallest: int) -> Plan:
+    """How a region is gone over, if parameters of at least `smallest` elements are compiled where it is."""
+    plans = _plans.setdefault(region, {})
+    if smallest not in plans:
         chosen = [region.compiled and numel >= smallest for _, numel in region.spans]
         others = [p for p, own in enumerate(chosen) if not own]
-        _plans[region] = Plan(tuple(p for p, own in enumerate(chosen) if own), cut(region.spans, others, WIDTH))
-    return _plans[region]
+        plans[smallest] = Plan(tuple(p for p, own in enumerate(chosen) if own), cut(region.spans, others, WIDTH))
+    return plans[smallest]
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a neighbour of a weight that is not 0 has sent: a flat tensor, of codes if messages are compressed."""
+
+    flat: Tensor
+    weight: float
+    scales: Tensor | None
 
 
 @torch.no_grad()
@@ -130,55 +80,71 @@ def run_pass(work: Pass) -> None:
         ValueError: as `torch_pass.run_pass`.
     """
     work = work.with_numbers_at_hand()
-    mixing, gradient = work.mixing, work.gradient
+    mixing, gradient, compression = work.mixing, work.gradient, work.compression
     inbox = mixing.inbox[0] if mixing.inbox else ()
-    received = [(tensor, float(w)) for tensor, w in zip(inbox, mixing.weights, strict=True) if w]
+    scales = compression.scales[0] if compression.scales else (None,) * len(inbox)
+    arrived = zip(inbox, mixing.weights, scales, strict=True)
+    received = [Received(flat, float(weight), exponents) for flat, weight, exponents in arrived if weight]
     if not _knows(work, received):
         torch_pass.run_pass(work)
         return
-    region, param, states = work.region, work.param, tuple(work.states)
+    region = work.region
     found = torch_pass.in_memory_order(region, gradient.grads)
     if work.rule == "mix" or (gradient.found_inf is not None and gradient.found_inf.item() != 0):
         found = [None] * len(found)
     job = Job(
-        work.rule,
-        tuple(work.hyper),
-        tuple(w for _, w in received),
+        work,
+        received,
         found,
         None if gradient.steps is None else gradient.steps[region.first : region.first + len(found)] + 1,
         1.0 if gradient.grad_scale is None else gradient.grad_scale.item(),
         mixing.alarm if received else None,
     )
-    tensors = (param, states, tuple(tensor for tensor, _ in received))
-    plan = _plan(region, param.dtype)
+    batched = _compressed(work) is None and _all_fp32(work, received)
+    plan = _plan(region, compiled.SMALLEST if batched else 1)
     for position in plan.compiled:
-        start, numel = region.spans[position]
-        _run_compiled(job, *tensors, position, slice(start, start + numel))
-    _run_batches(job, *tensors, plan.cut, work.norm_sums.zero_() if work.norm_sums is not None else None)
+        _run_compiled(job, position)
+    if batched:
+        _run_batches(job, plan.cut)
     torch_pass.advance_steps(work)
 
 
-def _knows(work: Pass, received: Sequence[tuple[Tensor, float]]) -> bool:
-    """Whether a pass is one that torch's fused optimizers, or compiled loops, can make."""
-    mixing, gradient, precision, compression = work.mixing, work.gradient, work.precision, work.compression
+def _compressed(work: Pass) -> CompressedChannel | None:
+    """This rank's end of what comes or goes compressed."""
+    return next(iter((*work.compression.taken, *work.compression.given)), None)
+
+
+def _all_fp32(work: Pass, received: Sequence[Received]) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in (work.param, *work.states, *(one.flat for one in received)))
+
+
+def _knows(work: Pass, received: Sequence[Received]) -> bool:
+    """Whether a pass is one that torch's fused optimizers, or the compiled loop, can make."""
+    mixing, gradient, precision = work.mixing, work.gradient, work.precision
     plain = mixing.row_sum == 1 and not mixing.sent and not work.messages and work.extra is None
     plain = plain and gradient.missing == "skip" and precision.remainder is None and precision.seed is None
-    plain = plain and not compression.taken and not compression.given
+    known = work.rule == "mix" or (work.rule in _UPDATES and gradient.grads is not None and gradient.steps is not None)
+    if not (plain and known):
+        return False
+    if work.region.compiled:
+        return _can_compile(work, received)
     # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
-    known = (work.rule == "mix" and len(received) <= 1) or (
-        work.rule in _UPDATES and gradient.grads is not None and gradient.steps is not None
-    )
-    tensors = (work.param, *work.states, *(tensor for tensor, _ in received))
-    single = all(tensor.dtype == torch.float32 for tensor in tensors)
-    left = _left_by_decay(work.rule, work.hyper) if received and known else 1.0
-    possible = all(_shares([w for _, w in received], part) is not None for part in (left, 1.0))
-    possible = possible and not (work.region.compiled and work.norm_sums is not None)
-    return plain and known and (single or work.region.compiled) and possible
+    simple = work.rule != "mix" or len(received) <= 1
+    left = _left_by_decay(work.rule, work.hyper) if received else 1.0
+    possible = all(_shares([one.weight for one in received], part) is not None for part in (left, 1.0))
+    return simple and possible and _compressed(work) is None and _all_fp32(work, received)
+
+
+def _can_compile(work: Pass, received: Sequence[Received]) -> bool:
+    end = _compressed(work)
+    narrow = end is None or (end.replica.dtype == torch.float32 and len(work.compression.given) <= 1)
+    tensors = (work.param, *work.states, *(one.flat for one in received))
+    return narrow and work.norm_sums is None and compiled.takes(tensors)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a pass does, apart from the flat tensors it does it to.
+    """A pass, and what was found out about it.
 
     Attributes:
         gradients: flat in memory order, by position in the region; None where there is none.
@@ -187,39 +153,52 @@ class Job:
         alarm: as `Mixing.alarm`; None without neighbours.
     """
 
-    rule: str
-    hyper: tuple[float, ...]
-    weights: tuple[float, ...]
+    work: Pass
+    received: Sequence[Received]
     gradients: Sequence[Tensor | None]
     ahead: Tensor | None
     scale: float
     alarm: Tensor | None
 
 
-def _run_compiled(
-    job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], position: int, here: slice
-) -> None:
-    gradient = job.gradients[position]
-    received = [tensor[here] for tensor in inbox]
-    if job.alarm is not None and not _all_finite(inbox, (here,)):
-        received = [_contained(param[here], one, job.alarm) for one in received]
-    if gradient is None or job.ahead is None:
-        compiled.update("mix", param[here], None, (), received, job.weights, 1.0, (), 1.0)
-        return
-    kept = [state[here] for state in states]
-    step = job.ahead[position].item()
-    compiled.update(job.rule, param[here], gradient, kept, received, job.weights, step, job.hyper, job.scale)
+def _run_compiled(job: Job, position: int) -> None:
+    work, compression, gradient = job.work, job.work.compression, job.gradients[position]
+    start, numel = work.region.spans[position]
+    here, stop = slice(start, start + numel), start + numel
+    how = compiled.MIX
+    if gradient is not None and job.ahead is not None:
+        how = compiled.Update(work.rule, work.hyper, job.ahead[position].item(), job.scale)
+    found = compiled.update(
+        how,
+        work.param[here],
+        gradient,
+        [state[here] for state in work.states] if how is not compiled.MIX else (),
+        compiled.Received(
+            [one.flat[here] for one in job.received],
+            [one.weight for one in job.received],
+            [wire.scales_of(one.scales, start, stop) for one in job.received],
+            job.alarm is not None,
+            wire.cut(compression.taken[0], start, stop) if compression.taken else None,
+            compression.strength,
+        ),
+        wire.cut(compression.given[0], start, stop) if compression.given else None,
+    )
+    for tensor, bad in zip((job.alarm, compression.spoilt), found, strict=True):
+        if bad and tensor is not None:
+            tensor.fill_(1)
 
 
-def _run_batches(
-    job: Job, param: Tensor, states: tuple[Tensor, ...], inbox: tuple[Tensor, ...], cut: Cut, norm_sums: Tensor | None
-) -> None:
-    x, kept, received = cut.views(param), [cut.views(state) for state in states], [cut.views(flat) for flat in inbox]
+def _run_batches(job: Job, cut: Cut) -> None:
+    work, inbox = job.work, [one.flat for one in job.received]
+    weights, norm_sums = [one.weight for one in job.received], work.norm_sums
+    if norm_sums is not None:
+        norm_sums.zero_()
+    x, kept, received = cut.views(work.param), [*map(cut.views, work.states)], [*map(cut.views, inbox)]
     gradients = [_part(job.gradients[p], offset, x[i].numel()) for i, (_, p, offset) in enumerate(cut.pieces)]
     ahead = job.ahead.unbind() if job.ahead is not None else ()
-    left = _left_by_decay(job.rule, job.hyper) if inbox else 1.0
-    fresh, decayed = _shares(job.weights, 1.0), _shares(job.weights, left)
-    decay, sign = _coupled(job.rule, job.hyper)
+    left = _left_by_decay(work.rule, work.hyper) if inbox else 1.0
+    fresh, decayed = _shares(weights, 1.0), _shares(weights, left)
+    decay, sign = _coupled(work.rule, work.hyper)
     scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and inbox) else None
     for batch, runs in zip(cut.batches, cut.runs, strict=True):
         if job.alarm is not None and not _all_finite(inbox, runs):
@@ -240,7 +219,7 @@ def _run_batches(
             g = _descents(g, here, scratch, sign * job.scale, decay)
         _mix(here, [[views[i] for i in live] for views in received], decayed or ())
         steps = [ahead[cut.pieces[i][1]] for i in live]
-        _UPDATES[job.rule](here, g, [[views[i] for i in live] for views in kept], steps, job.hyper, scratch is None)
+        _UPDATES[work.rule](here, g, [[views[i] for i in live] for views in kept], steps, work.hyper, scratch is None)
 
 
 def _all_finite(inbox: Sequence[Tensor], runs: Sequence[slice]) -> bool:
@@ -262,7 +241,7 @@ def _contained(x: Tensor, received: Tensor, alarm: Tensor) -> Tensor:
 def _measure(sums: Tensor, x: Tensor, inbox: Views, gradient: Tensor | None, job: Job) -> None:
     """Add a piece's part of `run_pass`'s norm sums, just before it is in the caches anyway."""
     apart, between = torch.zeros_like(x), torch.empty_like(x)
-    for received, weight in zip(inbox, job.weights, strict=True):
+    for received, weight in zip(inbox, [one.weight for one in job.received], strict=True):
         apart.add_(torch.sub(received, x, out=between), alpha=weight)
     sums[0] += torch_pass.square_sum(apart)
     if gradient is not None:

@@ -97,8 +97,8 @@ class DecentralizedOptimizer(Controls):
             push_sum, exact_diffusion, extra and the tracking methods raise `NonFiniteError` where they would have to leave
             values out.
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
-            memory each (Inductor, ten seconds or so apiece at the first construction); without a C++ compiler it warns and
-            does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
+            memory each (some seconds at the first construction), compressed messages included; without a C++ compiler it warns
+            and does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
         capturable: let a CUDA graph record `step()` with forward and backward; see `replaying`. The learning rate and other
             hyper-parameters, mixing weights and seeds then lie in device memory (fp32), and every pass goes over an inbox
             tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.algorithm import Algorithm
-from fusedfog.algorithms import algorithm_for, asynchronous, data_parallel
+from fusedfog.algorithms import algorithm_for, asynchronous
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
-from fusedfog.engine.compile import compile_everywhere, kinds_of_passes, numbers_of_neighbours
-from fusedfog.engine.rhythm import pauses
+from fusedfog.engine.compile import compile_everywhere
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
@@ -104,8 +102,8 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
         channel = communicator.open_channel()
         hierarchy = hierarchy_of(way, options, view, place)
     layouts = _lay_out(specs, options, algorithm, over_machines=hierarchy is not None)
-    counts = partial(_numbers_of_neighbours, options, way.topology, view, over_machines=hierarchy is not None)
-    compiled = _compile(kind, family, algorithm, groups, layouts, counts, view, communicator, options)
+    patience = None if communicator is None else communicator.timeout
+    compiled = options.cpu_compile and not device.on_gpu(place) and compile_everywhere(view, patience, kind)
     segments = _adopt(groups, layouts, options, communicator, claim, compiled=compiled)
     frozen = _frozen(groups, specs)
     if options.sync_init:
@@ -218,42 +216,6 @@ def _scheduler_for(family: str, options: Options) -> type[Scheduler]:
     if family == "wrapped":
         return AroundScheduler
     return CapturableScheduler if options.capturable else Scheduler
-
-
-def _compile(
-    kind: str,
-    family: str,
-    algorithm: Algorithm,
-    groups: Groups,
-    layouts: Sequence[Segment],
-    counts: Callable[[], set[int]],
-    view: GroupView,
-    communicator: Communicator | None,
-    options: Options,
-) -> bool:
-    """Whether the passes, with so many neighbours as `counts` says, are compiled; all ranks together."""
-    if not options.cpu_compile or device.on_gpu(place_of(groups, options.group)):
-        return False
-    neighbours = counts()
-    passes = kinds_of_passes(algorithm, groups, layouts, neighbours)
-    if options.data_parallel_steps and view.size > 1:
-        passes += kinds_of_passes(data_parallel(family), groups, layouts, {0})
-    if view.size == 1 and not passes:
-        return False
-    # With a group together, whatever each rank has to compile: unmixed parameters differ.
-    return compile_everywhere(view, passes, communicator.timeout if communicator is not None else None, kind)
-
-
-def _numbers_of_neighbours(
-    options: Options, topology: Topology | None, view: GroupView, *, over_machines: bool
-) -> set[int]:
-    """How many neighbours' values a pass may have."""
-    # A strength of zero, which a function may have, leaves all neighbours out.
-    pausing = pauses(options.communicate_every) or not options.strength.constant
-    if over_machines:
-        return {1, 0} if pausing else {1}
-    averaging = options.global_average_every is not None
-    return numbers_of_neighbours(topology if view.size > 1 else None, view.rank, averaging, pausing)
 
 
 def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:

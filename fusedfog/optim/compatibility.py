@@ -164,7 +164,7 @@ ROWS: tuple[Refusal, ...] = (
     Refusal("cpu_compile", "measure", "compiled passes measure nothing", _ONE_OF_THEM),
     *(
         Refusal("cpu_compile", option, f"compiled passes know no {option}", _ONE_OF_THEM)
-        for option in ("low_precision", "state_dtype", "wire_dtype")
+        for option in ("low_precision", "state_dtype")
     ),
     Refusal(
         "cpu_compile",

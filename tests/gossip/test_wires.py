@@ -285,7 +285,6 @@ REFUSED = [
     ({"wire_dtype": "int8", "algorithm": "push_sum"}, "conserved exactly"),
     ({"wire_dtype": "int8", "algorithm": "allreduce"}, "it sends gradients"),
     ({"wire_dtype": "int8", "topology": "random"}, "has none"),
-    ({"wire_dtype": "int8", "cpu_compile": True}, "cpu_compile"),
     ({"low_precision": "master"}, "is for bf16 and fp16 parameters"),
     ({"low_precision": "posit"}, "low_precision is one of"),
     ({"state_dtype": torch.bfloat16, "algorithm": "gradient_tracking"}, "must be exact"),

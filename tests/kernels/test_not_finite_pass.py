@@ -14,7 +14,7 @@ from fusedfog.kernels import Gradients, Region, cpu_pass, torch_pass
 NUMELS = (3, 64, 200, cpu_pass.WIDTH + 70)
 
 
-def run(maker, name, neighbours, bad, alarm):
+def run(maker, name, neighbours, bad, alarm, compiled=False):
     random = torch.Generator().manual_seed(0)
     starts = [0]
     for numel in NUMELS:
@@ -35,7 +35,7 @@ def run(maker, name, neighbours, bad, alarm):
             x,
             states,
             ROWS[name].hyper,
-            Region(0, spans, None),
+            Region(0, spans, None, compiled),
             grads=Gradients(gradients, None, torch.float32) if ROWS[name].grads else None,
             steps=torch.ones(len(NUMELS)),
             inbox=(tuple(inbox),),
@@ -64,6 +64,21 @@ def test_batches_leave_out_what_the_reference_leaves_out(name, neighbours):
         assert raised == expected or bad == "own"
 
 
-def test_without_an_alarm_they_spread():
+@pytest.mark.parametrize("neighbours", [1, 3])
+@pytest.mark.parametrize("name", ["mix", "sgd", "sgd-momentum-all", "adamw", "adam-coupled-maximize"])
+def test_compiled_loops_leave_out_and_raise_the_alarm_as_the_reference(monkeypatch, name, neighbours):
+    monkeypatch.setattr(cpu_pass.compiled, "SMALLEST", 1)
+    for bad in ("neighbour", "own", "nothing"):
+        alarms = torch.zeros(2, 4)
+        ours = run(cpu_pass.run_pass, name, neighbours, bad, alarms[0], compiled=True)
+        theirs = run(torch_pass.run_pass, name, neighbours, bad, alarms[1])
+        torch.testing.assert_close(ours.nan_to_num(9, 9, 9), theirs.nan_to_num(9, 9, 9), rtol=1e-5, atol=1e-6)
+        assert int((~ours.isfinite()).sum()) == 3 * (bad == "own")
+        assert torch.equal(*alarms) and bool(alarms.any()) == (bad != "nothing")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_an_alarm_they_spread(monkeypatch, compiled):
+    monkeypatch.setattr(cpu_pass.compiled, "SMALLEST", 1)
     for maker in (cpu_pass.run_pass, torch_pass.run_pass):
-        assert int((~run(maker, "adamw", 1, "neighbour", None).isfinite()).sum()) == 6
+        assert int((~run(maker, "adamw", 1, "neighbour", None, compiled).isfinite()).sum()) == 6

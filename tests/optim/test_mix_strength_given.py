@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -214,43 +213,24 @@ def test_a_bad_value_is_named_in_backward_too(ranks: Pool) -> None:
         assert said == f"rank {rank}: mix_strength must be a number from 0 to 1, but is 2.0 at step 1"
 
 
-def passes_compiled(given: Any, keywords: dict[str, Any]) -> list[int]:
-    """The numbers of neighbours of which cpu_compile compiles passes."""
-    found: list[int] = []
-
-    def take(view: Any, kinds: Any, *others: Any) -> bool:
-        found.extend(sorted(kind[3] for kind in kinds))
-        return False
-
-    with mock.patch("fusedfog.optim.build.compile_everywhere", take):
-        build(given, cpu_compile=True, **keywords)
-    return found
-
-
-def kinds_compiled() -> list[list[int]]:
-    return [passes_compiled(given, {"topology": "ring"}) for given in (1.0, 0.5, same_numbers)]
-
-
-def test_a_function_may_leave_all_neighbours_out_without_compiling_anew(ranks: Pool) -> None:
-    for found in ranks.run(3, kinds_compiled):
-        assert found == [[2], [2], [0, 2]]
+def compiled_and_plain() -> list[list[float]]:
+    """The weights after steps of every strength, in compiled passes and without."""
+    table, ends = [0.5, 0.0, 1.0, 0.25, 0.0, 0.75], []
+    for compiled in (True, False):
+        torch.manual_seed(dist.get_rank())
+        model = nn.Linear(200, 100)
+        opt = fusedfog.SGD(
+            model.parameters(), lr=0.1, cpu_compile=compiled, mix_strength=lambda step: table[min(step, 5)]
+        )
+        for _ in table:
+            opt.zero_grad()
+            model(torch.randn(2, 200)).square().mean().backward()
+            opt.step()
+        opt.drain()
+        ends.append(model.weight.detach().flatten().tolist())
+    return ends
 
 
-def compiled_anew() -> tuple[int, bool]:
-    """How many graphs later steps have compiled, and whether the parameters took the compiled way and moved."""
-    model = nn.Linear(400, 200)
-    table = [0.5, 0.0, 1.0, 0.25, 0.0, 0.75]
-    opt = fusedfog.SGD(model.parameters(), lr=0.1, cpu_compile=True, mix_strength=lambda step: table[min(step, 5)])
-    graphs, before = [], model.weight.detach().clone()
-    for _ in table:
-        opt.zero_grad()
-        model(torch.randn(2, 400)).square().mean().backward()
-        opt.step()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    return graphs[-1] - graphs[0], opt._engine.segments[0].regions[0].compiled and not torch.equal(model.weight, before)
-
-
-@pytest.mark.slow
 def test_compiled_passes_serve_every_strength(ranks: Pool) -> None:
-    for compiled, moved in ranks.run(2, compiled_anew, timeout=300):
-        assert (compiled, moved) == (0, True)
+    for compiled, plain in ranks.run(2, compiled_and_plain, timeout=300):
+        torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-5, atol=1e-6)

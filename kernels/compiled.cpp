@@ -1,0 +1,384 @@
+// The pass over one parameter as one loop, called by `compiled.py`: every tensor is read from memory once and written once.
+//
+// A loop over blocks that stay in the first cache; inside, loops over whole blocks, which the compiler makes vectors of. What
+// differs from pass to pass (rule, neighbours, dtypes, messages) is asked once a block, so one function serves all passes.
+// Rules and formats are those of reference.py and wire.py. Built without contraction of multiplications and additions.
+
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int64_t BLOCK = 256;  // elements; a multiple of the 64 that share four scales
+constexpr int64_t GROUP = 64;
+constexpr int32_t SPOILT = 255;
+constexpr int32_t INFINITE = 0x7f800000;
+
+enum Rule : int64_t { MIX, SGD, ADAM };
+enum Dtype : int64_t { FP32, FP64, BF16, FP16, INT8, FP8 };
+enum Found : int64_t { NOT_FINITE = 1, LEFT_OUT = 2 };
+
+struct Flat {
+  char* data;
+  int64_t dtype;
+};
+
+// As `_Call` in compiled.py.
+struct Call {
+  int64_t rule, numel, threads, neighbours, contain, states, codes;
+  Flat param, gradient, state[3];
+  const Flat* inbox;
+  // Compressed messages that came, and those that are to be sent.
+  const uint8_t* const* inbox_scales;
+  char *taken, *given;
+  uint8_t *taken_scales, *given_scales;
+  float *neighbor_delta, *replica;
+  const double *weights, *numbers;
+  double strength;
+};
+
+int32_t bits_of(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float float_of(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+bool finite(float value) { return (bits_of(value) & INFINITE) != INFINITE; }
+
+bool finite(double value) { return std::fabs(value) <= std::numeric_limits<double>::max(); }
+
+float from_bf16(uint16_t stored) { return float_of(static_cast<int32_t>(static_cast<uint32_t>(stored) << 16)); }
+
+// To nearest, ties to even; NaNs stay.
+uint16_t to_bf16(float value) {
+  const uint32_t bits = static_cast<uint32_t>(bits_of(value));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > static_cast<uint32_t>(INFINITE) ? 0x7fc0 : rounded);
+}
+
+// Four exponent bits of bias 7, three behind the point, no infinities. Subnormals count in steps of 2^-9.
+float from_fp8(uint8_t code) {
+  const int32_t size = code & 0x7f;
+  const float value = size < 8 ? static_cast<float>(size) * 0x1p-9f : float_of((size + (120 << 3)) << 20);
+  return code & 0x80 ? -value : value;
+}
+
+// Of a value of at most 448.
+uint8_t to_fp8(float value) {
+  const int32_t bits = bits_of(value), size = bits & 0x7fffffff;
+  const int32_t normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
+  const int32_t subnormal = static_cast<int32_t>(std::rint(float_of(size) * 0x1p9f));
+  return static_cast<uint8_t>((size < (121 << 23) ? subnormal : normal) | ((bits >> 24) & 0x80));
+}
+
+// Elements [at, at + count) of a tensor as arithmetic values: where they lie, if they are whole and of this dtype, else a copy.
+template <typename A>
+A* load(const Flat& flat, int64_t at, int64_t count, A* copy) {
+  if (flat.dtype == (sizeof(A) == 8 ? FP64 : FP32)) {
+    A* there = reinterpret_cast<A*>(flat.data) + at;
+    if (count == BLOCK) return there;
+    for (int64_t i = 0; i < count; ++i) copy[i] = there[i];
+  } else if (flat.dtype == BF16) {
+    const uint16_t* there = reinterpret_cast<uint16_t*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) copy[i] = from_bf16(there[i]);
+  } else if (flat.dtype == FP16) {
+    const c10::Half* there = reinterpret_cast<c10::Half*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<float>(there[i]);
+  } else if (flat.dtype == FP32) {
+    const float* there = reinterpret_cast<float*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) copy[i] = there[i];
+  } else {
+    const double* there = reinterpret_cast<double*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<A>(there[i]);
+  }
+  for (int64_t i = count; i < BLOCK; ++i) copy[i] = 0;
+  return copy;
+}
+
+// Back to where `load` found them.
+template <typename A>
+void store(const Flat& flat, int64_t at, int64_t count, const A* values) {
+  if (flat.dtype == BF16) {
+    uint16_t* there = reinterpret_cast<uint16_t*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) there[i] = to_bf16(static_cast<float>(values[i]));
+  } else if (flat.dtype == FP16) {
+    c10::Half* there = reinterpret_cast<c10::Half*>(flat.data) + at;
+    for (int64_t i = 0; i < count; ++i) there[i] = static_cast<float>(values[i]);
+  } else if (flat.dtype == FP32) {
+    float* there = reinterpret_cast<float*>(flat.data) + at;
+    if (reinterpret_cast<const char*>(there) == reinterpret_cast<const char*>(values)) return;
+    for (int64_t i = 0; i < count; ++i) there[i] = static_cast<float>(values[i]);
+  } else {
+    double* there = reinterpret_cast<double*>(flat.data) + at;
+    if (reinterpret_cast<const char*>(there) == reinterpret_cast<const char*>(values)) return;
+    for (int64_t i = 0; i < count; ++i) there[i] = values[i];
+  }
+}
+
+// `wire.decode` of elements [at, at + count); zeros behind them.
+void decode(const Call& call, const char* codes, const uint8_t* scales, int64_t at, int64_t count, float* values) {
+  if (call.codes == BF16) {
+    const uint16_t* there = reinterpret_cast<const uint16_t*>(codes) + at;
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = from_bf16(there[i]);
+      values[i] = finite(value) ? value : 0.0f;
+    }
+  } else {
+    const int8_t* whole = reinterpret_cast<const int8_t*>(codes) + at;
+    const uint8_t* eighths = reinterpret_cast<const uint8_t*>(codes) + at;
+    if (call.codes == INT8) {
+      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(whole[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) values[i] = from_fp8(eighths[i]);
+    }
+    for (int64_t first = 0; first < count; first += GROUP) {
+      float power[16];
+      for (int i = 0; i < 16; ++i) {
+        const int32_t scale = scales[(at + first) / 16 + i % 4];
+        power[i] = scale == SPOILT ? 0.0f : float_of(scale << 23);
+      }
+      for (int row = 0; row < 4; ++row)
+        for (int i = 0; i < 16; ++i) values[first + 16 * row + i] *= power[i];
+    }
+  }
+  for (int64_t i = count; i < BLOCK; ++i) values[i] = 0.0f;
+}
+
+// `wire.encode` of one group's differences, and what its codes mean in their place; whether it is left out.
+bool encode_group(int64_t dtype, float* values, char* codes, uint8_t* scales) {
+  int32_t largest[16];
+  for (int i = 0; i < 16; ++i) {
+    int32_t found = 0;
+    for (int row = 0; row < 4; ++row) {
+      const int32_t size = bits_of(values[16 * row + i]) & 0x7fffffff;
+      found = size > found ? size : found;
+    }
+    largest[i] = found;
+  }
+  for (int step = 8; step >= 4; step /= 2)
+    for (int i = 0; i < step; ++i) largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
+  const int32_t top = dtype == INT8 ? 6 : 8;
+  const float most = dtype == INT8 ? 127.0f : 448.0f;
+  float up[16], down[16];
+  bool spoilt = false;
+  for (int i = 0; i < 4; ++i) {
+    const int32_t field = largest[i] >> 23;
+    const int32_t scale = field == SPOILT ? SPOILT : field - top < 1 ? 1 : field - top;
+    spoilt |= field == SPOILT;
+    scales[i] = static_cast<uint8_t>(scale);
+    for (int j = i; j < 16; j += 4) {
+      up[j] = field == SPOILT ? 0.0f : float_of((254 - scale) << 23);
+      down[j] = field == SPOILT ? 0.0f : float_of(scale << 23);
+    }
+  }
+  for (int row = 0; row < 4; ++row) {
+    for (int i = 0; i < 16; ++i) {
+      // Not times 0, which leaves NaNs.
+      float scaled = up[i] == 0.0f ? 0.0f : values[16 * row + i] * up[i];
+      scaled = scaled > most ? most : scaled;
+      scaled = scaled < -most ? -most : scaled;
+      values[16 * row + i] = scaled;
+    }
+  }
+  if (dtype == INT8) {
+    int8_t* there = reinterpret_cast<int8_t*>(codes);
+    for (int i = 0; i < GROUP; ++i) values[i] = std::rint(values[i]);
+    for (int i = 0; i < GROUP; ++i) there[i] = static_cast<int8_t>(static_cast<int32_t>(values[i]));
+  } else {
+    uint8_t* there = reinterpret_cast<uint8_t*>(codes);
+    for (int i = 0; i < GROUP; ++i) there[i] = to_fp8(values[i]);
+    for (int i = 0; i < GROUP; ++i) values[i] = from_fp8(there[i]);
+  }
+  for (int row = 0; row < 4; ++row)
+    for (int i = 0; i < 16; ++i) values[16 * row + i] *= down[i];
+  return spoilt;
+}
+
+// `wire.give` of elements [at, at + count) with these values.
+int64_t give(const Call& call, const float* values, int64_t at, int64_t count) {
+  float known[BLOCK], difference[BLOCK];
+  const float* replica = load<float>({reinterpret_cast<char*>(call.replica), FP32}, at, count, known);
+  for (int64_t i = 0; i < BLOCK; ++i) difference[i] = i < count ? values[i] - replica[i] : 0.0f;
+  bool left_out = false;
+  if (call.codes == BF16) {
+    uint16_t* there = reinterpret_cast<uint16_t*>(call.given) + at;
+    int32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t code = to_bf16(difference[i]);
+      const float meant = from_bf16(code);
+      there[i] = code;
+      bad |= !finite(meant);
+      difference[i] = finite(meant) ? meant : 0.0f;
+    }
+    left_out = bad;
+  } else {
+    char codes[BLOCK];
+    const bool whole = count == BLOCK;
+    char* there = whole ? call.given + at : codes;
+    for (int64_t first = 0; first < count; first += GROUP)
+      left_out |= encode_group(call.codes, difference + first, there + first, call.given_scales + (at + first) / 16);
+    if (!whole) std::memcpy(call.given + at, codes, count);
+  }
+  float* home = call.replica + at;
+  for (int64_t i = 0; i < count; ++i) home[i] = replica[i] + difference[i];
+  return left_out ? int64_t{LEFT_OUT} : 0;
+}
+
+// `wire.take`, and the mixed values.
+const float* take(const Call& call, const float* x, int64_t at, int64_t count, float* mixed) {
+  float own[BLOCK], received[BLOCK], copy[BLOCK];
+  float* pull = load<float>({reinterpret_cast<char*>(call.neighbor_delta), FP32}, at, count, copy);
+  decode(call, call.taken, call.taken_scales, at, count, own);
+  for (int64_t k = 0; k < call.neighbours; ++k) {
+    const float weight = static_cast<float>(call.weights[k]);
+    decode(call, call.inbox[k].data, call.inbox_scales[k], at, count, received);
+    for (int64_t i = 0; i < BLOCK; ++i) pull[i] += (received[i] - own[i]) * weight;
+  }
+  const float strength = static_cast<float>(call.strength);
+  for (int64_t i = 0; i < BLOCK; ++i) mixed[i] = pull[i] * strength + x[i];
+  store<float>({reinterpret_cast<char*>(call.neighbor_delta), FP32}, at, count, pull);
+  return mixed;
+}
+
+// mixed = start + weight*(received - x), without differences that are not finite; whether there were some.
+template <typename A>
+bool add(const A* start, const A* x, const A* received, A weight, bool contain, A* mixed) {
+  if (!contain) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) mixed[i] = start[i] + weight * (received[i] - x[i]);
+    return false;
+  }
+  int32_t bad = 0;
+#pragma omp simd reduction(| : bad)
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const A difference = received[i] - x[i];
+    const bool fine = finite(difference);
+    bad |= fine ? 0 : 1;
+    mixed[i] = start[i] + weight * (fine ? difference : A(0));
+  }
+  return bad != 0;
+}
+
+// x + sum_k weights[k]*(inbox[k] - x), which is x itself without neighbours.
+template <typename A>
+const A* mix(const Call& call, const A* x, int64_t at, int64_t count, A* mixed, int64_t& found) {
+  const A* start = x;
+  for (int64_t k = 0; k < call.neighbours; ++k) {
+    A copy[BLOCK];
+    const A* received = load<A>(call.inbox[k], at, count, copy);
+    if (add<A>(start, x, received, static_cast<A>(call.weights[k]), call.contain, mixed)) found |= NOT_FINITE;
+    start = mixed;
+  }
+  return start;
+}
+
+// scale*gradient + decay*x. Without decay, an x that is not finite stays out of it, and out of the moments.
+template <typename A>
+A descent(A gradient, A x, A scale, A decay) {
+  return scale * gradient + (decay != 0 ? decay * x : A(0));
+}
+
+template <typename A>
+void sgd(const Call& call, A* x, const A* g, A* buf, const A* mixed) {
+  const double* n = call.numbers;
+  const A lr = n[0], carried = n[1], undamped = n[2], direct = n[3], through = n[4], scale = n[5], decay = n[6];
+  if (!buf) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) x[i] = mixed[i] - lr * descent(g[i], x[i], scale, decay);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const A d = descent(g[i], x[i], scale, decay);
+    const A next = carried * buf[i] + undamped * d;
+    buf[i] = next;
+    x[i] = mixed[i] - lr * (direct * d + through * next);
+  }
+}
+
+template <typename A, bool AMSGRAD>
+void adam(const Call& call, A* x, const A* g, A* const* states, const A* mixed) {
+  const double* n = call.numbers;
+  const A size = n[0], rescale = n[1], eps = n[2], drawn = n[3], beta1 = n[4], undecayed1 = n[5], beta2 = n[6],
+          undecayed2 = n[7], scale = n[8], decay = n[9];
+  A *moment = states[0], *square = states[1], *top = states[2];
+#pragma omp simd
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const A d = descent(g[i], x[i], scale, decay);
+    // With the difference d - m, a large m drowns a small d where beta1 is 0.
+    const A m = beta1 * moment[i] + undecayed1 * d, v = beta2 * square[i] + undecayed2 * (d * d);
+    moment[i] = m;
+    square[i] = v;
+    A largest = v;
+    if constexpr (AMSGRAD) {
+      // Either may be a NaN, which stays.
+      largest = top[i] != top[i] || v < top[i] ? top[i] : v;
+      top[i] = largest;
+    }
+    x[i] = mixed[i] - size * (m / (std::sqrt(largest) * rescale + eps)) - drawn * x[i];
+  }
+}
+
+// A rule's step at x, in the place of x, from the mixed values on.
+template <typename A>
+void apply(const Call& call, A* x, const A* mixed, int64_t at, int64_t count) {
+  A copies[4][BLOCK];
+  const A* g = load<A>(call.gradient, at, count, copies[0]);
+  A* states[3] = {nullptr, nullptr, nullptr};
+  for (int64_t s = 0; s < call.states; ++s) states[s] = load<A>(call.state[s], at, count, copies[1 + s]);
+  if (call.rule == SGD) {
+    sgd<A>(call, x, g, states[0], mixed);
+  } else if (states[2]) {
+    adam<A, true>(call, x, g, states, mixed);
+  } else {
+    adam<A, false>(call, x, g, states, mixed);
+  }
+  for (int64_t s = 0; s < call.states; ++s) store<A>(call.state[s], at, count, states[s]);
+}
+
+template <typename A>
+int64_t run_block(const Call& call, int64_t at, int64_t count) {
+  A copy[BLOCK], space[BLOCK];
+  A* x = load<A>(call.param, at, count, copy);
+  const A* mixed = x;
+  int64_t found = 0;
+  if constexpr (sizeof(A) == 4) {
+    if (call.taken) mixed = take(call, x, at, count, space);
+  }
+  if (!call.taken) mixed = mix<A>(call, x, at, count, space, found);
+  if (call.rule != MIX) {
+    apply<A>(call, x, mixed, at, count);
+  } else if (mixed != x) {
+    std::memcpy(x, mixed, sizeof space);
+  }
+  store<A>(call.param, at, count, x);
+  if constexpr (sizeof(A) == 4) {
+    if (call.given) found |= give(call, x, at, count);
+  }
+  return found;
+}
+
+}  // namespace
+
+// Returns `Found` bits.
+extern "C" int64_t fusedfog_pass(const Call* call) {
+  const int64_t blocks = (call->numel + BLOCK - 1) / BLOCK;
+  const bool wide = call->param.dtype == FP64;
+  int64_t found = 0;
+#pragma omp parallel for num_threads(call->threads) schedule(static) reduction(| : found) if (call->threads > 1)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t at = block * BLOCK, rest = call->numel - at, count = rest < BLOCK ? rest : BLOCK;
+    found |= wide ? run_block<double>(*call, at, count) : run_block<float>(*call, at, count);
+  }
+  return found;
+}
