@@ -125,112 +125,165 @@ void store(const Flat& flat, int64_t at, int64_t count, const A* values) {
   }
 }
 
+// Elements [at, at + count) of codes: where they lie if they are a whole block, else a copy with zeros behind.
+template <typename C>
+const C* codes_at(const char* codes, int64_t at, int64_t count, C* copy) {
+  const C* there = reinterpret_cast<const C*>(codes) + at;
+  if (count == BLOCK) return there;
+  std::memset(copy, 0, BLOCK * sizeof(C));
+  std::memcpy(copy, there, count * sizeof(C));
+  return copy;
+}
+
 // `wire.decode` of elements [at, at + count); zeros behind them.
 void decode(const Call& call, const char* codes, const uint8_t* scales, int64_t at, int64_t count, float* values) {
+  uint16_t copy[BLOCK];
   if (call.codes == BF16) {
-    const uint16_t* there = reinterpret_cast<const uint16_t*>(codes) + at;
-    for (int64_t i = 0; i < count; ++i) {
+    const uint16_t* there = codes_at<uint16_t>(codes, at, count, copy);
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
       const float value = from_bf16(there[i]);
       values[i] = finite(value) ? value : 0.0f;
     }
+    return;
+  }
+  if (call.codes == INT8) {
+    const int8_t* there = codes_at<int8_t>(codes, at, count, reinterpret_cast<int8_t*>(copy));
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) values[i] = static_cast<float>(there[i]);
   } else {
-    const int8_t* whole = reinterpret_cast<const int8_t*>(codes) + at;
-    const uint8_t* eighths = reinterpret_cast<const uint8_t*>(codes) + at;
-    if (call.codes == INT8) {
-      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(whole[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) values[i] = from_fp8(eighths[i]);
+    const uint8_t* there = codes_at<uint8_t>(codes, at, count, reinterpret_cast<uint8_t*>(copy));
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) values[i] = from_fp8(there[i]);
+  }
+  for (int64_t first = 0; first < count; first += GROUP) {
+    float power[16];
+    for (int i = 0; i < 4; ++i) {
+      const int32_t scale = scales[(at + first) / 16 + i];
+      power[i] = scale == SPOILT ? 0.0f : float_of(scale << 23);
     }
-    for (int64_t first = 0; first < count; first += GROUP) {
-      float power[16];
-      for (int i = 0; i < 16; ++i) {
-        const int32_t scale = scales[(at + first) / 16 + i % 4];
-        power[i] = scale == SPOILT ? 0.0f : float_of(scale << 23);
-      }
-      for (int row = 0; row < 4; ++row)
-        for (int i = 0; i < 16; ++i) values[first + 16 * row + i] *= power[i];
+    for (int i = 4; i < 16; ++i) power[i] = power[i - 4];
+    for (int row = 0; row < 4; ++row) {
+      float* lanes = values + first + 16 * row;
+#pragma omp simd
+      for (int i = 0; i < 16; ++i) lanes[i] *= power[i];
     }
   }
-  for (int64_t i = count; i < BLOCK; ++i) values[i] = 0.0f;
 }
 
-// `wire.encode` of one group's differences, and what its codes mean in their place; whether it is left out.
-bool encode_group(int64_t dtype, float* values, char* codes, uint8_t* scales) {
-  int32_t largest[16];
-  for (int i = 0; i < 16; ++i) {
-    int32_t found = 0;
-    for (int row = 0; row < 4; ++row) {
-      const int32_t size = bits_of(values[16 * row + i]) & 0x7fffffff;
-      found = size > found ? size : found;
+// The largest size, as bits, of what shares a scale in a group of 64: of elements equal modulo 4.
+void largest_sizes(const float* values, int32_t* largest) {
+  for (int i = 0; i < 16; ++i) largest[i] = 0;
+  for (int row = 0; row < 4; ++row) {
+    const float* lanes = values + 16 * row;
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) {
+      const int32_t size = bits_of(lanes[i]) & 0x7fffffff;
+      largest[i] = size > largest[i] ? size : largest[i];
     }
-    largest[i] = found;
   }
-  for (int step = 8; step >= 4; step /= 2)
-    for (int i = 0; i < step; ++i) largest[i] = largest[i] > largest[i + step] ? largest[i] : largest[i + step];
-  const int32_t top = dtype == INT8 ? 6 : 8;
-  const float most = dtype == INT8 ? 127.0f : 448.0f;
-  float up[16], down[16];
+  for (int i = 0; i < 8; ++i) largest[i] = largest[i] > largest[i + 8] ? largest[i] : largest[i + 8];
+  for (int i = 0; i < 4; ++i) largest[i] = largest[i] > largest[i + 4] ? largest[i] : largest[i + 4];
+}
+
+// Scales of a group's differences, which are scaled in place, and what scales them back; whether one is not finite.
+bool scale_group(bool eighths, float* values, uint8_t* scales, float* down) {
+  int32_t largest[16];
+  largest_sizes(values, largest);
+  const int32_t top = eighths ? 8 : 6;
+  const float most = eighths ? 448.0f : 127.0f;
+  float up[16];
   bool spoilt = false;
   for (int i = 0; i < 4; ++i) {
     const int32_t field = largest[i] >> 23;
     const int32_t scale = field == SPOILT ? SPOILT : field - top < 1 ? 1 : field - top;
     spoilt |= field == SPOILT;
     scales[i] = static_cast<uint8_t>(scale);
-    for (int j = i; j < 16; j += 4) {
-      up[j] = field == SPOILT ? 0.0f : float_of((254 - scale) << 23);
-      down[j] = field == SPOILT ? 0.0f : float_of(scale << 23);
-    }
+    up[i] = field == SPOILT ? 0.0f : float_of((254 - scale) << 23);
+    down[i] = field == SPOILT ? 0.0f : float_of(scale << 23);
+  }
+  for (int i = 4; i < 16; ++i) {
+    up[i] = up[i - 4];
+    down[i] = down[i - 4];
   }
   for (int row = 0; row < 4; ++row) {
+    float* lanes = values + 16 * row;
+#pragma omp simd
     for (int i = 0; i < 16; ++i) {
       // Not times 0, which leaves NaNs.
-      float scaled = up[i] == 0.0f ? 0.0f : values[16 * row + i] * up[i];
+      float scaled = up[i] == 0.0f ? 0.0f : lanes[i] * up[i];
       scaled = scaled > most ? most : scaled;
-      scaled = scaled < -most ? -most : scaled;
-      values[16 * row + i] = scaled;
+      lanes[i] = scaled < -most ? -most : scaled;
     }
   }
-  if (dtype == INT8) {
-    int8_t* there = reinterpret_cast<int8_t*>(codes);
-    for (int i = 0; i < GROUP; ++i) values[i] = std::rint(values[i]);
-    for (int i = 0; i < GROUP; ++i) there[i] = static_cast<int8_t>(static_cast<int32_t>(values[i]));
-  } else {
-    uint8_t* there = reinterpret_cast<uint8_t*>(codes);
-    for (int i = 0; i < GROUP; ++i) there[i] = to_fp8(values[i]);
-    for (int i = 0; i < GROUP; ++i) values[i] = from_fp8(there[i]);
-  }
-  for (int row = 0; row < 4; ++row)
-    for (int i = 0; i < 16; ++i) values[16 * row + i] *= down[i];
   return spoilt;
+}
+
+// Eight-bit codes of a block's differences, and what they mean in the differences' place; whether a group is left out.
+bool encode(bool eighths, float* values, uint8_t* codes, uint8_t* scales, int64_t count) {
+  float down[BLOCK / GROUP][16] = {};
+  bool spoilt = false;
+  for (int64_t first = 0; first < count; first += GROUP)
+    spoilt |= scale_group(eighths, values + first, scales + first / 16, down[first / GROUP]);
+  if (eighths) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      const uint8_t code = to_fp8(values[i]);
+      codes[i] = code;
+      values[i] = from_fp8(code);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      const float whole = std::rint(values[i]);
+      codes[i] = static_cast<uint8_t>(static_cast<int32_t>(whole));
+      values[i] = whole;
+    }
+  }
+  for (int64_t row = 0; row < BLOCK / 16; ++row) {
+    float* lanes = values + 16 * row;
+    const float* power = down[row / 4];
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) lanes[i] *= power[i];
+  }
+  return spoilt;
+}
+
+// bf16 codes of a block's differences, as `encode`.
+bool encode_bf16(float* values, uint16_t* codes) {
+  int32_t bad = 0;
+#pragma omp simd reduction(| : bad)
+  for (int64_t i = 0; i < BLOCK; ++i) {
+    const uint16_t code = to_bf16(values[i]);
+    const float meant = from_bf16(code);
+    codes[i] = code;
+    bad |= finite(meant) ? 0 : 1;
+    values[i] = finite(meant) ? meant : 0.0f;
+  }
+  return bad != 0;
 }
 
 // `wire.give` of elements [at, at + count) with these values.
 int64_t give(const Call& call, const float* values, int64_t at, int64_t count) {
-  float known[BLOCK], difference[BLOCK];
-  const float* replica = load<float>({reinterpret_cast<char*>(call.replica), FP32}, at, count, known);
-  for (int64_t i = 0; i < BLOCK; ++i) difference[i] = i < count ? values[i] - replica[i] : 0.0f;
-  bool left_out = false;
+  const Flat home = {reinterpret_cast<char*>(call.replica), FP32};
+  float copy[BLOCK], difference[BLOCK];
+  uint16_t codes[BLOCK];
+  float* replica = load<float>(home, at, count, copy);
+#pragma omp simd
+  for (int64_t i = 0; i < BLOCK; ++i) difference[i] = values[i] - replica[i];
+  for (int64_t i = count; i < BLOCK; ++i) difference[i] = 0.0f;
+  bool left_out;
   if (call.codes == BF16) {
-    uint16_t* there = reinterpret_cast<uint16_t*>(call.given) + at;
-    int32_t bad = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint16_t code = to_bf16(difference[i]);
-      const float meant = from_bf16(code);
-      there[i] = code;
-      bad |= !finite(meant);
-      difference[i] = finite(meant) ? meant : 0.0f;
-    }
-    left_out = bad;
+    left_out = encode_bf16(difference, codes);
+    std::memcpy(call.given + 2 * at, codes, 2 * count);
   } else {
-    char codes[BLOCK];
-    const bool whole = count == BLOCK;
-    char* there = whole ? call.given + at : codes;
-    for (int64_t first = 0; first < count; first += GROUP)
-      left_out |= encode_group(call.codes, difference + first, there + first, call.given_scales + (at + first) / 16);
-    if (!whole) std::memcpy(call.given + at, codes, count);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(codes);
+    left_out = encode(call.codes == FP8, difference, bytes, call.given_scales + at / 16, count);
+    std::memcpy(call.given + at, bytes, count);
   }
-  float* home = call.replica + at;
-  for (int64_t i = 0; i < count; ++i) home[i] = replica[i] + difference[i];
+#pragma omp simd
+  for (int64_t i = 0; i < BLOCK; ++i) replica[i] += difference[i];
+  store<float>(home, at, count, replica);
   return left_out ? int64_t{LEFT_OUT} : 0;
 }
 
@@ -242,9 +295,11 @@ const float* take(const Call& call, const float* x, int64_t at, int64_t count, f
   for (int64_t k = 0; k < call.neighbours; ++k) {
     const float weight = static_cast<float>(call.weights[k]);
     decode(call, call.inbox[k].data, call.inbox_scales[k], at, count, received);
+#pragma omp simd
     for (int64_t i = 0; i < BLOCK; ++i) pull[i] += (received[i] - own[i]) * weight;
   }
   const float strength = static_cast<float>(call.strength);
+#pragma omp simd
   for (int64_t i = 0; i < BLOCK; ++i) mixed[i] = pull[i] * strength + x[i];
   store<float>({reinterpret_cast<char*>(call.neighbor_delta), FP32}, at, count, pull);
   return mixed;

@@ -6,7 +6,8 @@ decay goes into the mixing weights: they multiply what they find by c = 1 - lr*d
 
     c*(x + sum_k (w_k/c)*(inbox[k] - x)) = x + sum_k w_k*(inbox[k] - x) - lr*decay*x
 
-Coupled decay is added to a copy of the gradient while x is still there. On request, `compiled` takes large parameters.
+Coupled decay is added to a copy of the gradient while x is still there. Compressed messages are taken before a batch and made
+after it. On request, `compiled` takes large parameters, and all of them if messages are compressed.
 Rules that torch has no fused optimizer for, and fp64, which should have the reference's very bits, take `torch_pass`.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +99,9 @@ def run_pass(work: Pass) -> None:
         found,
         None if gradient.steps is None else gradient.steps[region.first : region.first + len(found)] + 1,
         1.0 if gradient.grad_scale is None else gradient.grad_scale.item(),
-        mixing.alarm if received else None,
+        mixing.alarm if received and not compression.taken else None,
     )
-    batched = _compressed(work) is None and _all_fp32(work, received)
+    batched = not region.compiled or (_compressed(work) is None and _all_fp32(work, received))
     plan = _plan(region, compiled.SMALLEST if batched else 1)
     for position in plan.compiled:
         _run_compiled(job, position)
@@ -126,18 +127,22 @@ def _knows(work: Pass, received: Sequence[Received]) -> bool:
     known = work.rule == "mix" or (work.rule in _UPDATES and gradient.grads is not None and gradient.steps is not None)
     if not (plain and known):
         return False
+    if _compressed(work) is not None and (work.norm_sums is not None or len(work.compression.given) > 1):
+        return False
     if work.region.compiled:
         return _can_compile(work, received)
+    compressed = bool(work.compression.taken)
     # Averages by powers of two are exact, which the reciprocals in a chain of lerps would spoil.
-    simple = work.rule != "mix" or len(received) <= 1
+    simple = work.rule != "mix" or len(received) <= 1 or compressed
     left = _left_by_decay(work.rule, work.hyper) if received else 1.0
-    possible = all(_shares([one.weight for one in received], part) is not None for part in (left, 1.0))
-    return simple and possible and _compressed(work) is None and _all_fp32(work, received)
+    weights = [] if compressed else [one.weight for one in received]
+    possible = all(_shares(weights, part) is not None for part in (left, 1.0)) and abs(left) >= _SMALLEST_REMAINDER
+    return simple and possible and _all_fp32(work, () if compressed else received)
 
 
 def _can_compile(work: Pass, received: Sequence[Received]) -> bool:
     end = _compressed(work)
-    narrow = end is None or (end.replica.dtype == torch.float32 and len(work.compression.given) <= 1)
+    narrow = end is None or end.replica.dtype == torch.float32
     tensors = (work.param, *work.states, *(one.flat for one in received))
     return narrow and work.norm_sums is None and compiled.takes(tensors)
 
@@ -150,7 +155,7 @@ class Job:
         gradients: flat in memory order, by position in the region; None where there is none.
         ahead: fp32 [P], the step that each parameter takes; None if no rule needs it.
         scale: multiplies gradients.
-        alarm: as `Mixing.alarm`; None without neighbours.
+        alarm: as `Mixing.alarm`; None without neighbours, and where messages are compressed.
     """
 
     work: Pass
@@ -189,18 +194,22 @@ def _run_compiled(job: Job, position: int) -> None:
 
 
 def _run_batches(job: Job, cut: Cut) -> None:
-    work, inbox = job.work, [one.flat for one in job.received]
-    weights, norm_sums = [one.weight for one in job.received], work.norm_sums
+    work, compression = job.work, job.work.compression
+    inbox = [] if compression.taken else [one.flat for one in job.received]
+    weights, norm_sums = [one.weight for one in job.received if inbox], work.norm_sums
     if norm_sums is not None:
         norm_sums.zero_()
     x, kept, received = cut.views(work.param), [*map(cut.views, work.states)], [*map(cut.views, inbox)]
+    pulls = cut.views(compression.taken[0].neighbor_delta) if compression.taken else []
     gradients = [_part(job.gradients[p], offset, x[i].numel()) for i, (_, p, offset) in enumerate(cut.pieces)]
     ahead = job.ahead.unbind() if job.ahead is not None else ()
-    left = _left_by_decay(work.rule, work.hyper) if inbox else 1.0
+    left = _left_by_decay(work.rule, work.hyper) if inbox or pulls else 1.0
     fresh, decayed = _shares(weights, 1.0), _shares(weights, left)
     decay, sign = _coupled(work.rule, work.hyper)
-    scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and inbox) else None
+    scratch = torch.empty(WIDTH) if job.scale != 1 or (decay and (inbox or pulls)) else None
     for batch, runs in zip(cut.batches, cut.runs, strict=True):
+        if pulls:
+            _take(job, cut, batch)
         if job.alarm is not None and not _all_finite(inbox, runs):
             for views in received:
                 for i in batch:
@@ -212,14 +221,44 @@ def _run_batches(job: Job, cut: Cut) -> None:
         if len(live) < len(batch):
             idle = [i for i in batch if gradients[i] is None]
             _mix([x[i] for i in idle], [[views[i] for i in idle] for views in received], fresh or ())
-        if not live:
-            continue
-        here, g = [x[i] for i in live], [gradient for i in batch if (gradient := gradients[i]) is not None]
-        if scratch is not None:
-            g = _descents(g, here, scratch, sign * job.scale, decay)
-        _mix(here, [[views[i] for i in live] for views in received], decayed or ())
-        steps = [ahead[cut.pieces[i][1]] for i in live]
-        _UPDATES[work.rule](here, g, [[views[i] for i in live] for views in kept], steps, work.hyper, scratch is None)
+            _pull([x[i] for i in idle], [pulls[i] for i in idle if pulls], compression.strength)
+        if live:
+            here, g = [x[i] for i in live], [gradient for i in batch if (gradient := gradients[i]) is not None]
+            if scratch is not None:
+                g = _descents(g, here, scratch, sign * job.scale, decay)
+            _mix(here, [[views[i] for i in live] for views in received], decayed or ())
+            _pull(here, [pulls[i] for i in live if pulls], compression.strength / left)
+            steps = [ahead[cut.pieces[i][1]] for i in live]
+            states = [[views[i] for i in live] for views in kept]
+            _UPDATES[work.rule](here, g, states, steps, work.hyper, scratch is None)
+        if compression.given:
+            _give(job, cut, batch)
+
+
+def _take(job: Job, cut: Cut, batch: range) -> None:
+    """Have what neighbours' codes mean in neighbor_delta."""
+    end, received = job.work.compression.taken[0], job.received
+    for start, stop in _chunks(job, cut, batch):
+        inbox = [one.flat[start:stop] for one in received]
+        scales = [wire.scales_of(one.scales, start, stop) for one in received]
+        wire.take(wire.cut(end, start, stop), inbox, scales, [one.weight for one in received])
+
+
+def _give(job: Job, cut: Cut, batch: range) -> None:
+    """Write the codes of new parameters."""
+    compression = job.work.compression
+    for start, stop in _chunks(job, cut, batch):
+        wire.give(wire.cut(compression.given[0], start, stop), job.work.param[start:stop], compression.spoilt)
+
+
+def _chunks(job: Job, cut: Cut, batch: range) -> Iterator[tuple[int, int]]:
+    """Where pieces begin and end in the flat tensors, in chunks whose temporaries stay in a core's caches."""
+    width = torch_pass.CHUNK * torch.get_num_threads()
+    for place, position, offset in (cut.pieces[i] for i in batch):
+        first = job.work.region.spans[position][0] + offset
+        stop = first + cut.sizes[place]
+        for low in range(first, stop, width):
+            yield low, min(low + width, stop)
 
 
 def _all_finite(inbox: Sequence[Tensor], runs: Sequence[slice]) -> bool:
@@ -267,6 +306,11 @@ def _mix(x: Views, inbox: Sequence[Views], shares: Sequence[float]) -> None:
     for received, share in zip(inbox, shares, strict=True):
         if x:
             torch._foreach_lerp_(x, received, share)
+
+
+def _pull(x: Views, pulls: Views, strength: float) -> None:
+    if pulls:
+        torch._foreach_add_(x, pulls, alpha=strength)
 
 
 def _part(gradient: Tensor | None, offset: int, numel: int) -> Tensor | None:

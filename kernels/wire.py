@@ -41,6 +41,11 @@ FORMATS: dict[torch.dtype, tuple[int, float] | None] = {
 }
 """dtype of codes -> (exponent of the largest power of two among them, largest code); None for formats without scales."""
 
+_BF16_EXPONENT = 0x7F80
+
+_FP8_PLACES = (0x87F00000 ^ 1 << 31) - (1 << 31)
+"""Where the sign and the seven other bits of an fp8 code lie in an fp32 whose exponent is 120 too small; as int32."""
+
 _NAMES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -82,7 +87,9 @@ class CompressedChannel:
 
     def spoilt(self) -> Tensor:
         """bool [], whether the last codes left out values that were not finite."""
-        return (self.scales == SPOILT).any() if self.scales is not None else ~self.codes.isfinite().all()
+        if self.scales is not None:
+            return (self.scales == SPOILT).any()
+        return ((self.codes.view(torch.int16) & _BF16_EXPONENT) == _BF16_EXPONENT).any()
 
 
 def encode(difference: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -100,24 +107,32 @@ def encode(difference: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
         return difference.to(dtype), None
     top, largest = form
     count = difference.numel()
-    places = torch.nn.functional.pad(difference, (0, -count % GROUP)).view(-1, GROUP // 4, 4)
-    sizes = torch.where(places.isfinite(), places.abs(), torch.inf).amax(1, keepdim=True).float()
-    exponents = (sizes.view(torch.int32) >> 23) - top
-    scales = torch.where(sizes.isinf(), SPOILT, exponents.clamp(min=1))
-    scaled = torch.where(sizes.isinf(), 0.0, places * _power(254 - scales)).clamp(-largest, largest)
-    codes = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
-    return codes.view(-1)[:count], scales.view(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(difference, (0, -count % GROUP)) if count % GROUP else difference
+    # As bits, sizes are integers of the same order. In halves, because a reduction over 16 places takes a vector for each four.
+    sizes = (flat.float().view(torch.int32) & 0x7FFFFFFF).view(-1, GROUP)
+    for half in (32, 16, 8, 4):
+        sizes = torch.maximum(sizes[:, :half], sizes[:, half:])
+    fields = sizes >> 23
+    spoilt = fields == SPOILT
+    exponents = (fields - top).clamp_(min=1)
+    # Times infinity, nothing is finite.
+    inverse = (254 - exponents).masked_fill_(spoilt, 255).to(torch.uint8)
+    scaled = (flat * _powers(inverse)).nan_to_num_(0.0, 0.0, 0.0).clamp_(-largest, largest)
+    codes = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype)
+    return codes[:count], exponents.masked_fill_(spoilt, SPOILT).to(torch.uint8).view(-1)
 
 
 def decode(codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The difference that codes mean, [n] in `dtype`; see `encode`."""
-    values = codes.to(dtype)
+    """The difference that codes mean, a new tensor [n] in `dtype`; see `encode`."""
     if scales is None:
-        return torch.where(values.isfinite(), values, 0.0)
+        return codes.to(dtype).nan_to_num_(0.0, 0.0, 0.0)
     count = codes.numel()
-    places = torch.nn.functional.pad(values, (0, -count % GROUP)).view(-1, GROUP // 4, 4)
-    exponents = scales.view(-1, 1, 4).int()
-    return torch.where(exponents == SPOILT, 0.0, places * _power(exponents)).view(-1)[:count]
+    powers = _powers(scales.masked_fill(scales == SPOILT, 0).view(-1, 4))[:count]
+    if codes.dtype == torch.int8:
+        return codes.to(dtype).mul_(powers)
+    # By its bits: torch takes three nanoseconds for each of these.
+    bits = (codes.view(torch.int8).int() << 20) & _FP8_PLACES
+    return (bits.view(torch.float32) * 2.0**120).mul_(powers).to(dtype)
 
 
 def scales_of(scales: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -137,7 +152,7 @@ def take(
     own = decode(wire.codes, wire.scales, wire.neighbor_delta.dtype)
     for codes, exponents, weight in zip(inbox, scales, weights, strict=True):
         if weight:
-            wire.neighbor_delta.add_((decode(codes, exponents, own.dtype) - own).mul_(weight))
+            wire.neighbor_delta.add_(decode(codes, exponents, own.dtype).sub_(own).mul_(weight))
     return wire.neighbor_delta
 
 
@@ -166,6 +181,8 @@ def cut(wire: CompressedChannel, start: int, stop: int) -> CompressedChannel:
     )
 
 
-def _power(biased: Tensor) -> Tensor:
-    """2^(biased - 127), from fp32's exponent field."""
-    return (biased.int() << 23).view(torch.float32)
+def _powers(biased: Tensor) -> Tensor:
+    """2^(biased - 127), but 0 for 0 and infinity for 255, for each of n*64 elements, from uint8 [n, 4]."""
+    # Four at a time, as one integer.
+    spread = biased.contiguous().view(torch.int32).expand(-1, ELEMENTS_PER_SCALE).contiguous().view(torch.uint8)
+    return (spread.view(-1).int() << 23).view(torch.float32)
