@@ -32,6 +32,8 @@ from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
+from fusedfog.comm.shared_buffers import SharedBuffers
+from fusedfog.comm.shared_opening import open_shared
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
 from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
 from fusedfog.comm.watchdog import Watchdog
@@ -88,6 +90,8 @@ class Communicator:
         self._abandoned: list[Transfer] = []
         self._started: weakref.WeakSet[Transfer] = weakref.WeakSet()
         self._warm: tuple[set[int], set[int]] = (set(), set())
+        self._shared: SharedBuffers | None = None
+        self._shared_asked = False
         self._watchdog = Watchdog(self) if self.on_gpu else None
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
         with self.waiting("opening the communicator, with all ranks"):
@@ -124,6 +128,19 @@ class Communicator:
         """
         _ = self.group  # Raises why the communicator has ended, if it has.
         confer(self.view, next_agreement(self.view), None, lambda _: None, self.timeout, call)
+
+    def shared_buffers(self) -> SharedBuffers | None:
+        """The buffers that these ranks share; None where they are not on one host, or cannot, and on GPUs.
+
+        The first call is collective.
+        """
+        _ = self.group  # Raises why the communicator has ended, if it has.
+        if not self._shared_asked and not self.on_gpu:
+            self._shared = open_shared(self.view, self.timeout)
+            if self._shared is not None:
+                weakref.finalize(self, self._shared.close).atexit = False
+        self._shared_asked = True
+        return self._shared
 
     def open_channel(self) -> int:
         """A number that keeps one user's tags apart from the others'; ranks open channels in the same order."""
@@ -277,6 +294,8 @@ class Communicator:
             transfer.pending.clear()
             transfer.keep_alive.clear()
         self._abandoned.clear()
+        if self._shared is not None:
+            self._shared.close()
         if self._group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(self._group)
         self._group = None

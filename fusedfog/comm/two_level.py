@@ -8,8 +8,8 @@ With L local ranks on each machine, the one at local coordinate l owns shard l o
     across    the owner exchanges the mean with the owners of shard l on the neighbour machines: 1/L per neighbour
     inside    the owner sends the mixed shard to the other local ranks: (L-1)/L out and in
 
-Between two neighbour machines the tensor so travels once, in L parallel streams, and no rank is a leader. Inside, the
-transfers are direct: gloo's own reduce-scatter moves as much as an all-reduce. All ranks of a machine get the same bits.
+Between two neighbour machines the tensor so travels once, in L parallel streams, and no rank is a leader. Inside (`inside.py`),
+the transfers are direct, by messages or through memory. All ranks of a machine get the same bits.
 
 Places are coordinates on the mesh, dim 0 across machines and dim 1 inside: the round of the topology, the owners of
 shards and the order of sums. A process group numbers the same ranks in ascending order, which may be another one.
@@ -119,22 +119,41 @@ class Path:
     carrier: Carrier
     tag: int
 
+    def start(self, sends: list[PeerTensor], recvs: list[PeerTensor], label: str) -> Transfer:
+        """Post sends and receives."""
+        return self.carrier.start(sends, recvs, tag=self.tag, label=label)
 
-@dataclass(frozen=True)
-class Paths:
-    """The ways of an exchange's three phases; None along a line that has no other rank, and for what is left out."""
 
-    collect: Path | None
-    across: Path | None
-    hand_round: Path | None
+class Inside(Protocol):
+    """How ranks of one machine pass on shards of a flat tensor; see `inside.py`."""
+
+    line: MeshLine
+    collects: bool
+
+    def room(self, numel: int, like: Tensor) -> Tensor:
+        """Room for this rank's shard while it is mixed, and until it has been handed round."""
+        ...
+
+    def collect(self, sent: Tensor, take: Take, label: str) -> Iterator[Transfer]:
+        """Call `take` with what the other ranks' `sent` hold of this rank's shard; only where it `collects`."""
+        ...
+
+    def hand_round(self, own: Tensor, places: Sequence[Tensor], label: str) -> Iterator[Transfer]:
+        """Fill all shards but the own one; `own` is from `room`."""
+        ...
+
+
+Take: TypeAlias = Callable[[dict[int, Tensor]], None]
+"""Does something with the same shard of other ranks, by coordinate; it may write to it."""
 
 
 def exchange(
     sent: Tensor,
     received: Tensor,
     round_: Round,
-    lines: tuple[MeshLine, MeshLine],
-    paths: Paths,
+    across: MeshLine,
+    path: Path | None,
+    inside: Inside,
     label: str,
     refuse: Refuse | None = None,
 ) -> Iterator[Transfer]:
@@ -144,34 +163,34 @@ def exchange(
         sent: this rank's flat tensor; only read, by the first phase.
         received: of the same length; holds sum_b W[a, b] mean_b after the last phase, for a rank of machine a.
         round_: the machine's round of the topology.
-        lines: across machines, and inside (`mesh_lines`).
+        across, path: the line across machines, and the way along it; None if there is only one.
+        inside: the way inside the machine. If that does not collect, its ranks have equal tensors.
         label: what this is, for errors.
         refuse: on CPUs, leave elements that are not finite out of all means, and call this with the global ranks that they came
             from, from any thread; None mixes them.
     """
-    across, inside = lines
-    shards, places = shards_of(sent, inside.size), shards_of(received, inside.size)
-    own = room_for(len(shards[inside.place]), sent).copy_(shards[inside.place])
-    if paths.collect is not None:
-        came = {place: room_for(len(own), sent) for place in inside.others}
-        to_owners = inside.addressed((place, shards[place]) for place in inside.others)
-        yield _start(paths.collect, to_owners, inside.addressed(came.items()), f"{label}, to the owners inside")
-        share = 1.0 / inside.size
+    line = inside.line
+    places = shards_of(received, line.size)
+    shard = shards_of(sent, line.size)[line.place]
+    own = inside.room(len(shard), sent).copy_(shard)
+
+    def take(came: dict[int, Tensor]) -> None:
+        share = 1.0 / line.size
         if refuse is not None:
-            _settle(own, came, dict.fromkeys(came, share), inside, refuse)
-        mix(own, list(came.values()), share, [share] * len(came), inside.place)
-    if paths.across is not None:
+            _settle(own, came, dict.fromkeys(came, share), line, refuse)
+        mix(own, list(came.values()), share, [share] * len(came), line.place)
+
+    if inside.collects:
+        yield from inside.collect(sent, take, f"{label}, to the owners inside")
+    if path is not None:
         came = {machine: room_for(len(own), sent) for machine in round_.recv}
         to_machines = across.addressed((machine, own) for machine in round_.send)
-        yield _start(paths.across, to_machines, across.addressed(came.items()), f"{label}, across machines")
+        yield path.start(to_machines, across.addressed(came.items()), f"{label}, across machines")
         if refuse is not None:
             _settle(own, came, round_.recv, across, refuse)
         _mix_machines(own, came, round_, across.place)
-    places[inside.place].copy_(own)
-    if paths.hand_round is not None:
-        to_others = inside.addressed((place, own) for place in inside.others)
-        from_owners = inside.addressed((place, places[place]) for place in inside.others)
-        yield _start(paths.hand_round, to_others, from_owners, f"{label}, from the owners inside")
+    places[line.place].copy_(own)
+    yield from inside.hand_round(own, places, f"{label}, from the owners inside")
 
 
 def _settle(
@@ -184,10 +203,6 @@ def _settle(
     bad = settle(own, list(came.values()), [weights[place] for place in places])
     if bad:
         refuse([line.ranks[places[k] if k >= 0 else line.place] for k in bad])
-
-
-def _start(path: Path, sends: list[PeerTensor], recvs: list[PeerTensor], label: str) -> Transfer:
-    return path.carrier.start(sends, recvs, tag=path.tag, label=label)
 
 
 def _mix_machines(own: Tensor, came: Mapping[int, Tensor], round_: Round, machine: int) -> None:

@@ -1,4 +1,7 @@
-"""The mean gradient of one bucket over ranks: packed into one buffer, all-reduced, and written to where gradients are."""
+"""The mean gradient of one bucket over ranks: packed into one buffer, all-reduced, and written to where gradients are.
+
+Ranks of one host have their buffers in memory that they share, and add them up there.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.finite import make_mean, take_part
+from fusedfog.comm.shared_buffers import SharedBuffers
+from fusedfog.comm.shared_reduce import SharedTransfer, add_up
 from fusedfog.comm.transfer import Transfer
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.kernels import device
@@ -33,6 +38,7 @@ class GradientBucket:
     Args:
         members: what the quarantine calls the communicator's ranks.
         parts: what the gradients of each of these are multiplied by in the mean; their sum is how many they are. None for 1.
+        shared: where these ranks can share memory.
         frees: gradients are freed once they are packed, and then windows of the buffer.
 
     Attributes:
@@ -53,6 +59,7 @@ class GradientBucket:
         members: Sequence[int],
         parts: Sequence[float] | None = None,
         *,
+        shared: SharedBuffers | None,
         frees: bool,
     ) -> None:
         self._members, place = members, segment.param.device
@@ -73,6 +80,8 @@ class GradientBucket:
         self._found: list[Tensor | None] = []
         self._present: list[bool] = []
         self._buffer = segment.param.new_empty(0)
+        # Gradients are packed to where the other ranks read them.
+        self._packed = shared.buffer() if shared is not None else None
 
     @property
     def complete(self) -> bool:
@@ -91,8 +100,12 @@ class GradientBucket:
 
     def _make_buffer(self, dtype: torch.dtype) -> None:
         ranks = self.communicator.view.size if self._quarantine is not None else 0
-        buffer = self.segment.param.new_zeros(self._length + len(self._slots) + ranks, dtype=dtype)
-        self._buffer, flags = buffer, self._length + len(self._slots)
+        flags = self._length + len(self._slots)
+        if self._packed is not None:
+            buffer = self._packed.room(flags + ranks, dtype).zero_()
+        else:
+            buffer = self.segment.param.new_zeros(flags + ranks, dtype=dtype)
+        self._buffer = buffer
         self._flags, self._fine = buffer[self._length : flags], buffer[flags:]
         self._places = [
             buffer[slot.start - self.layout.start : slot.stop - self.layout.start].as_strided(
@@ -132,8 +145,16 @@ class GradientBucket:
             self._found = []
             for param in segment.params[layout.first : layout.last]:
                 param.grad = None
-        self._transfer = Transfer(self.communicator, "gradients")
-        self._transfer.add(partial(dist.all_reduce, self._buffer, async_op=True), "averaging with all ranks")
+        self._transfer = self._sum()
+
+    def _sum(self) -> Transfer:
+        _ = self.communicator.group  # Raises why the communicator has ended, if it has.
+        if self._packed is not None:
+            operation = add_up(self._packed, self._buffer.numel(), self._buffer.dtype)
+            return SharedTransfer(self.communicator, "gradients", operation)
+        transfer = Transfer(self.communicator, "gradients")
+        transfer.add(partial(dist.all_reduce, self._buffer, async_op=True), "averaging with all ranks")
+        return transfer
 
     def _pack(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         if not device.on_gpu(self._buffer):

@@ -79,7 +79,7 @@ class GradientMeans(GradientHooks):
         super().__init__()
         self._trainer = weakref.ref(trainer)
         self.communicator, self.members, self.quarantine = communicator, members, quarantine
-        self._parts = parts
+        self._parts, self._shared = parts, communicator.shared_buffers()
         self._same = SameParameters(communicator, members) if compares else None
         self._bucket_bytes, self._frees, self._measures = bucket_bytes, frees, measures
         self.buckets: list[GradientBucket] = []
@@ -94,7 +94,14 @@ class GradientMeans(GradientHooks):
         known = {bucket.segment for bucket in self.buckets}
         self.buckets += [
             GradientBucket(
-                segment, layout, self.communicator, self.quarantine, self.members, self._parts, frees=self._frees
+                segment,
+                layout,
+                self.communicator,
+                self.quarantine,
+                self.members,
+                self._parts,
+                shared=self._shared,
+                frees=self._frees,
             )
             for segment in segments
             if segment.layout.mix and segment not in known

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.inside import ByMessages, ThroughMemory
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
-from fusedfog.comm.two_level import MeshLine, Path, Paths, Refuse, exchange, shards_of
+from fusedfog.comm.two_level import Inside, MeshLine, Path, Refuse, exchange, shards_of
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, OneMean, Rounds
 from fusedfog.gossip.quarantine import Quarantine
@@ -111,15 +112,25 @@ class Hierarchy:
         # one must not share its: gradients have a communicator of their own.
         own = communicator_for(inside.view, place, comm_sms, 2) if equal and inside.size > 1 else None
         self.equal, self.gradients = equal, own
-        self._inside = None if equal else _open(inside, place, comm_sms)
         self._across = _open(across, place, comm_sms)
-        self._back = self._inside
-        if on_gpu or equal:
-            self._back = _open(inside, place, comm_sms, number=1 if on_gpu else 0)
+        self._inside, self._back = None if equal else _open(inside, place, comm_sms), None
+        self._memory = self._through_memory(inside)
+        if self._memory is None:
+            self._back = self._inside
+            if on_gpu or equal:
+                self._back = _open(inside, place, comm_sms, number=1 if on_gpu else 0)
         self._pump = None if on_gpu else ThreadPoolExecutor(1, "fusedfog-hierarchy")
         self._streams = cycle([torch.cuda.Stream(place) for _ in range(2)] if on_gpu else [])
         self.bytes_inside = self.bytes_across = 0
         self.refuse: Refuse | None = None
+
+    def _through_memory(self, inside: MeshLine) -> ThroughMemory | None:
+        """The way through the machine's memory, if its ranks have one."""
+        communicator = self.gradients if self._inside is None else self._inside[0]
+        shared = communicator.shared_buffers() if communicator is not None else None
+        if communicator is None or shared is None:
+            return None
+        return ThroughMemory(inside, communicator, shared, collects=not self.equal)
 
     def warm_up(self, rounds: Iterable[Round]) -> None:
         """Open NCCL's connections inside the machine, and across for these of the machine's rounds."""
@@ -156,11 +167,14 @@ class Hierarchy:
         self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str
     ) -> Iterator[Transfer]:
         for i, (sent, inbox) in enumerate(pairs):
-            yield from exchange(sent, inbox, round_, self._lines, self._paths(number + i), label, self.refuse)
+            path, inside = _path(self._across, number + i), self._way_inside(number + i)
+            yield from exchange(sent, inbox, round_, self._lines[0], path, inside, label, self.refuse)
 
-    def _paths(self, number: int) -> Paths:
-        """The ways of exchange `number`: on gloo both phases inside go over one communicator, with tags of their own."""
-        return Paths(_path(self._inside, 2 * number), _path(self._across, number), _path(self._back, 2 * number + 1))
+    def _way_inside(self, number: int) -> Inside:
+        """The way inside of exchange `number`: on gloo both phases go over one communicator, with tags of their own."""
+        if self._memory is not None:
+            return self._memory
+        return ByMessages(self._lines[1], _path(self._inside, 2 * number), _path(self._back, 2 * number + 1))
 
 
 def _open(

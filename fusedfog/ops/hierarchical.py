@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fusedfog.comm.calls import collective
-from fusedfog.comm.two_level import MeshLine, Path, Paths, exchange, mesh_lines
+from fusedfog.comm.inside import ByMessages
+from fusedfog.comm.two_level import MeshLine, Path, exchange, mesh_lines
 from fusedfog.ops.edges import read_topology
 from fusedfog.ops.meeting import Report, confer
 from fusedfog.ops.neighbors import open_communicator
@@ -89,11 +90,11 @@ def hierarchical_neighbor_allreduce(
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"{_OPERATION}: this rank is not in the mesh {mesh.mesh.tolist()}")
-    across, inside = lines = mesh_lines(mesh)
+    across, inside = mesh_lines(mesh)
     round_ = _confer(source, machine_topology, step, across, inside, out, check)
     # Tags are taken now, before any other operation begins, whenever the phases run.
-    paths = _paths(across, inside, source.device)
-    return run(_phases(source, round_, lines, paths, out), source, async_op)
+    path, by_messages = _paths(across, inside, source.device)
+    return run(_phases(source, round_, across, path, by_messages, out), source, async_op)
 
 
 def _confer(
@@ -129,7 +130,7 @@ def _confer(
     return round_
 
 
-def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> Paths:
+def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> tuple[Path | None, ByMessages]:
     """The ways of one operation's phases, with tags of their own; the two phases inside share a communicator."""
     collect = across_machines = hand_round = None
     if inside.size > 1:
@@ -138,11 +139,13 @@ def _paths(across: MeshLine, inside: MeshLine, device: torch.device) -> Paths:
     if across.size > 1:
         port = Port(open_communicator(across.view, device))
         across_machines = Path(port, port.tags(1)[0])
-    return Paths(collect, across_machines, hand_round)
+    return across_machines, ByMessages(inside, collect, hand_round)
 
 
-def _phases(x: Tensor, round_: Round, lines: tuple[MeshLine, MeshLine], paths: Paths, out: Tensor | None) -> Phases:
+def _phases(
+    x: Tensor, round_: Round, across: MeshLine, path: Path | None, inside: ByMessages, out: Tensor | None
+) -> Phases:
     flat = flat_view(x)
     result = flat.new_empty(len(flat))
-    yield from exchange(flat, result, round_, lines, paths, _OPERATION)
+    yield from exchange(flat, result, round_, across, path, inside, _OPERATION)
     return deliver(result, x, out)

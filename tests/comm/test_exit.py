@@ -25,6 +25,16 @@ for _ in range(4):
 """
 
 
+THROUGH_MEMORY = """
+from torch.distributed.device_mesh import init_device_mesh
+model = torch.nn.Linear(8, 8)
+optimizer = fusedfog.SGD(model.parameters(), lr=0.1, mesh=init_device_mesh("cpu", (1, 3)))
+for _ in range(2):
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+"""
+
+
 @pytest.mark.parametrize(
     ("last", "fused"),
     [
@@ -34,6 +44,7 @@ for _ in range(4):
         # Rank 0 hosts the store, and ends first.
         pytest.param("import time; time.sleep(3.0 * (fusedfog.rank() > 0))", False, marks=pytest.mark.slow),
         pytest.param("import os; os.fork() or os._exit(0); print(fusedfog.mean(1.0))", False, marks=pytest.mark.slow),
+        pytest.param(THROUGH_MEMORY, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, fused: bool) -> None:
