@@ -40,12 +40,13 @@ class ByMessages:
         yield self._collect.start(to_owners, line.addressed(came.items()), label)
         take(came)
 
-    def hand_round(self, own: Tensor, places: Sequence[Tensor], label: str) -> Iterator[Transfer]:
+    def hand_round(self, own: Sequence[Tensor], places: Sequence[Sequence[Tensor]], label: str) -> Iterator[Transfer]:
         """See `Inside`."""
         if self._hand_round is not None:
             line = self.line
-            to_others = line.addressed((place, own) for place in line.others)
-            yield self._hand_round.start(to_others, line.addressed((p, places[p]) for p in line.others), label)
+            to_others = line.addressed((place, piece) for place in line.others for piece in own)
+            from_owners = line.addressed((place, piece) for place in line.others for piece in places[place])
+            yield self._hand_round.start(to_others, from_owners, label)
 
 
 class ThroughMemory:
@@ -79,7 +80,7 @@ class ThroughMemory:
         operation = shared_reduce.collect(self._whole, len(sent), sent.dtype, take_own)
         yield shared_reduce.SharedTransfer(self._communicator, label, operation)
 
-    def hand_round(self, own: Tensor, places: Sequence[Tensor], label: str) -> Iterator[Transfer]:
+    def hand_round(self, own: Sequence[Tensor], places: Sequence[Sequence[Tensor]], label: str) -> Iterator[Transfer]:
         """See `Inside`."""
         targets = {self.line.members[place]: places[place] for place in self.line.others}
         operation = shared_reduce.hand_round(self._shard, targets)

@@ -77,16 +77,19 @@ def _add_up(buffer: Buffer, own: Tensor) -> Steps:
     yield Kind.READ, shared.others
 
 
-def hand_round(buffer: Buffer, places: Mapping[int, Tensor]) -> Operation:
-    """Copy what other ranks have at the beginning of their buffers to where it belongs here, by rank, [numel] each."""
+def hand_round(buffer: Buffer, places: Mapping[int, Sequence[Tensor]]) -> Operation:
+    """Copy what other ranks have at the beginning of their buffers to flat tensors of one dtype, by rank, one behind another."""
     return buffer.shared.start(buffer, _hand_round(buffer, places))
 
 
-def _hand_round(buffer: Buffer, places: Mapping[int, Tensor]) -> Steps:
+def _hand_round(buffer: Buffer, places: Mapping[int, Sequence[Tensor]]) -> Steps:
     shared = buffer.shared
     for rank in shared.others:
         yield Kind.READY, (rank,)
-        _copy(shared.peer(rank, buffer, len(places[rank]), places[rank].dtype), places[rank])
+        sizes = [len(place) for place in places[rank]]
+        flat = shared.peer(rank, buffer, sum(sizes), places[rank][0].dtype)
+        for piece, place in zip(flat.split(sizes), places[rank], strict=True):
+            _copy(piece, place)
     shared.tell(Kind.READ, buffer)
     yield Kind.READ, shared.others
 

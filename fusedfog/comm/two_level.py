@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -138,8 +139,8 @@ class Inside(Protocol):
         """Call `take` with what the other ranks' `sent` hold of this rank's shard; only where it `collects`."""
         ...
 
-    def hand_round(self, own: Tensor, places: Sequence[Tensor], label: str) -> Iterator[Transfer]:
-        """Fill all shards but the own one; `own` is from `room`."""
+    def hand_round(self, own: Sequence[Tensor], places: Sequence[Sequence[Tensor]], label: str) -> Iterator[Transfer]:
+        """Fill the shards of all coordinates but the own one; `own` are those that fill one `room`, one behind another."""
         ...
 
 
@@ -190,7 +191,53 @@ def exchange(
             _settle(own, came, round_.recv, across, refuse)
         _mix_machines(own, came, round_, across.place)
     places[line.place].copy_(own)
-    yield from inside.hand_round(own, places, f"{label}, from the owners inside")
+    yield from inside.hand_round([own], [[place] for place in places], f"{label}, from the owners inside")
+
+
+def pass_on(
+    sent: Sequence[Tensor],
+    received: Mapping[int, Sequence[Tensor]],
+    groups: int,
+    round_: Round,
+    across: MeshLine,
+    path: Path | None,
+    inside: Inside,
+    label: str,
+) -> Iterator[Transfer]:
+    """Bring every rank what neighbour machines send, where all ranks of a machine send the same; phases as those of `exchange`.
+
+    Args:
+        sent: flat tensors of this machine.
+        received: by machine of the round, where those of that machine arrive.
+        groups: every tensor belongs to so many groups of elements, and shards are whole groups.
+        round_, across, path, inside, label: as for `exchange`; nothing is collected.
+    """
+    if path is None or not (round_.send or round_.recv):
+        return
+    line = inside.line
+    own = [pieces_of(tensor, line.size, groups)[line.place] for tensor in sent]
+    places = [
+        [pieces_of(tensor, line.size, groups)[place] for tensors in received.values() for tensor in tensors]
+        for place in range(line.size)
+    ]
+    sizes = [len(piece) for piece in own] * len(received)
+    came = list(inside.room(sum(sizes), sent[0].view(torch.uint8)).split(sizes)) if sizes else []
+    sources = [machine for machine in received for _ in own]
+    to_machines = across.addressed((machine, piece) for machine in round_.send for piece in own)
+    from_machines = across.addressed(zip(sources, came, strict=True))
+    yield path.start(to_machines, from_machines, f"{label}, across machines")
+    for piece, place in zip(came, places[line.place], strict=True):
+        place.copy_(piece)
+    if came:
+        yield from inside.hand_round(came, places, f"{label}, from the owners inside")
+
+
+def pieces_of(tensor: Tensor, count: int, groups: int) -> list[Tensor]:
+    """The shards of a flat tensor that is `groups` groups long, as bytes, one for each local rank."""
+    flat = tensor.view(torch.uint8)
+    unit = len(flat) // groups
+    cuts = [i * groups // count * unit for i in range(count + 1)]
+    return [flat[first:last] for first, last in pairwise(cuts)]
 
 
 def _settle(

@@ -12,6 +12,7 @@ from fusedfog.engine.phases import Phase
 from fusedfog.engine.rhythm import pauses
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import ByMachine
+from fusedfog.gossip.codes_by_machine import CodesByMachine
 from fusedfog.gossip.compression import CompressedChannels
 from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
 from fusedfog.gossip.global_average import GlobalAverage
@@ -80,7 +81,9 @@ class Exchanges:
             ahead = algorithm.before is None
             self.channels = CompressedChannels(segments, codes, algorithm.messages, communicator, ahead=ahead)
         gossip: Delivery = Neighbors(communicator, channel, inboxes, self.stats, self.channels)
-        if hierarchy is not None:
+        if hierarchy is not None and self.channels is not None:
+            gossip = CodesByMachine(communicator, hierarchy, inboxes, self.stats, self.channels)
+        elif hierarchy is not None:
             gossip = ByMachine(communicator, hierarchy, inboxes, self.stats, self.quarantine)
         averages = schedule.global_average_every is not None
         average = GlobalAverage(communicator, inboxes, self.stats, self.quarantine) if averages else None

@@ -13,7 +13,7 @@ bucket's first wait for this one's last.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
@@ -26,7 +26,7 @@ from fusedfog.comm.inside import ByMessages, ThroughMemory
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.transfer import Transfer
-from fusedfog.comm.two_level import Inside, MeshLine, Path, Refuse, exchange, shards_of
+from fusedfog.comm.two_level import Inside, MeshLine, Path, Refuse, exchange, pass_on, pieces_of, shards_of
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors, OneMean, Rounds
 from fusedfog.gossip.quarantine import Quarantine
@@ -160,8 +160,32 @@ class Hierarchy:
             if self.locals > 1:
                 self.bytes_inside += (1 if self.equal else 2) * (sent.nbytes - own)
             self.bytes_across += len(round_.send) * own
-        on = self._pump if self._pump is not None else next(self._streams)
-        return Chain(communicator, label, self._all_phases(pairs, round_, number, label), on)
+        return self._chain(communicator, self._all_phases(pairs, round_, number, label), label)
+
+    def pass_on(
+        self,
+        communicator: Communicator,
+        sent: Sequence[Tensor],
+        received: Mapping[int, Sequence[Tensor]],
+        groups: int,
+        round_: Round,
+        number: int,
+        label: str,
+    ) -> Chain:
+        """Start bringing what neighbour machines send to all ranks of this one; see `two_level.pass_on`.
+
+        Args:
+            number: as for `start`; takes as many numbers as one rank is sent tensors.
+        """
+        own = sum(pieces_of(tensor, self.locals, groups)[self.local].nbytes for tensor in sent)
+        self.bytes_inside += len(received) * own * (self.locals - 1)
+        self.bytes_across += len(round_.send) * own
+        path, inside = _path(self._across, number), self._way_inside(number)
+        phases = pass_on(sent, received, groups, round_, self._lines[0], path, inside, label)
+        return self._chain(communicator, phases, label)
+
+    def _chain(self, communicator: Communicator, phases: Iterator[Transfer], label: str) -> Chain:
+        return Chain(communicator, label, phases, self._pump if self._pump is not None else next(self._streams))
 
     def _all_phases(
         self, pairs: Sequence[tuple[Tensor, Tensor]], round_: Round, number: int, label: str

@@ -111,7 +111,12 @@ ROWS: tuple[Refusal, ...] = (
         Refusal("outer", every, "outer= has a rhythm of its own", "give outer=Outer(every=...) and no other rhythm")
         for every in ("communicate_every", "global_average_every")
     ),
-    Refusal("mesh", "wire_dtype", "machines of a mesh exchange exact means", _ONE_OF_THEM),
+    Refusal(
+        "machines that average parameters",
+        "wire_dtype",
+        "what a machine sends is a mean of its ranks that none of their passes has made",
+        "use inside='gradients', the default, or exact messages",
+    ),
     Refusal(
         "fused_backward",
         "FSDP2",

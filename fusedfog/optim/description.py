@@ -118,10 +118,12 @@ def bytes_of_exchange(engine: Scheduler) -> float:
     if phase.hierarchy is None:
         return sends * messages
     share = messages / phase.hierarchy.locals
-    # Inside a machine gradients are reduced, or parameters collected; mixed ones are handed round; across goes this rank's share.
+    # Inside a machine gradients are reduced, or parameters collected; mixed ones, or codes of all neighbours, are handed round;
+    # across goes this rank's share.
     gradients = sum(segment.param.nbytes for segment in mixed) if phase.hierarchy.equal else messages / 2
     own = 1 - 1 / phase.hierarchy.locals
-    return (2 * gradients + messages) * own + sends * share
+    handed = messages * (1 if _codes_of(engine) is None else sends)
+    return (2 * gradients + handed) * own + sends * share
 
 
 def _codes_of(engine: Scheduler) -> torch.dtype | None:

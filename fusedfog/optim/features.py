@@ -224,6 +224,11 @@ FEATURES: dict[str, Feature] = {
         "`mesh` with `inside='gradients'`",
         lambda setup: "mesh= with inside='gradients'",
     ),
+    "machines that average parameters": Feature(
+        lambda setup: setup.value("mesh") is not None and not setup.sharded and setup.value("inside") == "parameters",
+        "`mesh` with `inside='parameters'`",
+        lambda setup: "mesh= with inside='parameters'",
+    ),
     # As torch does it, with a warning: each time that it is listed, it is updated.
     "listed twice": Feature(
         lambda setup: (

@@ -104,7 +104,7 @@ def _many_at_once(communicator: Communicator, shared: SharedBuffers) -> None:
                 expected = dict.fromkeys(found, float(n * (step + place) + n * (n - 1) // 2))
             else:
                 found = {other: torch.empty(numel) for other in shared.others}
-                operation = hand_round(buffer, found)
+                operation = hand_round(buffer, {other: place.split(30) for other, place in found.items()})
                 expected = {other: float(step + place + other) for other in shared.others}
             begun.append((SharedTransfer(communicator, "", operation), own, found, expected))
         for transfer, own, found, expected in begun:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fusedfog
+from fusedfog.comm import shared_memory
 
 DOUBLE = torch.float64
 
@@ -51,17 +52,26 @@ def values(model: nn.Module) -> list[Tensor]:
 
 
 def dtype_of(keywords: dict[str, Any]) -> torch.dtype:
-    """dag divides differences of parameters by lr, and with them their rounding."""
-    return torch.bfloat16 if "low_precision" in keywords else DOUBLE if keywords.get("algorithm") == "dag" else torch.float32
+    """dag divides differences of parameters by lr, and with them their rounding; codes round it up to one of theirs."""
+    precise = keywords.get("algorithm") == "dag" or "wire_dtype" in keywords
+    return torch.bfloat16 if "low_precision" in keywords else DOUBLE if precise else torch.float32
 
 
 def mesh_of(places: list[list[int]]) -> DeviceMesh:
     return DeviceMesh("cpu", places)
 
 
-def on_machines(kind: str, keywords: dict[str, Any], steps: int, micro: bool) -> list[Tensor]:
-    """Parameters of this rank, of six on three machines."""
-    model = net(dtype_of(keywords))
+def on_machines(kind: str, keywords: dict[str, Any], steps: int, micro: bool, shares: bool = True) -> list[Tensor]:
+    """Parameters of this rank, of six on three machines, whose ranks share memory or not."""
+    model, found = net(dtype_of(keywords)), shared_memory.SUPPORTED
+    shared_memory.SUPPORTED = found and shares
+    try:
+        return _on_machines(model, kind, keywords, steps, micro)
+    finally:
+        shared_memory.SUPPORTED = found
+
+
+def _on_machines(model: nn.Module, kind: str, keywords: dict[str, Any], steps: int, micro: bool) -> list[Tensor]:
     opt = build(model.parameters(), kind, mesh=mesh_of([[0, 3], [1, 4], [5, 2]]), bucket_mb=1e-4, **keywords)
     rank = dist.get_rank()
     train(model, opt, range(steps), [2 * rank, 2 * rank + 1] if micro else [rank], micro)
@@ -89,17 +99,28 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD start": ("SGD", {"momentum": 0.9, "data_parallel_steps": 4}),
     "dag": ("AdamW", {"algorithm": "dag", "topology": "ring"}),
     "Decentralized": ("Decentralized", {"topology": "ring"}),
+    "int8": ("AdamW", {"wire_dtype": "int8"}),
+    "fp8 hooks": ("SGD", {"wire_dtype": "fp8", "fused_backward": True, "algorithm": "atc", "topology": "ring"}),
+    "bf16 start": ("SGD", {"wire_dtype": "bf16", "topology": "base_graph", "data_parallel_steps": 4, "momentum": 0.9}),
+    "int8 tracking": ("SGD", {"wire_dtype": "int8", "algorithm": "gradient_tracking", "topology": "ring"}),
 }
+BY_MESSAGES = ("AdamW awc", "int8", "bf16 start")
 NODES = [[0, 3], [1, 4], [5, 2]]
 
 
 @pytest.mark.parametrize(
-    ("name", "micro"), [*((name, False) for name in SETUPS), ("AdamW awc", True), ("AdamW hooks", True)]
+    ("name", "micro", "shares"),
+    [
+        *((name, False, True) for name in SETUPS),
+        *((name, False, False) for name in BY_MESSAGES),
+        ("AdamW awc", True, True),
+        ("AdamW hooks", True, True),
+    ],
 )
-def test_a_machine_is_a_node_with_as_many_times_the_batch(ranks: Pool, name: str, micro: bool) -> None:
+def test_a_machine_is_a_node_with_as_many_times_the_batch(ranks: Pool, name: str, micro: bool, shares: bool) -> None:
     kind, keywords = SETUPS[name]
     steps = 6 if name == "dag" else 12  # dag blows up rounding a thousandfold in a few steps, whatever it trains on.
-    found = ranks.run(6, on_machines, kind, keywords, steps, micro)
+    found = ranks.run(6, on_machines, kind, keywords, steps, micro, shares)
     nodes = ranks.run(3, on_nodes, kind, keywords, steps, NODES, micro)
     for machine, members in enumerate(NODES):
         for one, other, node in zip(*(found[rank] for rank in members), nodes[machine], strict=True):
@@ -153,10 +174,10 @@ def test_machines_that_start_apart_inside_are_told_at_once(ranks: Pool) -> None:
         assert text.startswith(f"rank {rank}: ranks {'0, 1' if rank < 2 else '2, 3'} average") and "step 1)" in text
 
 
-def resumed() -> bool:
+def resumed(form: str | None) -> bool:
     mesh = init_device_mesh("cpu", (2, 2))
     one, other = net(), net()
-    keywords = {"mesh": mesh, "data_parallel_steps": 3, "topology": "ring"}
+    keywords = {"mesh": mesh, "data_parallel_steps": 3, "topology": "ring", "wire_dtype": form}
     opt = fusedfog.AdamW(one.parameters(), lr=0.02, **keywords)
     train(one, opt, range(5), [dist.get_rank()])
     saved, weights = opt.state_dict(), values(one)
@@ -171,8 +192,40 @@ def resumed() -> bool:
     return all(torch.equal(a, b) for a, b in zip(values(one), values(other), strict=True))
 
 
-def test_a_resume_is_the_uninterrupted_run(ranks: Pool) -> None:
-    assert ranks.run(4, resumed) == [True] * 4
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_resume_is_the_uninterrupted_run(ranks: Pool, form: str | None) -> None:
+    assert ranks.run(4, resumed, form) == [True] * 4
+
+
+def compressed_bytes(form: str | None) -> tuple[int, int]:
+    """Sent across machines and inside them, by this rank, in four exchanges of 64 x 64 parameters."""
+    model = nn.Linear(64, 64, bias=False)
+    opt = fusedfog.SGD(
+        model.parameters(), lr=0.0, mesh=init_device_mesh("cpu", (2, 2)), topology="ring", wire_dtype=form
+    )
+    for _ in range(3):
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+    opt.drain()
+    stats = opt.stats()
+    return stats["bytes_across"], stats["bytes_sent"] - stats["bytes_across"]
+
+
+def test_codes_travel_across_machines_and_inside(ranks: Pool) -> None:
+    codes, gradients = 64 * 64 * 17 // 16, 3 * 64 * 64 * 4
+    for across, inside in ranks.run(4, compressed_bytes, "int8"):
+        assert across == 4 * codes // 2  # One of them is on its way to a step that never comes.
+        assert gradients + 4 * codes // 2 <= inside < 1.01 * gradients + 4 * codes // 2
+
+
+def compressed_parameters() -> None:
+    mesh = init_device_mesh("cpu", (2, 1))
+    fusedfog.SGD(net().parameters(), lr=0.1, mesh=mesh, inside="parameters", wire_dtype="int8")
+
+
+def test_means_of_parameters_are_not_compressed(ranks: Pool) -> None:
+    for outcome in ranks.outcomes(2, compressed_parameters):
+        assert outcome.error_type == "ValueError" and "use inside='gradients', the default" in outcome.message
 
 
 def test_what_machines_average_is_one_of_two_things() -> None:
