@@ -152,8 +152,10 @@ class SharedBuffers:
         operation = Operation(buffer, steps)
         self.tell(Kind.READY, buffer)
         self._new.append(operation)
+        if self._closed:
+            operation.fail(ConnectionError("the connection was closed"))
         # Another rank's record wakes the thread too, and most operations begin before the last rank has written.
-        if self._closed or self._missing(operation) <= self._gone:
+        elif self._missing(operation) <= self._gone:
             self._ring()
         return operation
 
@@ -175,18 +177,16 @@ class SharedBuffers:
 
     def close(self) -> None:
         """The same as `give_up`, and end the thread."""
-        if self._closed:
-            return
-        self._closed = True
-        self.give_up()
-        self._ring()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        for end in (*self._sockets.values(), self._bell, self._rope):
-            end.close()
+        if not self._closed:
+            self._closed = True
+            self.give_up()
+            self._ring()
+            # Garbage that closes a communicator may be collected in any thread.
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
 
     def forget(self) -> None:
-        """In a forked process: there is no thread, and the connections are its parent's."""
+        """Let go of the connections: at the end of the thread, and in a forked process, whose parent's they are."""
         self._closed = True
         for end in (*self._sockets.values(), self._bell, self._rope):
             end.close()
@@ -235,6 +235,17 @@ class SharedBuffers:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self.give_up()
+            self._closed = True
+            for operation in (*self._operations, *self._new):
+                if not operation.over.is_set():
+                    operation.fail(ConnectionError("the connection was closed"))
+            self.forget()
+
+    def _serve(self) -> None:
         with selectors.DefaultSelector() as waiting, torch.no_grad():
             waiting.register(self._bell, selectors.EVENT_READ, None)
             for rank, connection in self._sockets.items():
@@ -247,8 +258,6 @@ class SharedBuffers:
                         waiting.unregister(key.fileobj)
                         self._gone.add(key.data)
                 self._move()
-        for operation in (*self._operations, *self._new):
-            operation.fail(ConnectionError("the connection was closed"))
 
     def _hear(self, rank: int) -> bool:
         """Read all records that a rank has sent; whether there will be more."""
