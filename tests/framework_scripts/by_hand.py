@@ -92,7 +92,7 @@ class Record:
         model = self.model.train()
         put(model, self.start["model"])
         params = list(model.parameters())
-        inner = torch.optim.AdamW(params, lr=LR)
+        inner = torch.optim.AdamW([{"params": group["params"]} for group in self.optimizer.param_groups], lr=LR)
         inner.load_state_dict(self.start["optimizer"])
         steps = len(self.inputs) // accumulate
         for step in range(STEPS - steps, STEPS):
@@ -100,7 +100,8 @@ class Record:
             for _ in range(accumulate):
                 (loss_of(model, **self.inputs.pop(0)) / accumulate).backward()
             nn.utils.clip_grad_norm_(params, CLIP)
-            inner.param_groups[0]["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            for group in inner.param_groups:
+                group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
             before = clones(params)
             inner.step()
             with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from by_hand import LENGTH, VOCABULARY, tokens
 from torch import Tensor, nn
 from transformers import GPT2Config
@@ -29,12 +28,3 @@ data = [{**one, "labels": one["labels"].where(torch.arange(LENGTH) > 0, -100)} f
 def loss_of(model: nn.Module, **batch: Any) -> Tensor:
     return model(**batch).loss
 
-
-def _set_device(self: PartialState, original: Any = PartialState.set_device) -> None:
-    original(self)
-    self.device = torch.device(self.device.type)
-
-
-# accelerate names the CPU "cpu:0". No tensor keeps that index, so every module.to("cpu:0") finds its parameters elsewhere
-# and gives them new storages, also those that an optimizer of fusedfog has laid out. A GPU's index is kept.
-PartialState.set_device = _set_device  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 from by_hand import Network, Record, tokens
@@ -24,12 +23,11 @@ resume = "run/step=4.ckpt" if sys.argv[1] == "resume" else None
 # README: begin
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 
-import fusedfog
+from fusedfog.lightning import Decentralized
 
 
-class Decentralized(L.LightningModule):
+class Module(L.LightningModule):  # as for one GPU
     def __init__(self):
         super().__init__()
         self.network = Network()
@@ -41,41 +39,26 @@ class Decentralized(L.LightningModule):
         self.log("loss", self.network(**batch), sync_dist=True)
 
     def configure_optimizers(self):
-        self.optimizer = fusedfog.AdamW(self.parameters(), lr=1e-2, model=self)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=8)
-        return [self.optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    def on_train_start(self):
-        fusedfog.local_gradients(self.trainer.strategy.model)  # or DDP would average gradients
-        if (saved := Path(f"run/ranks-{self.global_step}")).exists():
-            fusedfog.load_checkpoint(saved, self, self.optimizer)
-
-    def on_save_checkpoint(self, checkpoint):  # Lightning saves rank 0 alone
-        fusedfog.save_checkpoint(f"run/ranks-{self.global_step}", self, self.optimizer)
-
-    def on_validation_start(self):
-        self.average = self.optimizer.averaged(self)
-        self.average.__enter__()
-
-    def on_validation_end(self):
-        self.average.__exit__(None, None, None)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-model = Decentralized()
 trainer = L.Trainer(
     devices=2,
-    strategy=DDPStrategy(broadcast_buffers=False),
+    strategy=Decentralized(topology="one_peer_exponential"),
     max_steps=8,
     gradient_clip_val=0.5,
     accumulate_grad_batches=2,
-    callbacks=[ModelCheckpoint("run", "{step}", save_top_k=-1, save_on_train_epoch_end=True)],
+    callbacks=[ModelCheckpoint("run", "{step}", save_top_k=-1)],
 )
 # README: end
+model = Module()
 
 
 class Recorded(L.Callback):
     def on_train_start(self, trainer, model):
-        self.record = Record(model.network, model.optimizer)
+        self.record = Record(model.network, trainer.optimizers[0])
 
     def on_train_end(self, trainer, model):
         # Here and not after fit(), which ends by taking the model from its device.

@@ -32,7 +32,7 @@ NEEDS = {
 OF_ALL_RANKS = {
     "hf_trainer": "run/checkpoint-4/ranks",
     "hf_accelerate": "checkpoint/ranks",
-    "lightning_fit": "run/ranks-4",
+    "lightning_fit": "run/step=4.ckpt.ranks",
 }
 Records = list[dict[str, Any]]
 
