@@ -88,7 +88,9 @@ def _save(prepared: _Prepared, models: list[nn.Module], weights: list[dict[str, 
     with prepared.gossip.averaged(prepared.model):
         for number, one in enumerate(models):
             if one is prepared.model and number < len(weights):
-                weights[number] = {name: value.detach().clone() for name, value in one.state_dict().items()}
+                # accelerate has left out names of tensors that others share.
+                found = one.state_dict()
+                weights[number] = {name: found[name].detach().clone() for name in weights[number]}
     save_checkpoint(Path(folder, _RANKS), prepared.model, prepared.gossip)
 
 
