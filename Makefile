@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FRAMEWORKS := $(VENV)/.frameworks
+JUPYTER := $(VENV)/.jupyter
 TYPED := build/typed
 
-.PHONY: demo test test-ranks test-interpreter test-all test-triton lint bench clean
+.PHONY: demo test test-ranks test-interpreter test-all test-triton lint bench tutorials clean
 
 # GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them.
 demo: $(INSTALLED)
@@ -47,6 +48,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	set -e; for name in kernels papers network plan; do $(BIN)/python bench/$$name.py; done
 
+# The notebooks are made from the scripts beside them, with all outputs: change a script, and make them anew.
+tutorials: $(JUPYTER)
+	cd fusedfog/examples/tutorial && OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= \
+		"$(CURDIR)/$(BIN)/jupytext" --to ipynb --execute --set-kernel python3 [0-9]_*.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis digits*.png digits*.json
 	find fusedfog kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
@@ -59,4 +65,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 # transformers, accelerate and Lightning, whose tests `make test` skips.
 $(FRAMEWORKS): $(INSTALLED)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[frameworks]'
+	touch $@
+
+$(JUPYTER): $(INSTALLED)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tutorials]'
 	touch $@
