@@ -47,7 +47,8 @@ def prepare(accelerator: Accelerator, *objects: Any, **decentralized: Unpack[Key
     optimizers = [one for one in objects if isinstance(one, torch.optim.Optimizer)]
     if len(models) != 1 or len(optimizers) != 1:
         raise ValueError(
-            f"prepare takes one model and one optimizer, and was given {len(models)} and {len(optimizers)}: call it once for each pair"
+            f"prepare takes one model and one optimizer, and was given {len(models)} and {len(optimizers)}: call it once for "
+            f"each pair"
         )
     (model,), (optimizer,) = models, optimizers
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -84,7 +84,10 @@ _DATA_PARALLEL = {
 _NO_MIXING_YET = {
     "data_parallel_steps": ("it exchanges nothing, so no rank would mix afterwards", "use awc or atc, or outer="),
     "lr_scale": ("it exchanges nothing", "give another lr"),
-    "weight": ("it exchanges nothing, so each rank minimises its own loss", "leave it out, or use awc or atc, or outer="),
+    "weight": (
+        "it exchanges nothing, so each rank minimises its own loss",
+        "leave it out, or use awc or atc, or outer=",
+    ),
 }
 _EXACT_SUMS = ("its sums must be conserved exactly", "use atc")
 
@@ -121,7 +124,9 @@ def _common(inner: Stage) -> dict[str, Algorithm]:
                 "mix_strength": ("it averages gradients, and mixes no parameters", "leave it out, or use awc or atc"),
             },
         ),
-        Algorithm("local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET),
+        Algorithm(
+            "local", None, inner, exchanges="nothing", takes_outer=True, refuses=_NOTHING_TO_MIX | _NO_MIXING_YET
+        ),
     ]
     return {row.name: replace(row, plain=True) for row in rows}
 

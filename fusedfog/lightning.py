@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fusedfog.optim.base import DecentralizedOptimizer
 from fusedfog.optim.checkpoint import load_checkpoint, save_checkpoint
-from fusedfog.optim.options import Keywords
 from fusedfog.optim.take_over import take_over
 
 _DDP = frozenset(inspect.signature(DDPStrategy.__init__).parameters) - {"self", "kwargs"}
@@ -47,7 +46,7 @@ class Decentralized(DDPStrategy):
     def __init__(self, *, save: Literal["average", "rank0"] = "average", **keywords: Any) -> None:
         if save not in ("average", "rank0"):
             raise ValueError(f"save is 'average' or 'rank0', and is {save!r}")
-        self._decentralized: Keywords = {name: keywords.pop(name) for name in list(keywords) if name not in _DDP}  # type: ignore[assignment]
+        self._decentralized: Any = {name: keywords.pop(name) for name in list(keywords) if name not in _DDP}
         super().__init__(**keywords)
         self._save = save
         self._averages: contextlib.ExitStack | None = None
@@ -60,12 +59,13 @@ class Decentralized(DDPStrategy):
         """As `configure_optimizers` says, then taken over."""
         super().setup_optimizers(trainer)
         schedules = [config.scheduler for config in self.lr_scheduler_configs]
+        configured: list[Any] = self.optimizers
         taken = []
-        for optimizer in self.optimizers:
+        for optimizer in configured:
             own = isinstance(optimizer, DecentralizedOptimizer)
-            keywords: Keywords = {} if own else {"model": self.lightning_module, **self._decentralized}
+            keywords: Any = {} if own else {"model": self.lightning_module, **self._decentralized}
             taken.append(take_over(optimizer, schedules, **keywords))
-        self.optimizers = list(taken)
+        self.optimizers: Any = taken
 
     @property
     def _gossip(self) -> list[DecentralizedOptimizer]:
@@ -126,7 +126,8 @@ class Decentralized(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Lightning's file; where it was, for the ranks' own states."""
         self._resumed = Path(checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        found: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        return found
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Every rank's own parameters and states, or rank 0's where a checkpoint has no others. Collective."""

@@ -5,7 +5,8 @@
     trainer = Trainer(model, args, train_dataset=data, decentralized={"topology": "one_peer_exponential"})
     trainer.train()
 
-It stands on `optim`. A Trainer of another package, trl's SFTTrainer say, becomes one by `class Mine(Decentralized, SFTTrainer): ...`.
+It stands on `optim`. A Trainer of another package, trl's SFTTrainer say, becomes one by
+`class Mine(Decentralized, SFTTrainer): ...`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _RANKS = "ranks"
 class Decentralized:
     """What makes a Trainer decentralized: a mixin, to be named before the Trainer.
 
-    The optimizer that the Trainer builds, or is given, becomes one of fusedfog's (`take_over`). The model is not wrapped, and tokens
-    are not counted over all ranks in every step (`average_tokens_across_devices`), as all ranks would wait for each other.
-    Evaluation, prediction and `save_model` see the average over all ranks, so the weights in a checkpoint are those
-    that were scored. Beside them every checkpoint has every rank's own parameters and states, from which `resume_from_checkpoint` goes on.
+    The optimizer that the Trainer builds, or is given, becomes one of fusedfog's (`take_over`). The model is not wrapped, and
+    tokens are not counted over all ranks in every step (`average_tokens_across_devices`), as all ranks would wait for each
+    other. Evaluation, prediction and `save_model` see the average over all ranks, so the weights in a checkpoint are those
+    that were scored. Beside them every checkpoint has every rank's own parameters and states, from which
+    `resume_from_checkpoint` goes on.
 
     Args:
         decentralized: the keywords of `fusedfog.DecentralizedOptimizer`, a dictionary.
@@ -54,7 +56,8 @@ class Decentralized:
             keywords: Keywords = {"model": model if model is not None else trainer.model, **self._decentralized}
             own = isinstance(optimizer, DecentralizedOptimizer)
             self._gossip = trainer.optimizer = take_over(optimizer, schedules, **({} if own else keywords))
-        return trainer.optimizer
+        made: torch.optim.Optimizer = trainer.optimizer
+        return made
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]

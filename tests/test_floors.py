@@ -19,7 +19,7 @@ FLOORS = [
     ("gossip",),
     ("engine",),
     ("optim",),
-    ("simulate", "plan", "watch"),
+    ("simulate", "plan", "watch", "transformers", "accelerate", "lightning"),
     ("cli",),
     ("examples",),
 ]

@@ -13,7 +13,7 @@ from fusedfog.optim.optimizers import SGD, Adam, AdamW
 from fusedfog.optim.options import Keywords
 from fusedfog.optim.wrapper import Decentralized
 
-_NAMESAKES: dict[type[torch.optim.Optimizer], type[DecentralizedOptimizer]] = {
+_NAMESAKES: dict[type[torch.optim.Optimizer], type[SGD] | type[Adam]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: AdamW,
@@ -58,7 +58,7 @@ def take_over(
     return new
 
 
-def _successor(optimizer: torch.optim.Optimizer, decentralized: Keywords) -> DecentralizedOptimizer:
+def _successor(optimizer: torch.optim.Optimizer, decentralized: Any) -> DecentralizedOptimizer:
     namesake = _NAMESAKES.get(type(optimizer))
     if namesake is None:
         return Decentralized(optimizer, **decentralized)

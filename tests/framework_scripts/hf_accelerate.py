@@ -19,7 +19,9 @@ from fusedfog.accelerate import prepare
 accelerator = Accelerator(gradient_accumulation_steps=2, step_scheduler_with_optimizer=False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
-model, optimizer, loader, schedule = prepare(accelerator, model, optimizer, loader, schedule, topology="one_peer_exponential")
+model, optimizer, loader, schedule = prepare(
+    accelerator, model, optimizer, loader, schedule, topology="one_peer_exponential"
+)
 # README: end
 record = Record(model, optimizer.optimizer)
 if resume:

@@ -27,4 +27,3 @@ data = [{**one, "labels": one["labels"].where(torch.arange(LENGTH) > 0, -100)} f
 
 def loss_of(model: nn.Module, **batch: Any) -> Tensor:
     return model(**batch).loss
-

@@ -138,7 +138,17 @@ def on_the_same_data(keywords: dict[str, Any]) -> tuple[list[Tensor], list[Tenso
 
 @pytest.mark.parametrize(
     "name",
-    ["SGD awc", "SGD atc", "decentlam", "exact_diffusion", "extra", "momentum_tracking", "push_sum", "AdamW awc", "dag"],
+    [
+        "SGD awc",
+        "SGD atc",
+        "decentlam",
+        "exact_diffusion",
+        "extra",
+        "momentum_tracking",
+        "push_sum",
+        "AdamW awc",
+        "dag",
+    ],
 )
 def test_momentum_and_moments_go_on_where_ranks_have_the_same_data(ranks: Pool, name: str) -> None:
     for one, other in ranks.run(4, on_the_same_data, SETUPS[name]):
@@ -229,7 +239,17 @@ def every_pair(names: list[str]) -> int:
 
 
 def test_any_algorithm_follows_any_other(ranks: Pool) -> None:
-    names = ["awc", "atc", "decentlam", "extra", "exact_diffusion", "gradient_tracking", "push_sum", "allreduce", "local"]
+    names = [
+        "awc",
+        "atc",
+        "decentlam",
+        "extra",
+        "exact_diffusion",
+        "gradient_tracking",
+        "push_sum",
+        "allreduce",
+        "local",
+    ]
     assert ranks.run(4, every_pair, names) == [2 * 9 * 8] * 4
 
 
@@ -327,7 +347,9 @@ def by_hand(change: Callable[[Any, nn.Module, int], None] | str, keywords: dict[
 
 
 @pytest.mark.parametrize("change", ["topology", "group", "scaler", "warm-up"])
-@pytest.mark.parametrize("keywords", [{}, {"kind": "SGD", "momentum": 0.9, "algorithm": "decentlam", "topology": "ring"}])
+@pytest.mark.parametrize(
+    "keywords", [{}, {"kind": "SGD", "momentum": 0.9, "algorithm": "decentlam", "topology": "ring"}]
+)
 def test_the_start_survives_what_happens_in_it(ranks: Pool, change: str, keywords: dict[str, Any]) -> None:
     assert ranks.run(2, by_hand, change, keywords) == [(True, 4)] * 2
 

@@ -57,7 +57,7 @@ def test_training_goes_on_as_if_nothing_had_happened(name: str, before: int) -> 
 
 
 def test_what_is_written_to_the_old_groups_is_seen() -> None:
-    net, old, _ = build("AdamW")
+    _, old, _ = build("AdamW")
     new = take_over(old, algorithm="local")
     old.param_groups[0]["lr"] = 0.0
     assert new.param_groups[0]["lr"] == 0.0

@@ -1,10 +1,12 @@
 # %% [markdown]
 # # 1. Hello, neighbours
 #
-# In decentralized training a **rank** (a process, usually one per GPU) talks to a few **neighbours** only. This page starts four ranks
+# In decentralized training a **rank** (a process, usually one per GPU) talks to a few **neighbours** only. This page
+# starts four ranks
 # and lets each of them average one number with its neighbours.
 #
-# Who listens to whom, and with which weight, is a **mixing matrix** $W$: rank $i$ gives the weight $W_{ij}$ to what comes from rank $j$,
+# Who listens to whom, and with which weight, is a **mixing matrix** $W$: rank $i$ gives the weight $W_{ij}$ to what comes
+# from rank $j$,
 #
 # $$x_i \leftarrow \sum_j W_{ij}\, x_j .$$
 #
@@ -33,7 +35,8 @@ plt.show()
 # %% [markdown]
 # ## Four real ranks
 #
-# Ranks are processes. `torchrun` starts them and tells each its number; `fusedfog.init()` joins them. We write a script, and start
+# Ranks are processes. `torchrun` starts them and tells each its number; `fusedfog.init()` joins them. We write a script,
+# and start
 # four of them from here. `neighbor_allreduce` sends to the neighbours, receives from them, and returns the weighted sum.
 
 # %%

@@ -6,7 +6,8 @@
 # $$x^{(k+1)} = W\, x^{(k)} .$$
 #
 # If $W$ is doubly stochastic and its graph is connected, all $x_i$ go to the mean. The distance to it shrinks by the factor
-# $\sigma_2(W)$, the second largest singular value, in every round: a graph is judged by its **spectral gap**, and by how much it sends.
+# $\sigma_2(W)$, the second largest singular value, in every round: a graph is judged by its **spectral gap**, and by how
+# much it sends.
 
 # %%
 import matplotlib.pyplot as plt
@@ -27,7 +28,13 @@ def distances(graph: topology.Topology, rounds: int) -> list[float]:
     return found
 
 
-static = [topology.ring(n), topology.grid(n), topology.exponential(n), topology.hypercube(n), topology.fully_connected(n)]
+static = [
+    topology.ring(n),
+    topology.grid(n),
+    topology.exponential(n),
+    topology.hypercube(n),
+    topology.fully_connected(n),
+]
 for graph in static:
     print(f"{graph.name:<18} gap {graph.spectral_gap():.3f}, sends {len(graph.round(0).send):>2} messages a round")
 
@@ -46,7 +53,8 @@ plt.show()
 
 # %% [markdown]
 # The right picture is the surprise of the last years: with **one** message a round, `one_peer_exponential` is exact after
-# $\log_2 n$ rounds, where $n$ is a power of two (Ying et al., 2021), and `base_graph` is so for every $n$ (Takezawa et al., 2023). The
+# $\log_2 n$ rounds, where $n$ is a power of two (Ying et al., 2021), and `base_graph` is so for every $n$ (Takezawa et
+# al., 2023). The
 # product of their matrices over one period is the matrix of all $1/n$:
 
 # %%
@@ -60,7 +68,8 @@ assert np.abs(product - 1 / n).max() < 1e-15
 # ## Directed graphs: push-sum
 #
 # On a directed graph a rank knows to how many it sends, and not what others do. It can split what it has among them:
-# columns sum to one, rows do not, and the repeated average goes to a *weighted* mean. Push-sum (Kempe et al., 2003) lets a second
+# columns sum to one, rows do not, and the repeated average goes to a *weighted* mean. Push-sum (Kempe et al., 2003) lets a
+# second
 # number $w$, one at first, make the same journey, and divides:
 #
 # $$x^{(k+1)} = P x^{(k)}, \qquad w^{(k+1)} = P w^{(k)}, \qquad z = x / w .$$
@@ -78,5 +87,6 @@ print("x / w ", (x / w).round(4), " the mean is", np.arange(5.0).mean())
 assert np.allclose(x / w, 2.0)
 
 # %% [markdown]
-# **Exercise.** How many rounds does `base_graph(n)` need until it is exact, for $n$ from 2 to 32? Compare `base_graph(n).period` with
+# **Exercise.** How many rounds does `base_graph(n)` need until it is exact, for $n$ from 2 to 32? Compare
+# `base_graph(n).period` with
 # $\log_2 n$. What does `max_degree=2` change?

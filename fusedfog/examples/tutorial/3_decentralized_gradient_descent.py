@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 3. Decentralized gradient descent
 #
-# Each rank has data of its own, and so a loss $f_i$ of its own. Together they want the minimiser $x^\star$ of $\frac1n \sum_i f_i$. The two
+# Each rank has data of its own, and so a loss $f_i$ of its own. Together they want the minimiser $x^\star$ of $\frac1n
+# \sum_i f_i$. The two
 # simplest methods mix parameters, and step along the rank's own gradient:
 #
 # $$\text{ATC:}\quad x^{(k+1)} = W\big(x^{(k)} - \alpha \nabla f(x^{(k)})\big), \qquad
@@ -14,6 +15,8 @@
 # ranks, each with its own least squares problem in ten dimensions.
 
 # %%
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -43,7 +46,12 @@ plt.show()
 # %%
 for algorithm in ("awc", "atc"):
     found = [runs[algorithm, lr].distances[-1] for lr in (0.1, 0.03, 0.01)]
-    print(algorithm, [f"{one:.4f}" for one in found], "ratios", [f"{a / b:.1f}" for a, b in zip(found, found[1:], strict=False)])
+    print(
+        algorithm,
+        [f"{one:.4f}" for one in found],
+        "ratios",
+        [f"{a / b:.1f}" for a, b in itertools.pairwise(found)],
+    )
 graphs = ("ring", "exponential", "fully_connected")
 for name in graphs:
     last = simulate(problem, n, name, "atc", steps=800, lr=0.03).distances[-1]

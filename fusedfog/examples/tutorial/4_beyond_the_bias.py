@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 4. Beyond the bias
 #
-# With a constant learning rate, ATC and AWC stop at a distance proportional to it. Three ideas remove that, and a fourth repairs
+# With a constant learning rate, ATC and AWC stop at a distance proportional to it. Three ideas remove that, and a fourth
+# repairs
 # what momentum does.
 #
 # **Exact diffusion** (Yuan et al., 2019; also D², NIDS) corrects each step by the last one:
@@ -42,15 +43,19 @@ assert max(paths[name].distances[-1] for name in methods[2:]) < 1e-10 < paths["a
 # %% [markdown]
 # ## Momentum makes the bias worse
 #
-# With heavy-ball momentum $\beta$ a method moves as far as one with the rate $\alpha / (1 - \beta)$, and has the bias of that rate too.
-# **DecentLaM** (Yuan et al., 2021) gives momentum the *corrected* gradient: the speed of momentum, and the bias of ATC without it at the
+# With heavy-ball momentum $\beta$ a method moves as far as one with the rate $\alpha / (1 - \beta)$, and has the bias of
+# that rate too.
+# **DecentLaM** (Yuan et al., 2021) gives momentum the *corrected* gradient: the speed of momentum, and the bias of ATC
+# without it at the
 # small rate $\alpha$.
 
 # %%
 small = 0.1 * lr
 runs = {
     "atc, momentum 0.9": simulate(problem, n, "ring", "atc", steps=1500, lr=small, momentum=0.9, record_every=10),
-    "decentlam, momentum 0.9": simulate(problem, n, "ring", "decentlam", steps=1500, lr=small, momentum=0.9, record_every=10),
+    "decentlam, momentum 0.9": simulate(
+        problem, n, "ring", "decentlam", steps=1500, lr=small, momentum=0.9, record_every=10
+    ),
     "atc, no momentum": simulate(problem, n, "ring", "atc", steps=5000, lr=small, record_every=10),
 }
 for name, path in runs.items():
@@ -60,7 +65,8 @@ assert runs["decentlam, momentum 0.9"].distances[-1] < 0.3 * runs["atc, momentum
 # %% [markdown]
 # ## Noise
 #
-# Deep learning has noisy gradients, and with noise there is a floor that no correction removes. What it removes is the part of the
+# Deep learning has noisy gradients, and with noise there is a floor that no correction removes. What it removes is the
+# part of the
 # bias that comes from *different data*. Here ranks have problems that are more and more different, and every gradient is noisy:
 
 # %%
@@ -80,5 +86,6 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# **Exercise.** `exact_diffusion` refuses `topology="one_peer_exponential"`. Read its message, then try `gradient_tracking` there.
+# **Exercise.** `exact_diffusion` refuses `topology="one_peer_exponential"`. Read its message, then try `gradient_tracking`
+# there.
 # How does `communicate_every=4` change the end point of `atc`, at equal bytes?

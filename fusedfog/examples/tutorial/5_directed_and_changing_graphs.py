@@ -5,7 +5,8 @@
 #
 # ## One neighbour a step
 #
-# `one_peer_exponential` has one neighbour in each step and another one in the next. Each of its matrices is doubly stochastic, so
+# `one_peer_exponential` has one neighbour in each step and another one in the next. Each of its matrices is doubly
+# stochastic, so
 # ATC, AWC and gradient tracking work as they are, with one message instead of four:
 
 # %%
@@ -31,7 +32,8 @@ plt.show()
 # %% [markdown]
 # ## A method that looks back needs a matrix that stays
 #
-# Exact diffusion and EXTRA subtract what the *same* matrix did one step ago. fusedfog refuses graphs that a method's theory does not
+# Exact diffusion and EXTRA subtract what the *same* matrix did one step ago. fusedfog refuses graphs that a method's
+# theory does not
 # cover, and says what to use instead:
 
 # %%
@@ -48,7 +50,8 @@ assert path.distances[-1] < 1e-9
 # %% [markdown]
 # ## Directed graphs
 #
-# Take an irregular directed graph. If receivers weigh all they get equally, the rows of $W$ sum to one and its columns do not: the
+# Take an irregular directed graph. If receivers weigh all they get equally, the rows of $W$ sum to one and its columns do
+# not: the
 # ranks agree, but on the wrong point, the minimiser of a *weighted* loss, with the weights of $W$'s left eigenvector.
 
 # %%

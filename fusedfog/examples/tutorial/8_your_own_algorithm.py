@@ -5,7 +5,8 @@
 #
 # ## With operations
 #
-# `neighbor_allreduce` averages any tensor with the neighbours. A loop of your own needs nothing else, and runs with one rank (here) as
+# `neighbor_allreduce` averages any tensor with the neighbours. A loop of your own needs nothing else, and runs with one
+# rank (here) as
 # with many (`torchrun`):
 
 # %%
@@ -22,7 +23,8 @@ print(x)
 # %% [markdown]
 # ## With any torch optimizer
 #
-# `Decentralized` mixes parameters around the step of any `torch.optim.Optimizer`: write the update as you would for one GPU. Messages
+# `Decentralized` mixes parameters around the step of any `torch.optim.Optimizer`: write the update as you would for one
+# GPU. Messages
 # overlap backward as fusedfog's own do.
 
 
@@ -55,8 +57,10 @@ print(f"loss {loss.item():.4f}")
 # %% [markdown]
 # ## As a rule
 #
-# fusedfog's own optimizers make one pass over memory: it mixes and updates together. Their updates are **rules**, functions of one
-# element: the parameter `x`, what the neighbours make of it (`mixed`), the gradient and the states. A rule and a row of the table of
+# fusedfog's own optimizers make one pass over memory: it mixes and updates together. Their updates are **rules**,
+# functions of one
+# element: the parameter `x`, what the neighbours make of it (`mixed`), the gradient and the states. A rule and a row of
+# the table of
 # algorithms make a method. Here both are added to the running process, enough for the simulator:
 
 # %%
@@ -77,7 +81,7 @@ def signum(x, mixed, g, states, step, hyper):
 
 
 RULES["signum"] = signum
-numbers, states = lambda group, _: (float(group["lr"]), 0.9), lambda group: ("momentum_buffer",)  # noqa: E731
+numbers, states = lambda group, _: (float(group["lr"]), 0.9), lambda group: ("momentum_buffer",)
 TABLE["SGD"]["signum"] = Algorithm("signum", before=None, after=Stage("signum", numbers, states))
 
 n = 16
@@ -92,8 +96,10 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The sign throws away how different the ranks' gradients are, so it goes to another point: a mean of signs is not the sign of the
-# mean. To have a rule on real ranks, write it three times, in `kernels/rules.py` (Triton), `kernels/reference.py` (torch, as above)
+# The sign throws away how different the ranks' gradients are, so it goes to another point: a mean of signs is not the sign
+# of the
+# mean. To have a rule on real ranks, write it three times, in `kernels/rules.py` (Triton), `kernels/reference.py` (torch,
+# as above)
 # and as an oracle in the tests, and add its row: CONTRIBUTING.md shows the diff of a real one.
 #
 # **Exercise.** Make it ATC: a pass `before` the exchange (your rule without mixing) and `after` it the rule "mix"
