@@ -114,7 +114,9 @@ def train(how: str, kind: str, keywords: dict[str, Any], dtype: torch.dtype) -> 
             opt.load_state_dict(saved[1])
     path.append(everything(model, opt))
     stats = opt.stats()
-    path.append({name: torch.tensor(stats[name]) for name in stats if name != "blocked_s"})
+    path.append(
+        {name: torch.tensor(stats[name]) for name in stats if name != "blocked_s" and not name.startswith("topology")}
+    )
     return path
 
 
