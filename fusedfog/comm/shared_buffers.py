@@ -29,6 +29,7 @@ from torch import Tensor
 from fusedfog.comm import shared_memory
 
 _RECORD = struct.Struct("<BIQ")
+_DESCRIPTOR = struct.Struct("i")
 
 
 class Kind(enum.IntEnum):
@@ -122,9 +123,10 @@ class SharedBuffers:
         self._bell, self._rope = socket.socketpair()
         for end in (*self._sockets.values(), self._bell, self._rope):
             end.setblocking(False)
+        self._beside = socket.CMSG_SPACE(_DESCRIPTOR.size)
         self._keys = 0
         self._peers: dict[tuple[int, int], Tensor] = {}
-        self._told: dict[tuple[int, Kind, int], int] = {}
+        self._told: dict[tuple[int, int, int], int] = {}
         self._gone: set[int] = set()
         self._new: deque[Operation] = deque()
         self._operations: list[Operation] = []
@@ -260,24 +262,21 @@ class SharedBuffers:
                 self._move()
 
     def _hear(self, rank: int) -> bool:
-        """Read all records that a rank has sent; whether there will be more."""
-        while True:
-            try:
-                record, descriptors, _, _ = socket.recv_fds(self._sockets[rank], _RECORD.size, 1)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if len(record) < _RECORD.size:
-                return False
-            kind, key, number = _RECORD.unpack(record)
-            if kind == Kind.OPEN:
-                if not self._attach(rank, key, number, descriptors):
-                    return False
-            elif kind == Kind.CLOSE:
-                self._close_buffer(key, rank)
-            else:
-                self._told[key, Kind(kind), rank] = number
+        """Read a record that a rank has sent; whether there will be more."""
+        try:
+            record, passed, _, _ = self._sockets[rank].recvmsg(_RECORD.size, self._beside)
+        except OSError:
+            return False
+        if len(record) < _RECORD.size:
+            return False
+        kind, key, number = _RECORD.unpack(record)
+        if kind == Kind.OPEN:
+            return self._attach(rank, key, number, [_DESCRIPTOR.unpack(data)[0] for _, _, data in passed])
+        if kind == Kind.CLOSE:
+            self._close_buffer(key, rank)
+        else:
+            self._told[key, kind, rank] = number
+        return True
 
     def _attach(self, rank: int, key: int, nbytes: int, descriptors: Sequence[int]) -> bool:
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import mmap
 import os
 import sys
@@ -20,7 +19,7 @@ import weakref
 import torch
 from torch import Tensor
 
-SUPPORTED = sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+SUPPORTED = sys.platform == "linux" and hasattr(os, "memfd_create")
 """Whether this system has such memory; whether this process may make some, only trying tells."""
 
 _FAILED = ctypes.c_void_p(-1).value
@@ -45,6 +44,8 @@ def allocate(nbytes: int) -> tuple[Tensor, int]:
         OSError: the system refuses, or has not that much memory. All pages are taken now: one that is missing later would end
             the process by a signal.
     """
+    import fcntl  # Not on every system.
+
     descriptor = os.memfd_create("fusedfog", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)

@@ -5,8 +5,8 @@
     step                                the same for gradients that no backward has brought (`p.grad = ...`, FSDP2)
 
 So clipping, a GradScaler and whatever looks at gradients see what they would see there; and `step` is one rank's own. Buckets are
-not those that passes are made over: they are graded (`params.layout.cut`), so that the first one leaves early and the last one
-is small.
+not those that passes are made over: where they travel they are graded (`params.layout.cut`), so that the first one leaves early
+and the last one is small.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from fusedfog.errors import DivergedError
 from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.params.flat import FlatSegment
-from fusedfog.params.layout import cut
+from fusedfog.params.layout import Bucket, cut
+
+_SHARED_BYTES = 4 << 20
+"""Of a bucket that ranks of one host add up in memory: records and wake-ups cost as much as half a megabyte does, and with
+cores that compute there is less to gain from beginning early."""
 
 
 class Trainer(Protocol):
@@ -105,7 +109,7 @@ class GradientMeans(GradientHooks):
             )
             for segment in segments
             if segment.layout.mix and segment not in known
-            for layout in cut(segment.layout.slots, segment.layout.numel, self._bucket_bytes, graded=True)
+            for layout in self._cut(segment)
         ]
         # In the order of backward; sorting is stable, and mixed segments are the same on all ranks.
         self.buckets.sort(key=lambda bucket: -bucket.layout.depth)
@@ -113,6 +117,12 @@ class GradientMeans(GradientHooks):
             bucket.place = place
         # FSDP2 sets gradients of shards itself, where no hook of autograd sees it.
         self.hook([bucket for bucket in self.buckets if not bucket.segment.sharded])
+
+    def _cut(self, segment: FlatSegment) -> Sequence[Bucket]:
+        slots, numel = segment.layout.slots, segment.layout.numel
+        if self._shared is not None:
+            return cut(slots, numel, min(self._bucket_bytes, _SHARED_BYTES), graded=False)
+        return cut(slots, numel, self._bucket_bytes, graded=True)
 
     # -- in backward -------------------------------------------------------------------------------------------------
 
