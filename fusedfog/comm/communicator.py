@@ -134,8 +134,7 @@ class Communicator:
 
         The first call is collective.
         """
-        _ = self.group  # Raises why the communicator has ended, if it has.
-        if not self._shared_asked and not self.on_gpu:
+        if not self._shared_asked and not self.on_gpu and self.ended is None:
             self._shared = open_shared(self.view, self.timeout)
             if self._shared is not None:
                 weakref.finalize(self, self._shared.close).atexit = False
