@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fusedfog.examples import digits
 
-RANKS, SLEEP, EVERY, GOAL = 4, 0.02, 0.5, 0.95
+RANKS, SLEEP, EVERY, GOAL = 4, 0.08, 0.5, 0.95
 SLOWER = (1, 2, 4)
 METHODS: dict[str, dict[str, Any] | None] = {
     "asynchronous AWC, ring": {"algorithm": "awc", "topology": "ring", "asynchronous": True},

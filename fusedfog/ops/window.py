@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fusedfog.comm.calls import Call
 from fusedfog.comm.group import find_group
-from fusedfog.comm.mixing import mix
+from fusedfog.comm.mixing import ROUNDING, mix
 from fusedfog.comm.window.edge import SLOTS, Kind, Message, factor
 from fusedfog.comm.window.endpoint import Endpoint
 from fusedfog.comm.window.opening import Plan, check_descriptors, open_endpoint
@@ -340,12 +341,16 @@ def _checked(tensor: Tensor) -> Tensor:
 def _mix(flat: Tensor, own: float, terms: Mapping[int, tuple[float, Tensor]], rank: int) -> None:
     """`flat <- own * flat + sum of weight * inbox`, in ascending rank order."""
     weights, inboxes = [weight for weight, _ in terms.values()], [inbox for _, inbox in terms.values()]
-    if flat.is_floating_point() and (own != 1 or flat.dtype not in (torch.float32, torch.float64)):
+    averages = own and abs(own + math.fsum(weights) - 1) <= ROUNDING
+    if flat.is_floating_point() and (averages or flat.dtype not in (torch.float32, torch.float64)):
         if terms or own != 1:
             mix(flat, inboxes, own, weights, sum(peer < rank for peer in terms))
         return
-    # Integers are exact; and adding to a tensor where it is takes one pass.
-    if own != 1:
+    # Integers are exact; and other sums, where the tensor is, take a pass for each term and no memory.
+    if own == 0 and terms:
+        torch.mul(inboxes[0], factor(weights.pop(0), flat), out=flat)
+        del inboxes[0]
+    elif own != 1:
         flat.mul_(factor(own, flat))
     for weight, inbox in zip(weights, inboxes, strict=True):
         flat.add_(inbox, alpha=factor(weight, flat))
