@@ -100,11 +100,12 @@ def tested(kept: list[Tensor], model: nn.Module, test: tuple[Tensor, Tensor]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=14.0, help="of every run (default 14)")
+    parser.add_argument("--slower", type=int, nargs="+", default=list(SLOWER), help="how many times longer rank 0 sleeps")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default bench/results)")
     given = parser.parse_args()
     pool, rows, shown = Pool(), [], []
     try:
-        for slower in SLOWER:
+        for slower in given.slower:
             for method in METHODS:
                 ranks = pool.run(RANKS, run, method, slower, given.seconds, timeout=250, pg_timeout=120)
                 accuracy = ranks[0]["accuracy"]

@@ -16,7 +16,7 @@ import fusedfog
 
 fusedfog.init()
 model = torch.nn.Linear(8, 8)
-optimizer = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", fused_backward={fused})
+optimizer = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", {option})
 for _ in range(4):
     model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
@@ -36,20 +36,21 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize(
-    ("last", "fused"),
+    ("last", "option"),
     [
-        ("", False),
-        pytest.param("", True, marks=pytest.mark.slow),
-        pytest.param("torch.distributed.destroy_process_group()", False, marks=pytest.mark.slow),
+        ("", ""),
+        pytest.param("", "asynchronous=True", marks=pytest.mark.slow),
+        pytest.param("", "fused_backward=True", marks=pytest.mark.slow),
+        pytest.param("torch.distributed.destroy_process_group()", "", marks=pytest.mark.slow),
         # Rank 0 hosts the store, and ends first.
-        pytest.param("import time; time.sleep(3.0 * (fusedfog.rank() > 0))", False, marks=pytest.mark.slow),
-        pytest.param("import os; os.fork() or os._exit(0); print(fusedfog.mean(1.0))", False, marks=pytest.mark.slow),
-        pytest.param(THROUGH_MEMORY, False, marks=pytest.mark.slow),
+        pytest.param("import time; time.sleep(3.0 * (fusedfog.rank() > 0))", "", marks=pytest.mark.slow),
+        pytest.param("import os; os.fork() or os._exit(0); print(fusedfog.mean(1.0))", "", marks=pytest.mark.slow),
+        pytest.param(THROUGH_MEMORY, "", marks=pytest.mark.slow),
     ],
 )
-def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, fused: bool) -> None:
+def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, option: str) -> None:
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(last=last, fused=fused))
+    script.write_text(SCRIPT.format(last=last, option=option))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
