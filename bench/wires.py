@@ -1,14 +1,19 @@
-"""Compressed messages against exact ones: python bench/wires.py
+"""Compressed messages against exact ones: python bench/wires.py [--costs]
 
 Quadratics in fp64 (each rank has a minimiser of its own), where the limit can be told apart from exact messages' to the
 last digit, and the digits example, whose ranks see different digits; bytes are those that were handed to the network.
 Four ranks over gloo; six minutes. (results/wires.json and .md)
+
+With --costs, what they cost the CPU instead: a rank's CPU time of a step, all of its threads, gloo's included, with AdamW and 25M
+parameters on two ranks of one machine, one thread for computation. Three minutes. (results/wires-cpu.json and .md)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "ATC, ring": {"algorithm": "atc", "topology": "ring"},
 }
 EXACT = "fp64 / fp32"
+COSTLY, COST_STEPS = 25_000_000, 12
 
 
 def limit(wire: str | None, keywords: dict[str, Any]) -> tuple[Tensor, float]:
@@ -54,11 +60,49 @@ def classify(wire: str | None, keywords: dict[str, Any], seed: int) -> tuple[flo
     return history.averaged_accuracy[-1], history.bytes_per_step
 
 
+def cost(wire: str | None, compiled: bool) -> list[float]:
+    """CPU time of each step in ms."""
+    torch.set_num_threads(1)
+    x = torch.nn.Parameter(torch.rand(COSTLY))
+    x.grad = torch.rand(COSTLY)
+    opt = fusedfog.AdamW([x], lr=1e-3, wire_dtype=wire, cpu_compile=compiled)
+    found = []
+    for step in range(COST_STEPS + 2):
+        begin = time.process_time()
+        opt.step()
+        opt.drain()
+        if step >= 2:
+            found.append(1e3 * (time.process_time() - begin))
+    return found
+
+
+def costs(folder: Path) -> None:
+    """The table of `cost`."""
+    pool, rows = Pool(), []
+    for compiled in (False, True):
+        for wire in FORMATS:
+            found = sorted(pool.run(2, cost, wire, compiled, timeout=LIMIT)[0])
+            lower, middle, upper = statistics.quantiles(found, n=4)
+            passes = "compiled" if compiled else "default"
+            rows.append({"passes": passes, "messages": wire or "fp32", "ms of CPU a step": (middle, lower, upper)})
+    pool.close()
+    words = ", ".join(f"{key} {value}" for key, value in machine().items())
+    shown = f"Two ranks, AdamW, awc, {COSTLY:,} parameters; median and quartiles of {COST_STEPS} steps. {words}\n\n{table(rows)}"
+    print(shown)
+    (folder / "wires-cpu.md").write_text(shown + "\n")
+    (folder / "wires-cpu.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default bench/results)")
-    folder = parser.parse_args().folder
+    parser.add_argument("--costs", action="store_true", help="measure CPU time")
+    args = parser.parse_args()
+    folder = args.folder
     folder.mkdir(exist_ok=True)
+    if args.costs:
+        costs(folder)
+        return
     pool, rows = Pool(), []
     for name, keywords in WAYS.items():
         exact = [x for x, _ in pool.run(RANKS, limit, None, keywords, timeout=LIMIT)]
@@ -85,6 +129,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import channels  # by this name the ranks' processes find its functions
+    import wires  # by this name the ranks' processes find its functions
 
-    channels.main()
+    wires.main()

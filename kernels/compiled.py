@@ -1,4 +1,4 @@
-"""The main rules on the CPU as one loop, in C++ (`compiled.cpp`): every tensor is read and written once.
+"""The main rules on the CPU as one loop, in C++ (`compiled.cpp`, `formats.hpp`): every tensor is read and written once.
 
 For what torch has no call that does it in one sweep: neighbours mixed in by the way, values that are not finite left out,
 compressed messages decoded and made. One function serves all rules, dtypes and numbers of neighbours, and takes all numbers
@@ -206,7 +206,8 @@ def _address(tensor: Tensor | None) -> int | None:
 def _library() -> Callable[[object], int]:
     from torch._inductor.codecache import CppCodeCache  # Slow to import, and needed here alone.
 
-    source = Path(__file__).with_name("compiled.cpp").read_text()
+    # One text: torch's cache knows a library by it, and would not see that an included file has changed.
+    source = "".join(Path(__file__).with_name(name).read_text() for name in ("formats.hpp", "compiled.cpp"))
     function = CppCodeCache.load(source, extra_flags=_FLAGS).fusedfog_pass
     function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
     found: Callable[[object], int] = function
