@@ -23,9 +23,13 @@ class PeerTimeout(TimeoutError, RuntimeError):
 
     Attributes:
         explained: the text says which call each rank is in.
+        origin: the rank of the group where it began; None if that is not known.
+        origin_words: what became of that rank, as "has ended".
     """
 
     explained = False
+    origin: int | None = None
+    origin_words = ""
 
 
 class ExchangeError(RuntimeError):
@@ -33,9 +37,13 @@ class ExchangeError(RuntimeError):
 
     Attributes:
         explained: the text says which call each rank is in.
+        origin: the rank of the group where it began; None if that is not known.
+        origin_words: what became of that rank, as "has ended".
     """
 
     explained = False
+    origin: int | None = None
+    origin_words = ""
 
 
 class RankLeft(ExchangeError):

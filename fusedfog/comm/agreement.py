@@ -9,6 +9,7 @@ operations wait for each other until the timeout, or worse: gloo ends the proces
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from fusedfog.comm import calls
-from fusedfog.comm.group import GroupView, unbound
-from fusedfog.comm.membership import is_timeout
+from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY
+from fusedfog.comm.group import GroupView, Members, Ranks, unbound
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchError, PeerTimeout
 
 _SHOWN = 6
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 5e-4, 2e-2
+"""Seconds between questions to the store, doubling."""
 
 
 class _Agreements:
@@ -122,8 +126,8 @@ def confer(
     if view.rank:
         store.set(f"{prefix}/{view.rank}", json.dumps(own))
     else:
-        store.set(f"{prefix}/verdict", json.dumps(_collect(store, view, prefix, own, judge, timeout)))
-    if absent(store, [f"{prefix}/verdict"], timeout):
+        store.set(f"{prefix}/verdict", json.dumps(_collect(store, view, prefix, own, judge, timeout, what)))
+    if absent(store, [f"{prefix}/verdict"], timeout, view, what):
         raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 of the group did not come within {timeout}")
     kind, verdict = json.loads(store.get(f"{prefix}/verdict"))
     if store.add(f"{prefix}/readers", 1) == view.size:
@@ -136,18 +140,33 @@ def confer(
     return verdict
 
 
-def absent(store: Store, keys: Sequence[str], timeout: timedelta) -> list[int]:
+def absent(store: Store, keys: Sequence[str], timeout: timedelta, view: Ranks, what: str = "") -> list[int]:
     """The places of those keys that nobody writes within `timeout`.
 
+    Args:
+        view: the ranks without which they will not all be written.
+        what: who waits, for errors.
+
     Raises:
+        ExchangeError: one of these ranks has ended; names it.
         RuntimeError: the store cannot be reached.
     """
-    try:
-        store.wait(list(keys), timeout)
-    except RuntimeError as error:
-        if not is_timeout(error):
-            raise
-        return [place for place, key in enumerate(keys) if not store.check([key])]
+    begin = time.monotonic()
+    deadline, look_at = begin + timeout.total_seconds(), begin + FIRST_LOOK
+    vigil, pause = calls.vigil(), _SHORTEST_PAUSE
+    # `store.wait` would block for all of the timeout, or log two lines each time that it is given less.
+    while not store.check(list(keys)):
+        now = time.monotonic()
+        if now >= deadline:
+            return [place for place, key in enumerate(keys) if not store.check([key])]
+        if now >= look_at and vigil is not None:
+            calls.remember_addresses(view)
+            origin = vigil.look(view.ranks, None)
+            if origin is not None and not store.check(list(keys)):
+                raise calls.lost(view, f"rank {view.rank}: {what or calls.current_call()}", origin)
+            look_at = time.monotonic() + LOOK_EVERY
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
     return []
 
 
@@ -158,10 +177,11 @@ def _collect(
     own: list[Any],
     judge: Callable[[Sequence[Any]], Any],
     timeout: timedelta,
+    what: str,
 ) -> tuple[str, Any]:
     keys = [f"{prefix}/{rank}" for rank in range(1, view.size)]
     # The others stop waiting for this verdict after `timeout`; a name that comes after that helps nobody.
-    missing = [place + 1 for place in absent(store, keys, 0.8 * timeout)]
+    missing = [place + 1 for place in absent(store, keys, 0.8 * timeout, view, what)]
     if missing:
         return "absent", f"{name_ranks(missing)} did not come within {timeout}"
     found = [own, *(json.loads(text) for text in _read(store, keys))]
@@ -197,7 +217,9 @@ def level_group_counts(ranks: tuple[int, ...], timeout: timedelta) -> None:
     me = dist.get_rank()
     store.set(f"{prefix}/{ranks.index(me)}", str(own))
     keys = [f"{prefix}/{place}" for place in range(len(ranks))]
-    missing = absent(store, keys, timeout)
+    missing = absent(
+        store, keys, timeout, Members(ranks.index(me), ranks), f"a new group of global ranks {list(ranks)}"
+    )
     if missing:
         raise PeerTimeout(
             f"rank {ranks.index(me)}: a new group of global ranks {list(ranks)}: {name_ranks(missing)} of it did not come "

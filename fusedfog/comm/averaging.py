@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,11 @@ def _accumulator(chunk: Tensor) -> Tensor:
     return chunk.to(torch.float64 if chunk.dtype == torch.float64 else torch.float32, copy=True)
 
 
+def _sum(values: Tensor, communicator: Communicator) -> None:
+    """Replace values by their sums over the ranks."""
+    communicator.collect(partial(dist.all_reduce, values, async_op=True), "averaging with all ranks")
+
+
 def _mean(chunk: Tensor, communicator: Communicator, *, finite: bool) -> Tensor:
     """The mean over the ranks, in the accumulator's dtype; with `finite` element by element over those that are finite there.
 
@@ -33,18 +39,18 @@ def _mean(chunk: Tensor, communicator: Communicator, *, finite: bool) -> Tensor:
     size, count = communicator.view.size, chunk.numel()
     own = _accumulator(chunk)
     if not finite:
-        dist.all_reduce(own, group=communicator.group)
+        _sum(own, communicator)
         return own.div_(size)
     fine = own.isfinite()
     total = own.new_zeros(count + 1)
     if fine.all():
         total[:count].copy_(own)
         total[count] = 1.0
-    dist.all_reduce(total, group=communicator.group)
+    _sum(total, communicator)
     if round(total[count].item()) == size:
         return total[:count].div_(size)
     both = torch.stack([own.masked_fill_(~fine, 0.0), fine.to(own.dtype)])
-    dist.all_reduce(both, group=communicator.group)
+    _sum(both, communicator)
     return both[0] / both[1]
 
 
@@ -55,20 +61,19 @@ def average_in_place(flats: Sequence[Tensor], communicator: Communicator | None,
     """
     if communicator is None:
         return
-    with communicator.waiting("averaging with all ranks"):
-        for flat in flats:
-            for chunk in _chunks(flat):
-                chunk.copy_(_mean(chunk, communicator, finite=finite))
+    for flat in flats:
+        for chunk in _chunks(flat):
+            chunk.copy_(_mean(chunk, communicator, finite=finite))
 
 
 def broadcast(flats: Sequence[Tensor], communicator: Communicator | None, src: int = 0) -> None:
     """Replace each tensor by group rank `src`'s."""
     if communicator is None:
         return
-    with communicator.waiting(f"taking rank {src}'s values, with all ranks"):
-        for flat in flats:
-            if flat.numel():
-                dist.broadcast(flat, group=communicator.group, group_src=src)
+    for flat in flats:
+        if flat.numel():
+            what = f"taking rank {src}'s values, with all ranks"
+            communicator.collect(partial(dist.broadcast, flat, group_src=src, async_op=True), what)
 
 
 def consensus_distance(flats: Sequence[Tensor], communicator: Communicator | None, *, finite: bool = False) -> float:
@@ -76,12 +81,11 @@ def consensus_distance(flats: Sequence[Tensor], communicator: Communicator | Non
     if communicator is None or not flats:
         return 0.0
     square = torch.zeros(1, dtype=torch.float64, device=flats[0].device)
-    with communicator.waiting("averaging with all ranks"):
-        for flat in flats:
-            for chunk in _chunks(flat):
-                difference = _mean(chunk, communicator, finite=finite).sub_(chunk)
-                if finite:
-                    difference.masked_fill_(~difference.isfinite(), 0.0)
-                square += difference.pow_(2).sum(dtype=torch.float64)
-        dist.all_reduce(square, group=communicator.group)
+    for flat in flats:
+        for chunk in _chunks(flat):
+            difference = _mean(chunk, communicator, finite=finite).sub_(chunk)
+            if finite:
+                difference.masked_fill_(~difference.isfinite(), 0.0)
+            square += difference.pow_(2).sum(dtype=torch.float64)
+    _sum(square, communicator)
     return math.sqrt(square.item() / communicator.view.size)

@@ -16,19 +16,23 @@ import logging
 import math
 import os
 import re
-import selectors
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import wraps
 from types import TracebackType
-from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
 from fusedfog.comm import whereabouts
-from fusedfog.comm.group import find_group
+from fusedfog.comm.failures import Origin, Vigil, find
+from fusedfog.comm.group import Ranks, find_group
+from fusedfog.comm.listener import Listener
 from fusedfog.comm.membership import is_timeout, torchs_words
 from fusedfog.comm.whereabouts import State, World
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
@@ -36,24 +40,13 @@ from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 log = logging.getLogger("fusedfog")
 
 _LOG_AFTER = 20.0
+_REMEMBERED = 8
 _NETWORK = re.compile(
     r"gloo|nccl|tcpstore|filestore|socket|connection (closed|reset|refused|was)|broken pipe|timed out|timeout"
     r"|failed to (recv|send)",
     re.IGNORECASE,
 )
 """What torch's texts about the network have in common; a call's own errors are of types of their own, or say other things."""
-
-
-class Ranks(Protocol):
-    """Some ranks, this one among them; a `GroupView` is that."""
-
-    @property
-    def rank(self) -> int:
-        """This rank's place."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """All of them, by global rank."""
 
 
 P = ParamSpec("P")
@@ -70,6 +63,8 @@ class _Here:
         count: how many were entered.
         world, watch: its place among the others, and the thread that answers them; None before the first exchange.
         shortest: the shortest timeout of a group, in seconds.
+        ended: the latest communicators that were given up, and why, for `State.ended`.
+        listeners: by the name of a communicator, who is to hear that another rank has given it up.
     """
 
     calls: ClassVar[list[Call]] = []
@@ -77,14 +72,25 @@ class _Here:
     failed: ClassVar[State | None] = None
     count: ClassVar[int] = 0
     world: ClassVar[World | None] = None
-    watch: ClassVar[_Watch | None] = None
+    watch: ClassVar[Listener | None] = None
     shortest: ClassVar[float] = math.inf
+    ended: ClassVar[tuple[tuple[str, int, str, bool], ...]] = ()
+    listeners: ClassVar[dict[str, weakref.WeakMethod[Callable[[Origin], None]]]] = {}
 
     @classmethod
     def state(cls) -> State:
         """The same, for others."""
         calls, last = cls.calls[:1], str(cls.last or "")
-        return cls.failed or State(str(calls[0]) if calls else "", last, count=cls.count)
+        own = cls.failed or State(str(calls[0]) if calls else "", last, count=cls.count)
+        return replace(own, ended=own.ended + cls.ended)
+
+    @classmethod
+    def hear(cls, state: State) -> None:
+        """Another rank says what it has given up."""
+        for name, rank, words, late in state.ended:
+            listener = cls.listeners.get(name, lambda: None)()
+            if listener is not None:
+                listener(Origin(rank, words, late))
 
 
 class Call:
@@ -139,18 +145,68 @@ class Call:
         view = self.view or find_group()
         late = is_timeout(error) or isinstance(error, PeerTimeout)
         _Here.failed = State(str(self), failed=True, late=late, count=_Here.count)
-        states = _ask_why(view, _Here.failed)
+        origin = origin_of(own, view)
+        if origin is not None:
+            _Here.failed = replace(_Here.failed, ended=(origin.plain(self.name),))
+            states = ask(view, _Here.state())
+        else:
+            states, origin = ask_why(view, self.name, _Here.failed)
+            if origin is not None:
+                _Here.failed = replace(_Here.failed, ended=(origin.plain(self.name),))
+                ask(view, _Here.state(), whereabouts.QUICKLY)
         where = whereabouts.sentence(view.ranks, states) if states else ""
         late = late or any(state.late for state in states.values())
         text = str(own) if own is not None else f"rank {view.rank}: {self}: {torchs_words(error)}"
-        text += f"{'' if text[-1:] in '.?!' else '.'} Who is where: {where}" if where else ""
+        text += f"{'' if text[-1:] in '.?!' else '.'}{_began_with(view, origin)}{f' Who is where: {where}' if where else ''}"
+        found = own
         if own is not None and late == isinstance(own, PeerTimeout):
             # The same object is raised again by what else needs the lost message.
-            own.args, own.explained = (text, *own.args[1:]), True
-            return None
-        found = PeerTimeout(text) if late else ExchangeError(text)
+            own.args = (text, *own.args[1:])
+        else:
+            found = PeerTimeout(text) if late else ExchangeError(text)
+        assert found is not None
         found.explained = True
-        return found
+        set_origin(found, view, origin)
+        return None if found is own else found
+
+
+def origin_of(error: PeerTimeout | ExchangeError | None, view: Ranks) -> Origin | None:
+    """Where a failure began that knows it already."""
+    if error is None or error.origin is None or error.origin >= len(view.ranks):
+        return None
+    return Origin(view.ranks[error.origin], error.origin_words, isinstance(error, PeerTimeout))
+
+
+def set_origin(error: Exception | None, view: Ranks, origin: Origin | None) -> None:
+    """Have an error say, for programs, where it began."""
+    if isinstance(error, (PeerTimeout, ExchangeError)) and origin is not None and origin.rank in view.ranks:
+        error.origin, error.origin_words = view.ranks.index(origin.rank), origin.words
+
+
+def lost(view: Ranks, where: str, origin: Origin) -> PeerTimeout | ExchangeError:
+    """The error of a wait that is in vain; `where` says which rank waits for what."""
+    place = view.ranks.index(origin.rank) if origin.rank in view.ranks else "of another group"
+    kind = PeerTimeout if origin.late else ExchangeError
+    found = kind(f"{where}: waited for rank {place}, which {origin.words}")
+    set_origin(found, view, origin)
+    return found
+
+
+def given_up(view: Ranks, origin: Origin) -> PeerTimeout | ExchangeError:
+    """The error of a rank that was told so by another one."""
+    call, known = current_call(), origin.rank in view.ranks
+    why = f"rank {view.ranks.index(origin.rank)} {origin.words}" if known else origin.words
+    found = (PeerTimeout if origin.late else ExchangeError)(
+        f"rank {view.rank}: {f'{call}: ' if call else ''}no exchange of this group can be complete: {why}"
+    )
+    set_origin(found, view, origin)
+    return found
+
+
+def _began_with(view: Ranks, origin: Origin | None) -> str:
+    """ " It began with rank 2, which has ended."; nothing if it is not known."""
+    known = origin is not None and origin.rank in view.ranks
+    return f" It began with rank {view.ranks.index(origin.rank)}, which {origin.words}." if origin and known else ""
 
 
 def collective(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -184,7 +240,7 @@ def is_network_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_NETWORK.search(str(error))))
 
 
-def ask(view: Ranks, own: State | None = None) -> dict[int, State]:
+def ask(view: Ranks, own: State | None = None, patience: float = whereabouts.PATIENCE) -> dict[int, State]:
     """Where the ranks of `view` are, by global rank; nothing of those whose addresses cannot be had."""
     world = _Here.world
     if world is None or not world.exists():
@@ -199,20 +255,53 @@ def ask(view: Ranks, own: State | None = None) -> dict[int, State]:
     except (RuntimeError, NotImplementedError):
         unknown = {rank: State(fate=whereabouts.UNKNOWN) for rank in missing if rank not in world.addresses}
     asked = [rank for rank in view.ranks if rank not in unknown]
-    return unknown | whereabouts.ask(world, asked, own or _Here.state())
+    return unknown | whereabouts.ask(world, asked, own or _Here.state(), patience)
 
 
-def _ask_why(view: Ranks, own: State) -> dict[int, State]:
-    """The same, for an error; if it was a connection that broke, once it is known who ended, or gave up and closed it."""
+def ask_why(view: Ranks, name: str, own: State, first: Iterable[int] = ()) -> tuple[dict[int, State], Origin | None]:
+    """Where ranks are and where the failure began, for an error; if a connection broke, once that is known.
+
+    Args:
+        name: of the communicator that failed, or the call.
+        own: what this rank says of itself.
+        first: global ranks that were waited for.
+    """
     deadline = time.monotonic() + whereabouts.PATIENCE
     while True:
         states = ask(view, own)
-        others = [state for state in states.values() if state is not own]
+        if _Here.world is None or not states:
+            return states, None
+        origin = find(_Here.world, states, name, first)
+        others = [state for rank, state in states.items() if rank != _Here.world.rank]
+        if origin is None and own.late:
+            silent = [rank for rank in first if rank in states and states[rank].fate == whereabouts.SILENT]
+            origin = Origin(silent[0], whereabouts.SILENT, late=True) if silent else None
         # Who lost a connection, as this rank did, is not the cause.
-        known = any(state.fate or state.late for state in others) or all(state.failed for state in others)
-        if own.late or known or time.monotonic() > deadline:
-            return states
+        if origin is not None or own.late or any(state.late for state in others) or all(s.failed for s in others):
+            return states, origin
+        if time.monotonic() > deadline:
+            return states, None
         time.sleep(0.05)
+
+
+def tell(view: Ranks, name: str, origin: Origin) -> None:
+    """Say to the ranks of `view`, now and whenever they ask, that the communicator `name` is given up, and why."""
+    _Here.ended = (*_Here.ended[1 - _REMEMBERED :], origin.plain(name))
+    ask(view, None, whereabouts.QUICKLY)
+
+
+def listen(name: str, hear: weakref.WeakMethod[Callable[[Origin], None]]) -> None:
+    """Have `hear` called, by another thread, when a rank says that it has given the communicator `name` up."""
+    _Here.listeners = {known: old for known, old in _Here.listeners.items() if old() is not None} | {name: hear}
+
+
+def vigil(communicator: str = "") -> Vigil | None:
+    """For a wait in the communicator of this name, or in the current call; None where nobody can be asked."""
+    world = _Here.world
+    if world is None or not world.exists():
+        return None
+    call = _Here.calls[0].name if _Here.calls else ""
+    return Vigil(world, communicator or call, _Here.state(), lasting=bool(communicator))
 
 
 def where(view: Ranks) -> str:
@@ -231,16 +320,23 @@ def enter_world(timeout: float) -> None:
         return
     store = dist.distributed_c10d._get_default_store()
     _Here.shortest, _Here.failed, _Here.last = timeout, None, None
+    _Here.ended, _Here.listeners = (), {}  # Names of communicators begin anew.
     with contextlib.suppress(OSError):  # Without sockets, errors say less.
         if _Here.watch is None:
-            _Here.watch = _Watch(*whereabouts.listen(store))
-        _Here.world = whereabouts.new_world(group, store, _Here.watch.port, _Here.watch.ip)
+            _Here.watch = Listener(*whereabouts.listen(store), _answer, _look_at_own_call, lambda: log_after() / 4)
+        _Here.world = whereabouts.new_world(group, store, _Here.watch.port, _Here.watch.ip, _Here.hear)
 
 
 def remember_addresses(view: Ranks) -> None:
-    """Find out where the ranks of `view` listen, now that all of them have come, for when the store may have gone."""
+    """Find out where the ranks of `view` listen, those that have said it, for when the store may have gone."""
     if _Here.world is not None:
         _Here.world.look_up(view.ranks, dist.distributed_c10d._get_default_store())
+
+
+def reach(view: Ranks) -> None:
+    """The same, now that all of them have come; and see who can be asked, since a firewall's refusal is nobody's end."""
+    remember_addresses(view)
+    ask(view)
 
 
 def log_after() -> float:
@@ -252,54 +348,17 @@ def log_after() -> float:
     return min(limit, _Here.shortest / 2)
 
 
-class _Watch:
-    """The thread that answers other ranks, and logs this one's long calls. It never waits for anybody.
+def _answer(connection: socket.socket) -> None:
+    whereabouts.answer(connection, _Here.world, _Here.state())
 
-    Attributes:
-        port, ip: where it listens.
-    """
 
-    def __init__(self, listener: socket.socket, ip: str) -> None:
-        self.port, self.ip = int(listener.getsockname()[1]), ip
-        self._listener = listener
-        self._bell, self._rope = socket.socketpair()
-        self._threads = [threading.Thread(target=self._run, daemon=True, name="fusedfog-whereabouts")]
-        self._threads[0].start()
-
-    def stop(self) -> None:
-        """End the thread; for the end of the process."""
-        self._rope.close()
-        for thread in self._threads:
-            thread.join(2 * whereabouts.PATIENCE)
-
-    def forget(self) -> None:
-        """In a forked process: there is no thread, and whoever asks at this port must hear that nobody listens."""
-        for end in (self._listener, self._bell, self._rope):
-            end.close()
-
-    def _run(self) -> None:
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self._listener, selectors.EVENT_READ)
-            waiting.register(self._bell, selectors.EVENT_READ)
-            while True:
-                for key, _ in waiting.select(max(0.05, min(1.0, log_after() / 4))):
-                    if key.fileobj is self._bell:
-                        return
-                    with contextlib.suppress(OSError):
-                        whereabouts.answer(self._listener.accept()[0], _Here.world, _Here.state())
-                self._look_at_own_call()
-
-    def _look_at_own_call(self) -> None:
-        calls = _Here.calls[:1]
-        if not calls or time.monotonic() - calls[0].since < log_after() * 2 ** calls[0].logged:
-            return
-        calls[0].logged += 1
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        # This thread goes on answering those who ask at the same moment.
-        self._threads.append(
-            threading.Thread(target=_log, args=(calls[0],), daemon=True, name="fusedfog-whereabouts-log")
-        )
-        self._threads[-1].start()
+def _look_at_own_call() -> threading.Thread | None:
+    """Log the current call if it is time, in a thread: the listener goes on answering those who ask at the same moment."""
+    calls = _Here.calls[:1]
+    if not calls or time.monotonic() - calls[0].since < log_after() * 2 ** calls[0].logged:
+        return None
+    calls[0].logged += 1
+    return threading.Thread(target=_log, args=(calls[0],), daemon=True, name="fusedfog-whereabouts-log")
 
 
 def _log(call: Call) -> None:
@@ -313,6 +372,10 @@ def _log(call: Call) -> None:
 
 @atexit.register
 def _stop() -> None:
+    world = _Here.world
+    if world is not None and not hasattr(sys, "last_value"):  # Not by an exception that nobody has caught.
+        last = State(last=str(_Here.last or ""), failed=True, count=_Here.count)
+        whereabouts.ask(world, list(world.addresses), last, whereabouts.QUICKLY)
     if _Here.watch is not None:
         _Here.watch.stop()
 

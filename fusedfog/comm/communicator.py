@@ -16,47 +16,44 @@ Rules that keep this free of deadlock:
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
+from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
 from fusedfog.comm.shared_buffers import SharedBuffers
 from fusedfog.comm.shared_opening import open_shared
+from fusedfog.comm.sockets import Sockets
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
-from fusedfog.comm.transfer import PeerTensor, Transfer, unrecorded
+from fusedfog.comm.transfer import Peers, PeerTensor, Transfer, copy_of, unrecorded
+from fusedfog.comm.waiter import Task, Waiter, await_task, wait_here
 from fusedfog.comm.watchdog import Watchdog
-from fusedfog.errors import DivergedError, ExchangeError, NonFiniteError, PeerTimeout, RankLeft
+from fusedfog.comm.whereabouts import State
+from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 from fusedfog.kernels import device
+
+R = TypeVar("R")
 
 LAST_MOMENT = 5.0
 """Seconds that messages in flight get when the process ends, or its part in training."""
 
+_TO_WAKE = 0.2
+"""Seconds in which a thread wakes whose connections are shut down; one that waits for half a message does not."""
+
 _LARGEST_BATCH = 256
 """Operations in one NCCL group call; with more it can hang (pytorch#174288)."""
-
-
-@dataclass(frozen=True)
-class _Peers:
-    """Whom a batch is with, in words that are only put together for an error."""
-
-    recvs: Sequence[PeerTensor]
-    sends: Sequence[PeerTensor]
-
-    def __str__(self) -> str:
-        sources, targets = ([peer for peer, _ in part] for part in (self.recvs, self.sends))
-        return f"receiving from ranks {sources}, sending to ranks {targets}"
 
 
 class Communicator:
@@ -67,10 +64,11 @@ class Communicator:
         device: where its tensors are.
         on_gpu: whether works are queued on streams, as NCCL's.
         timeout: how long a wait may last.
-        ended: why nothing can be exchanged any more, once that is so.
         name: a store key prefix of its own, the same on all of its ranks.
         membership: who of these ranks is still there.
     """
+
+    _all: ClassVar[weakref.WeakSet[Communicator]] = weakref.WeakSet()
 
     def __init__(self, view: GroupView, place: torch.device, comm_sms: int | None = None) -> None:
         assert view.group is not None
@@ -82,42 +80,81 @@ class Communicator:
         if self.on_gpu:
             check_one_rank_per_gpu(view, place, self.timeout)
         options = nccl_options(view, place, self.timeout, comm_sms) if self.on_gpu else None
+        self._sockets = Sockets()
         self._group: dist.ProcessGroup | None = dedicated_group(view.ranks, self.timeout, options)
-        self.ended: Exception | None = None
+        self._sockets.take_new()
+        self._ended: Exception | None = None
+        self._told: Origin | None = None
         self.name = next_agreement(view)
         self.membership = Membership(view, self.name, self.timeout)
         self._channels = 0
+        self._all.add(self)
         self._abandoned: list[Transfer] = []
         self._started: weakref.WeakSet[Transfer] = weakref.WeakSet()
         self._warm: tuple[set[int], set[int]] = (set(), set())
         self._shared: SharedBuffers | None = None
         self._shared_asked = False
+        self._waiter = Waiter()
         self._watchdog = Watchdog(self) if self.on_gpu else None
-        # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
-        with self.waiting("opening the communicator, with all ranks"):
-            dist.all_reduce(torch.zeros(1, device=place), group=self.group)
         calls.remember_addresses(view)
+        # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
+        ports = torch.zeros(view.size, dtype=torch.int64, device=place)
+        ports[view.rank] = self._sockets.port
+        self.collect(partial(dist.all_reduce, ports, async_op=True), "opening the communicator, with all ranks")
+        if not self.on_gpu:
+            self._sockets.keep(ports.tolist())
+        calls.reach(view)
+        calls.listen(self.name, weakref.WeakMethod(self.hear))
+
+    @property
+    def ended(self) -> Exception | None:
+        """Why nothing can be exchanged any more, once that is so."""
+        if self._ended is None and self._told is not None:
+            self._ended = calls.given_up(self.view, self._told)
+        return self._ended
 
     @property
     def group(self) -> dist.ProcessGroup:
         """The dedicated group, created with the parent's timeout; raises `ended`, once that is there."""
-        if self._group is None or self.ended is not None:
+        if self.ended is not None or self._group is None:
             raise self.ended or RuntimeError("the process is ending")
         return self._group
 
-    @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Inside, torch's errors of the network become `failure`'s; `what` says what is done, and with whom."""
+    def collect(self, operation: Callable[..., dist.Work | None], what: str) -> None:
+        """Make a collective operation, given the `group` and started with `async_op`, and wait for it.
+
+        Args:
+            what: for errors, with whom it is.
+
+        Raises:
+            PeerTimeout, ExchangeError: a rank did not come, or has gone.
+        """
+        transfer = Transfer(self, "")
+        with unrecorded():
+            transfer.add(operation, what)
+        transfer.wait()
+
+    def run(self, function: Callable[[], R], what: str) -> R:
+        """What `function` returns, which makes blocking operations with all ranks; otherwise as `collect`."""
+        _ = self.group
         try:
-            yield
+            if self.on_gpu:
+                return function()
+            task = Task(function)
+            origin = await_task(task, calls.vigil(self.name), self.view.ranks)
+            if origin is None:
+                return task.result()
+            error: Exception = RuntimeError(f"rank {origin.rank} {origin.words}")
+            found = self.failure(error, what)
+            calls.set_origin(found, self.view, origin)
         except (PeerTimeout, ExchangeError):
             raise
         except RuntimeError as error:
             if not calls.is_network_error(error):
                 raise
             found = self.failure(error, what)
-            self.give_up(found)
-            raise found from found.__cause__
+        found = self.conclude(found, ())
+        raise found
 
     def meet(self, call: str) -> None:
         """Return once every rank has come to this call; nothing has been posted to the group until then.
@@ -186,27 +223,61 @@ class Communicator:
             self._start_grouped(transfer, sends, recvs)
         else:
             self._start_tagged(transfer, sends, recvs, tag)
+            if transfer.pending:
+                self.begin_waiting(transfer)
         return transfer
+
+    def begin_waiting(self, transfer: Transfer) -> None:
+        """Have the waiter wait for a transfer, once."""
+        if not transfer.queued:
+            transfer.queued = True
+            self._waiter.add(transfer)
+
+    def look_after(self, transfer: Transfer) -> None:
+        """Return when a transfer is over: after the timeout, or when peers of it have died, it fails.
+
+        Called by whoever waits, from the first look on.
+        """
+        deadline = time.monotonic() + self.timeout.total_seconds() - FIRST_LOOK
+        vigil, ranks = calls.vigil(self.name), self.view.ranks
+        if not transfer.begun:
+            # The waiter is held by another transfer, of which this one need not know.
+            threading.Thread(target=wait_here, args=(transfer,), daemon=True, name="fusedfog-waiter").start()
+        while not transfer.over.wait(max(0.0, min(LOOK_EVERY, deadline - time.monotonic()))):
+            works = transfer.pending[:1]
+            peers = [ranks[peer] for peer in transfer.peers_in_flight()]
+            whole = not works or not isinstance(works[0][1], Peers)
+            origin = self._told
+            if origin is None and vigil is not None:
+                origin = vigil.look(ranks if whole else dict.fromkeys(peers), None if whole or not peers else peers[0])
+            if origin is None and time.monotonic() < deadline:
+                continue
+            if transfer.over.is_set():
+                return
+            what = works[0][1] if works else "waiting"
+            if origin is None:
+                transfer.fail(RuntimeError("timed out"), what)
+            else:
+                transfer.fail(RuntimeError(f"rank {ranks.index(origin.rank)} {origin.words}"), what)
+                calls.set_origin(transfer.failure, self.view, origin)
 
     def _start_tagged(
         self, transfer: Transfer, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], tag: int
     ) -> None:
-        for post, end, part, verb in (
-            (dist.irecv, "group_src", recvs, "receiving from"),
-            (dist.isend, "group_dst", sends, "sending to"),
-        ):
+        for post, end, part in ((dist.irecv, "group_src", recvs), (dist.isend, "group_dst", sends)):
             sent_before: Counter[int] = Counter()
             for peer, tensor in part:
+                with_whom = Peers((peer,)) if part is recvs else Peers((), (peer,))
                 try:
                     with unrecorded():
                         work = post(tensor, group=self.group, tag=tag + sent_before[peer], **{end: peer})
                 except RuntimeError as error:
                     # The peer may have finished and exited; only a step that needs this message may complain.
-                    transfer.fail(error, f"{verb} rank {peer}")
+                    transfer.fail(error, with_whom)
                     return
                 assert work is not None
                 sent_before[peer] += 1
-                transfer.pending.append((work, f"{verb} rank {peer}"))
+                transfer.pending.append((work, with_whom))
 
     def _start_grouped(self, transfer: Transfer, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> None:
         # torch asks for the tensors' device to be the current one around a batch.
@@ -218,7 +289,7 @@ class Communicator:
                 ops += [
                     dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in some_sends
                 ]
-                peers = _Peers(some_recvs, some_sends)
+                peers = Peers(tuple(peer for peer, _ in some_recvs), tuple(peer for peer, _ in some_sends))
                 try:
                     transfer.pending += [(work, peers) for work in dist.batch_isend_irecv(ops)]
                 except RuntimeError as error:
@@ -263,15 +334,49 @@ class Communicator:
         """See `Membership.failure`."""
         return self.membership.failure(error, what)
 
-    def give_up(self, failure: Exception) -> None:
-        """End the communicator if a rank has left, or cannot go on: those who wait for this one are then told in their turn."""
-        if isinstance(failure, (RankLeft, NonFiniteError, DivergedError)):
-            self.end(failure, 0.0)
+    def conclude(self, failure: Exception, first: Iterable[int]) -> Exception:
+        """End the communicator for this failure, and tell all of its ranks where it began; what is to be raised.
+
+        Args:
+            first: group ranks that were waited for.
+        """
+        if self.ended is not None:
+            if self._told is not None and self._group is not None and not self.on_gpu:
+                self.close(0.0)
+            return self.ended if self._told is not None else failure
+        if isinstance(failure, (PeerTimeout, ExchangeError)) and not isinstance(failure, RankLeft):
+            late, origin = isinstance(failure, PeerTimeout), calls.origin_of(failure, self.view)
+            if origin is None:
+                own = State(calls.current_call(), failed=True, late=late)
+                _, origin = calls.ask_why(self.view, self.name, own, [self.view.ranks[peer] for peer in first])
+                calls.set_origin(failure, self.view, origin)
+            said = origin or Origin(-1, f"rank {self.view.rank} has given up: {failure}", late)
+            calls.tell(self.view, self.name, said)
+            for other in self._ending_with_this(said):
+                calls.tell(other.view, other.name, said)
+                other.end(failure, 0.0)
+        self.end(failure, 0.0)
+        return failure
+
+    def _ending_with_this(self, origin: Origin) -> list[Communicator]:
+        """Others that cannot go on: of the same dead rank, or among ranks of these, as those of a mesh."""
+        living = [one for one in self._all if one is not self and one.ended is None]
+        dead = [self, *(one for one in living if origin.rank in one.view.ranks)]
+        return [one for one in living if one in dead or any(set(one.view.ranks) <= set(big.view.ranks) for big in dead)]
+
+    def hear(self, origin: Origin) -> None:
+        """Another rank has given this communicator up: whoever waits in it wakes, and the next call raises; for any thread."""
+        if self._told is None and self._ended is None:
+            self._told = origin
+            for transfer in copy_of(self._started):
+                if transfer.queued and not transfer.over.is_set():
+                    transfer.failure = self.ended
+                    transfer.over.set()
 
     def end(self, reason: Exception, patience: float) -> None:
         """Exchange nothing more, for this reason; what is in flight gets `patience` seconds."""
-        if self.ended is None:
-            self.ended = reason
+        if self._ended is None:
+            self._ended = reason
             # Destroying an NCCL group may wait for its peers; there the watchdog reads the notes.
             if not self.on_gpu:
                 self.close(patience)
@@ -283,13 +388,13 @@ class Communicator:
         level live until then. What is in flight gets `patience` seconds to complete, for the sake of peers that need it.
         """
         deadline = time.monotonic() + patience
-        for transfer in list(self._started):
-            if transfer.waiter is not None:
-                transfer.waiter.join(max(0.0, deadline - time.monotonic()))
-            while transfer.pending and not self.on_gpu and transfer.failure is None:
-                with contextlib.suppress(RuntimeError):
-                    transfer.pending[0][0].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-                del transfer.pending[:1]
+        started = list(self._started)
+        for transfer in started:
+            if transfer.queued:
+                transfer.over.wait(max(0.0, deadline - time.monotonic()))
+        self._sockets.shut_down()
+        self._waiter.stop(_TO_WAKE)
+        for transfer in started:
             transfer.pending.clear()
             transfer.keep_alive.clear()
         self._abandoned.clear()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,18 @@ from fusedfog.comm.launchers import Launch, read_launch, tasks_of_shell
 from fusedfog.errors import LaunchError
 from fusedfog.kernels import device
 from fusedfog.log import warn_user
+
+
+class Ranks(Protocol):
+    """Some ranks, this one among them; a `GroupView` is that."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All of them, by global rank."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,14 @@ def part_of(view: GroupView, ranks: Iterable[int]) -> GroupView:
     """This process' place among some ranks of `view`, itself one of them; nothing is sent, and no process group is made."""
     part = tuple(sorted(ranks))
     return GroupView(part.index(view.ranks[view.rank]), len(part), view.group, part)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The ranks of a group that is yet to be made, and this one's place among them."""
+
+    rank: int
+    ranks: tuple[int, ...]
 
 
 def find_group(group: dist.ProcessGroup | None = None) -> GroupView:

@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fusedfog.comm.calls import enter_world
+from fusedfog.comm.group import find_group, store_timeout
 from fusedfog.comm.launchers import Launch, read_launch
 from fusedfog.errors import LaunchError, UnsupportedEnvironment
 from fusedfog.log import log, warn_user
@@ -72,6 +74,9 @@ def init(
         chosen = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         _join(launch, init_method, chosen, timeout, device if device.type == "cuda" else None)
         atexit.register(_leave, dist.distributed_c10d._get_default_group())
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        # From now on a rank that ends is missed, whether it has built anything or not.
+        enter_world(store_timeout(find_group()).total_seconds())
     return device
 
 

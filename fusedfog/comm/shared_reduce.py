@@ -12,11 +12,13 @@ in every run. What a loop over TCP costs beside that are the copies into the ker
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fusedfog.comm.failures import LOOK_EVERY
 from fusedfog.comm.shared_buffers import Buffer, Kind, Operation, Steps
 from fusedfog.comm.transfer import Owner, Transfer
 from fusedfog.comm.whereabouts import name_ranks
@@ -43,18 +45,32 @@ class SharedTransfer(Transfer):
         Raises:
             PeerTimeout, ExchangeError: see `Transfer`.
         """
-        if self.failure is None and not self._operation.over.wait(self.communicator.timeout.total_seconds()):
-            late = name_ranks(self._shared.missing(self._operation))
-            self._shared.give_up()
-            self.failure = self.communicator.failure(TimeoutError("timed out"), f"{self.label}: waiting for {late}")
-        elif self.failure is None and self._operation.failure is not None:
-            error, ranks = self._operation.failure, name_ranks(self._operation.ranks)
-            if not isinstance(error, ConnectionError):
-                raise error
-            self.failure = self.communicator.failure(error, f"{self.label}: reading from {ranks}")
+        first = self.peers_in_flight()
+        self.finish()
+        error = self._operation.failure
+        if error is not None and not isinstance(error, ConnectionError):
+            raise error
         if self.failure is not None:
-            self.communicator.give_up(self.failure)
+            self.failure = self.communicator.conclude(self.failure, first)
             raise self.failure
+
+    def finish(self) -> None:
+        """As `wait`; what failed is kept. A rank that dies closes its connections, which ends the operation at once."""
+        deadline = time.monotonic() + self.communicator.timeout.total_seconds()
+        while self.failure is None and not self._operation.over.wait(LOOK_EVERY):
+            if self.communicator.ended is not None:
+                self.failure = self.communicator.ended
+            elif time.monotonic() > deadline:
+                late = name_ranks(self._shared.missing(self._operation))
+                self._shared.give_up()
+                self.failure = self.communicator.failure(TimeoutError("timed out"), f"{self.label}: waiting for {late}")
+        if self.failure is None and isinstance(self._operation.failure, ConnectionError):
+            ranks = name_ranks(self._operation.ranks)
+            self.failure = self.communicator.failure(self._operation.failure, f"{self.label}: reading from {ranks}")
+
+    def peers_in_flight(self) -> list[int]:
+        """Group ranks that it waits for."""
+        return list(self._shared.missing(self._operation))
 
 
 def add_up(buffer: Buffer, numel: int, dtype: torch.dtype) -> Operation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from fusedfog.comm.agreement import absent, level_group_counts, next_agreement
-from fusedfog.comm.calls import Call
-from fusedfog.comm.group import GroupView, unbound
+from fusedfog.comm.calls import Call, current_call
+from fusedfog.comm.group import GroupView, Members, unbound
+from fusedfog.comm.guard import guarded
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import PeerTimeout
 
@@ -50,30 +50,34 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.Pr
         return dedicated_group(members, timeout)
 
 
-@dataclass(frozen=True)
-class Members:
-    """The ranks of a group that is yet to be made, and this one's place among them."""
-
-    rank: int
-    ranks: tuple[int, ...]
-
-
 def dedicated_group(ranks: tuple[int, ...], timeout: timedelta, options: Any = None) -> dist.ProcessGroup:
-    """A new group of these ranks, made by them alone unless they are all; `options` are for its NCCL backend."""
+    """A new group of these ranks, made by them alone unless they are all.
+
+    Args:
+        options: for its NCCL backend.
+
+    Raises:
+        PeerTimeout: a rank did not come within the timeout.
+        ExchangeError: on gloo, a rank has ended; names it.
+    """
     whole = len(ranks) == dist.get_world_size()
     if not whole:
         level_group_counts(ranks, timeout)
-    # All ranks together may split the default group's communicator, which is quick.
-    with contextlib.nullcontext() if whole else unbound():
-        group = dist.new_group(
-            list(ranks),
-            timeout=timeout,
-            pg_options=options,
-            use_local_synchronization=not whole,
-            group_desc="fusedfog",
-        )
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+
+    def make() -> dist.ProcessGroup:
+        # All ranks together may split the default group's communicator, which is quick.
+        with contextlib.nullcontext() if whole else unbound():
+            group = dist.new_group(
+                list(ranks),
+                timeout=timeout,
+                pg_options=options,
+                use_local_synchronization=not whole,
+                group_desc="fusedfog",
+            )
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    return guarded(Members(ranks.index(dist.get_rank()), ranks), make, current_call() or "opening a communicator")
 
 
 def nccl_options(view: GroupView, place: torch.device, timeout: timedelta, comm_sms: int | None) -> Any:
@@ -110,7 +114,7 @@ def check_one_rank_per_gpu(view: GroupView, place: torch.device, timeout: timede
     else:
         store.set(f"{prefix}/on/{identity}/first", str(view.rank))
     store.set(f"{prefix}/came/{view.rank}", "")
-    missing = absent(store, [f"{prefix}/came/{rank}" for rank in range(view.size)], timeout)
+    missing = absent(store, [f"{prefix}/came/{rank}" for rank in range(view.size)], timeout, view)
     if missing:
         raise PeerTimeout(
             f"rank {view.rank}: {name_ranks(missing)} of the group did not come to open its communicator within {timeout}"

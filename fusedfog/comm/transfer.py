@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._autograd import _enable_record_function
+
+from fusedfog.comm.failures import FIRST_LOOK
+
+_FOR_EVER = timedelta(days=3650)
+"""Whoever needs a transfer has a limit, and this thread has none: a wait that times out would close all connections."""
 
 PeerTensor = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
@@ -31,12 +37,34 @@ def unrecorded() -> Iterator[None]:
         _enable_record_function(True)
 
 
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Whom a work is with, in words that are only put together for an error.
+
+    Attributes:
+        recvs, sends: group ranks.
+    """
+
+    recvs: tuple[int, ...]
+    sends: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [("receiving from", self.recvs), ("sending to", self.sends)]
+        if len(self.recvs) + len(self.sends) == 1:
+            return "".join(f"{verb} rank {ranks[0]}" for verb, ranks in parts if ranks)
+        return ", ".join(f"{verb} ranks {list(ranks)}" for verb, ranks in parts)
+
+
 class Owner(Protocol):
     """What a transfer asks of the communicator that started it."""
 
     @property
     def on_gpu(self) -> bool:
         """Whether works are queued on streams, as NCCL's."""
+
+    @property
+    def ended(self) -> Exception | None:
+        """Why nothing can be exchanged any more, once that is so."""
 
     @property
     def timeout(self) -> timedelta:
@@ -52,15 +80,28 @@ class Owner(Protocol):
     def keep(self, transfer: Transfer) -> None:
         """Keep an abandoned transfer's works alive until they have completed."""
 
+    def begin_waiting(self, transfer: Transfer) -> None:
+        """Have a thread wait for a transfer."""
+
+    def look_after(self, transfer: Transfer) -> None:
+        """Return when a transfer is over; that of dead peers, or after the timeout, is made to fail."""
+
     def failure(self, error: Exception, what: str) -> Exception:
         """The exception for an exchange that will never be complete."""
 
-    def give_up(self, failure: Exception) -> None:
-        """End if a rank has left."""
+    def conclude(self, failure: Exception, first: Iterable[int]) -> Exception:
+        """End the communicator for this failure of a transfer with these peers; what to raise."""
 
 
 class Transfer:
-    """One bucket's sends and receives in flight, or how they failed."""
+    """One bucket's sends and receives in flight, or how they failed.
+
+    Attributes:
+        label: what it is, for errors: "step 12, bucket 3".
+        pending: works that are not known to be complete, and whom each is with.
+        over: on gloo, set when all are complete, or it has failed.
+        begun: a thread waits for them, or has.
+    """
 
     def __init__(self, communicator: Owner, label: str) -> None:
         self.communicator = communicator
@@ -68,7 +109,8 @@ class Transfer:
         self.pending: list[tuple[dist.Work, object]] = []
         self.keep_alive: list[Tensor] = []
         self.failure: Exception | None = None
-        self.waiter: threading.Thread | None = None
+        self.over = threading.Event()
+        self.begun = self.queued = False
         communicator.register(self)
 
     def add(self, operation: Callable[..., dist.Work | None], peers: object) -> None:
@@ -83,19 +125,13 @@ class Transfer:
         self.pending.append((work, peers))
 
     def done(self) -> bool:
-        """Whether `wait` would return (or raise) at once; on gloo, asking for the first time starts a thread that finds out.
-
-        A gloo work never says that it is complete (`is_completed` is false until it has been waited for), and a wait
-        that times out closes the connection: so the only way to poll is to let somebody wait.
-        """
+        """Whether `wait` would return (or raise) at once."""
         if self.failure is not None or not self.pending:
             return True
         if self.communicator.on_gpu:
             return all(work.is_completed() for work, _ in self.pending)
-        if self.waiter is None:
-            self.waiter = threading.Thread(target=self._await_works, daemon=True, name="fusedfog-waiter")
-            self.waiter.start()
-        return not self.waiter.is_alive()
+        self.communicator.begin_waiting(self)
+        return self.over.is_set()
 
     def wait(self) -> None:
         """Wait until all receives have arrived and all sends have left.
@@ -105,31 +141,42 @@ class Transfer:
 
         Raises:
             PeerTimeout: a peer's part did not come within the group's timeout.
-            ExchangeError: the connection to a peer broke, now or when the transfer was started.
+            ExchangeError: the connection to a peer broke, now or when the transfer was started, or a peer has died.
         """
-        if self.waiter is not None:
-            self.waiter.join()
-        else:
-            self._await_works()
+        first = self.peers_in_flight()
+        self.finish()
         if self.failure is not None:
             self.communicator.keep(self)
-            self.communicator.give_up(self.failure)
+            self.failure = self.communicator.conclude(self.failure, first)
             raise self.failure
-        if not self.communicator.on_gpu:
-            self.keep_alive.clear()
 
-    def _await_works(self) -> None:
+    def finish(self) -> None:
+        """As `wait`, but a failure is only noted, and ends nothing: what was to come may be wanted by nobody."""
         if self.communicator.on_gpu:
             self._order_stream()
-            return
-        deadline = time.monotonic() + self.communicator.timeout.total_seconds()
+        elif self.pending and self.failure is None:
+            self.communicator.begin_waiting(self)
+            if not self.over.wait(FIRST_LOOK):
+                self.communicator.look_after(self)
+        if self.failure is None and not self.communicator.on_gpu:
+            self.keep_alive.clear()
+
+    def peers_in_flight(self) -> list[int]:
+        """Group ranks that its works are with, the one that is waited for first; empty where that are all."""
+        peers = [peers for _, peers in self.pending]
+        return [rank for one in peers if isinstance(one, Peers) for rank in (*one.recvs, *one.sends)]
+
+    def await_works(self) -> None:
+        """Wait for all works, however long it takes; for the thread that does nothing else."""
         while self.pending and self.failure is None:
             work, peers = self.pending[0]
             try:
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                work.wait(_FOR_EVER)
             except RuntimeError as error:
-                self.fail(error, peers)
-            del self.pending[:1]  # Nothing, if the communicator was closed while this thread waited.
+                if not self.over.is_set():
+                    self.fail(error, peers)
+            del work, self.pending[:1]  # Nothing, if the communicator was closed while this thread waited.
+        self.over.set()
 
     def _order_stream(self) -> None:
         for work, peers in self.pending:
@@ -141,4 +188,16 @@ class Transfer:
 
     def fail(self, error: Exception, peers: object) -> None:
         """Note why this transfer will never be complete; the wait that needs it raises."""
-        self.failure = self.communicator.failure(error, f"{self.label}: {peers}")
+        if self.failure is None:
+            what = f"{self.label}: {peers}" if self.label else str(peers)
+            self.failure = self.communicator.failure(error, what)
+        self.over.set()
+
+
+def copy_of(transfers: weakref.WeakSet[Transfer]) -> list[Transfer]:
+    """All of them, while another thread may add some."""
+    while True:
+        try:
+            return list(transfers)
+        except RuntimeError:
+            continue

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -30,7 +30,9 @@ _THREAD_LOCAL = 1
 class Watched(Protocol):
     """What the watchdog asks of its communicator."""
 
-    ended: Exception | None
+    @property
+    def ended(self) -> Exception | None:
+        """Why nothing can be exchanged any more."""
 
     @property
     def membership(self) -> Membership:
@@ -47,8 +49,8 @@ class Watched(Protocol):
     def failure(self, error: Exception, what: str) -> Exception:
         """The exception for an exchange that will never be complete."""
 
-    def give_up(self, failure: Exception) -> None:
-        """End if a rank has left."""
+    def conclude(self, failure: Exception, first: Iterable[int]) -> Exception:
+        """End for this failure."""
 
 
 class Watchdog:
@@ -118,7 +120,7 @@ class Watchdog:
             started = time.monotonic() - _LATE + self._patience
             late = [f"{label}: {works[0][1]}" for at, label, works in self._watched if at < started]
         if late and communicator.ended is None and communicator.membership.left():
-            communicator.give_up(communicator.failure(RuntimeError("the message has not come"), late[0]))
+            communicator.conclude(communicator.failure(RuntimeError("the message has not come"), late[0]), ())
             log.error("%s", communicator.ended)
 
 

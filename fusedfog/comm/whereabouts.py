@@ -9,12 +9,13 @@ the store would need a poll by every rank for as long as it runs, and torch prin
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import secrets
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 PATIENCE = 1.0
 """Seconds that other ranks have to answer; they do in milliseconds, or not at all."""
+
+QUICKLY = 0.25
+"""The same, where nothing depends on an answer, or it can be asked for again."""
 
 _LONGEST = 4096
 """Bytes of a question or answer."""
@@ -54,6 +58,7 @@ class State:
         late: and that after a timeout.
         fate: why it did not answer, in words for one rank; "" if it did.
         count: how many calls it has entered.
+        ended: communicators that it has given up, (name, origin's global rank or -1, origin's words, late) each.
     """
 
     call: str = ""
@@ -62,6 +67,7 @@ class State:
     late: bool = False
     fate: str = ""
     count: int = 0
+    ended: tuple[tuple[str, int, str, bool], ...] = ()
 
     def words(self, several: bool) -> str:
         """What it does, as a sentence goes on after "rank 3" or "ranks 1-3"."""
@@ -76,12 +82,14 @@ class State:
 
 
 ENDED = "has ended"
+LEFT = "has destroyed its process group"
 UNKNOWN = "cannot be asked (the process group's store has gone)"
 SILENT = "does not answer (stopped, or cut off)"
 UNHEARD = "has made no call of fusedfog yet"
 UNHEARD_PLURAL = "have made no call of fusedfog yet"
 _PLURAL = {
     ENDED: "have ended",
+    LEFT: "have destroyed their process groups",
     UNKNOWN: UNKNOWN,
     SILENT: "do not answer (stopped, or cut off)",
     UNHEARD: UNHEARD_PLURAL,
@@ -94,15 +102,33 @@ class World:
 
     Attributes:
         group: the default group.
+        rank: this process' global rank in it.
         own: where this process listens.
         addresses: of others, by global rank, as far as they were needed.
-        notes: what ranks said when they failed, by global rank.
+        notes: what ranks said when they failed, or finished, by global rank.
+        hear: called with a rank's state when it says, unasked, what it has given up.
+        reached: ranks that have answered, so that no firewall is what refuses connections to them.
+        refused: ranks whose port refused when they were last asked.
     """
 
     group: dist.ProcessGroup
+    rank: int
     own: Address
+    hear: Callable[[State], None]
     addresses: dict[int, Address] = field(default_factory=dict)
     notes: dict[int, State] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether this rank's process has ended for certain, when it was last asked."""
+        address = self.addresses.get(rank)
+        near = address is not None and address.host == self.own.host
+        return rank in self.refused and (near or rank in self.reached)
+
+    def is_done(self, rank: int, state: State) -> bool:
+        """Whether it has said, before it ended, that it had finished."""
+        return state.fate == LEFT or (state.failed and not state.call)
 
     def exists(self) -> bool:
         """Whether the group has not been destroyed."""
@@ -144,11 +170,11 @@ def _innermost(store: Store) -> Store:
     return store
 
 
-def new_world(group: dist.ProcessGroup, store: Store, port: int, ip: str) -> World:
+def new_world(group: dist.ProcessGroup, store: Store, port: int, ip: str, hear: Callable[[State], None]) -> World:
     """This process' place in a new default group, written into its store."""
     own = Address(socket.gethostname(), ip, port, secrets.token_hex(8))
     store.set(f"fusedfog/where/{dist.get_rank()}", json.dumps([own.host, own.ip, own.port, own.token]))
-    return World(group, own)
+    return World(group, dist.get_rank(), own, hear)
 
 
 def answer(connection: socket.socket, world: World | None, here: State) -> None:
@@ -157,16 +183,25 @@ def answer(connection: socket.socket, world: World | None, here: State) -> None:
         connection.settimeout(0.2)
         question = json.loads(connection.recv(_LONGEST))
         known = world is not None and question["token"] == world.own.token
-        if known and world is not None and question["state"]["failed"]:
-            world.notes[int(question["rank"])] = State(**question["state"])
+        if known and world is not None:
+            asker = read_state(question["state"])
+            if asker.failed:
+                world.notes[int(question["rank"])] = asker
+            if asker.ended:
+                world.hear(asker)
         known = known and world is not None and world.exists()
-        connection.sendall(json.dumps(vars(here if known else State(fate=ENDED))).encode())
+        connection.sendall(json.dumps(vars(here if known else State(fate=LEFT))).encode())
 
 
-def ask(world: World, ranks: Iterable[int], own: State) -> dict[int, State]:
-    """Where these global ranks are, each told where this one is; takes `PATIENCE` seconds at most."""
-    me = dist.get_rank() if world.exists() else -1
-    name, deadline = socket.gethostname(), time.monotonic() + PATIENCE
+def read_state(said: Mapping[str, Any]) -> State:
+    """A state that has travelled as JSON."""
+    return State(**{**said, "ended": tuple(tuple(one) for one in said.get("ended", ()))})
+
+
+def ask(world: World, ranks: Iterable[int], own: State, patience: float = PATIENCE) -> dict[int, State]:
+    """Where these global ranks are, each told where this one is; takes `patience` seconds at most."""
+    me = world.rank
+    name, deadline = socket.gethostname(), time.monotonic() + patience
     found: dict[int, State] = {}
     with selectors.DefaultSelector() as waiting:
         for rank in ranks:
@@ -184,6 +219,9 @@ def ask(world: World, ranks: Iterable[int], own: State) -> dict[int, State]:
         for key in list(waiting.get_map().values()):
             found[key.data[0]] = State(fate=SILENT)
             _hang_up(waiting, key.fileobj)
+    world.reached |= {rank for rank, state in found.items() if not state.fate or state.fate == LEFT}
+    for rank, state in found.items():
+        (world.refused.add if state.fate == ENDED else world.refused.discard)(rank)
     for rank, state in found.items():
         if state.fate:
             # A rank that failed and has ended since is told about as it was then.
@@ -199,12 +237,15 @@ def _knock(
     connection = socket.socket(socket.AF_INET6 if ":" in end[0] else socket.AF_INET)
     connection.setblocking(False)
     try:
-        connection.connect_ex(end)
+        refused = connection.connect_ex(end) == errno.ECONNREFUSED
     except OSError:
-        connection.close()
-        found[rank] = State(fate=SILENT)
+        refused = False
     else:
-        waiting.register(connection, selectors.EVENT_WRITE, (rank, question))
+        if not refused:
+            waiting.register(connection, selectors.EVENT_WRITE, (rank, question))
+            return
+    connection.close()
+    found[rank] = State(fate=ENDED if refused else SILENT)
 
 
 def _proceed(waiting: selectors.BaseSelector, key: selectors.SelectorKey, found: dict[int, State]) -> None:
@@ -216,11 +257,10 @@ def _proceed(waiting: selectors.BaseSelector, key: selectors.SelectorKey, found:
             connection.sendall(question)
             waiting.modify(connection, selectors.EVENT_READ, (rank, b""))
             return
-        said: dict[str, Any] = json.loads(connection.recv(_LONGEST))
-        found[rank] = State(**said)
-    except (ConnectionError, ValueError):  # Nobody listens there any more, or it ends just now.
+        found[rank] = read_state(json.loads(connection.recv(_LONGEST)))
+    except ConnectionRefusedError:  # Nobody listens there any more.
         found[rank] = State(fate=ENDED)
-    except OSError:
+    except (OSError, ValueError):  # It ends just now, or has given up waiting for the question on a busy machine.
         found[rank] = State(fate=SILENT)
     _hang_up(waiting, connection)
 

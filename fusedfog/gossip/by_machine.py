@@ -13,8 +13,9 @@ bucket's first wait for this one's last.)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import cycle
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.failures import LOOK_EVERY
 from fusedfog.comm.inside import ByMessages, ThroughMemory
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import communicator_for
@@ -48,13 +50,14 @@ class Chain(Transfer):
         self._device = communicator.device
         self._task: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
+        self._broken: Transfer | None = None
         if isinstance(on, ThreadPoolExecutor):
-            self._task = on.submit(_finish, phases)
+            self._task = on.submit(self._carry_out, phases)
         else:
             on.wait_stream(torch.cuda.current_stream(communicator.device))
             with torch.cuda.stream(on):
                 try:
-                    _finish(phases)
+                    self._carry_out(phases)
                 except RuntimeError as error:
                     # Only a step that needs this message may complain.
                     self.failure = error
@@ -66,20 +69,36 @@ class Chain(Transfer):
             return self._task.done()
         return self.failure is not None or self._event is None or self._event.query()
 
+    def finish(self) -> None:
+        """As `wait`; what failed is kept."""
+        with contextlib.suppress(RuntimeError):
+            self.wait()
+
     def wait(self) -> None:
         """Wait for the last phase; raises what failed in any. On a GPU it is the current stream that waits."""
         if self._task is not None:
-            self._task.result()
+            self._await_task(self._task)
         elif self.failure is not None:
             raise self.failure
         elif self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
+    def _await_task(self, task: Future[None]) -> None:
+        while not wait([task], LOOK_EVERY).done:
+            # A rank of another line, which this one does not wait for, may have ended all that the line waits for.
+            if self.communicator.ended is not None:
+                raise self.communicator.ended
+        if self._broken is not None:
+            self._broken.wait()  # Raises, and now it is known that somebody needs it.
+        task.result()
 
-@torch.no_grad()
-def _finish(phases: Iterator[Transfer]) -> None:
-    for transfer in phases:
-        transfer.wait()
+    @torch.no_grad()
+    def _carry_out(self, phases: Iterator[Transfer]) -> None:
+        for transfer in phases:
+            transfer.finish()
+            if transfer.failure is not None:
+                self._broken = transfer
+                raise transfer.failure
 
 
 class Hierarchy:

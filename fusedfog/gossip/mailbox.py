@@ -128,14 +128,14 @@ class Mailbox:
         for tensor in bucket.inbox.tensors[self.inboxes.messages.index("param")]:
             tensor[here].copy_(bucket.segment.param[here])
 
-    def wait(self, bucket: BucketState) -> None:
-        """Wait for a bucket's message, counting the time that the host is blocked."""
+    def wait(self, bucket: BucketState, *, keep_failure: bool = False) -> None:
+        """Wait for a bucket's message, counting the time that the host is blocked; with `keep_failure` nothing is raised."""
         transfer = bucket.transfer
         assert transfer is not None
         begin = time.perf_counter()
         try:
             with span("wait", (bucket.number,), sources=bucket.sources):
-                transfer.wait()
+                (transfer.finish if keep_failure else transfer.wait)()
         finally:
             self.stats.blocked_s += time.perf_counter() - begin
             if transfer in self.in_flight:
@@ -145,11 +145,7 @@ class Mailbox:
         """Wait for all messages; what came is kept. With `keep_failures`, only the step that needs one raises."""
         for bucket in buckets:
             if bucket.transfer is not None:
-                try:
-                    self.wait(bucket)
-                except RuntimeError:
-                    if not keep_failures:
-                        raise
+                self.wait(bucket, keep_failure=keep_failures)
 
     def _report_torn(self, bucket: BucketState) -> None:
         self.stats.torn_messages += 1

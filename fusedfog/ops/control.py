@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,20 @@ from fusedfog.comm.communicator import Communicator
 _CPU = torch.device("cpu")
 
 
-def add_up(communicator: Communicator, numbers: Sequence[int]) -> list[int]:
-    """The sums of the ranks' integers, on every rank.
+def add_up(communicator: Communicator, numbers: Sequence[int], what: str) -> list[int]:
+    """The sums of the ranks' integers, on every rank; `what` says of what, for errors.
 
     Raises:
-        RuntimeError: a rank did not come, or has gone.
+        PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
     if _has_cpu_backend(communicator):
         total = torch.tensor(numbers)
-        dist.all_reduce(total, group=communicator.group)
+        communicator.collect(partial(dist.all_reduce, total, async_op=True), what)
         return [int(number) for number in total.tolist()]
+    return communicator.run(lambda: _add_up_by_store(communicator, numbers), what)
+
+
+def _add_up_by_store(communicator: Communicator, numbers: Sequence[int]) -> list[int]:
     store, prefix = _store(communicator)
     keys = [f"{prefix}/{place}" for place in range(len(numbers))]
     for key, number in zip(keys, numbers, strict=True):
@@ -39,12 +44,16 @@ def add_up(communicator: Communicator, numbers: Sequence[int]) -> list[int]:
     return totals
 
 
-def gather(communicator: Communicator, value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank.
+def gather(communicator: Communicator, value: Any, what: str) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; `what` says of what, for errors.
 
     Raises:
-        RuntimeError: a rank did not come, or has gone.
+        PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
+    return communicator.run(lambda: _gather(communicator, value), what)
+
+
+def _gather(communicator: Communicator, value: Any) -> list[Any]:
     if _has_cpu_backend(communicator):
         gathered: list[Any] = [None] * communicator.view.size
         dist.all_gather_object(gathered, value, group=communicator.group)
@@ -84,7 +93,9 @@ def tell(
         try:
             store.wait([key], communicator.timeout)
         except RuntimeError as error:
-            raise communicator.failure(error, f"{label}: receiving from rank {peer}") from error
+            raise communicator.conclude(
+                communicator.failure(error, f"{label}: receiving from rank {peer}"), [peer]
+            ) from error
         found.append(int(store.get(key)))
         store.delete_key(key)
     return found

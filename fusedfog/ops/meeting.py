@@ -51,14 +51,13 @@ def confer(links: Sequence[Communicator], own: Report) -> Report:
     undecided = own.problem is not None or own.recv is None or own.send is None
     balance = [*_balance(own), int(undecided)]
     for communicator in links:
-        with communicator.waiting(f"{own.operation}, with all ranks"):
-            balance = control.add_up(communicator, balance)
+        balance = control.add_up(communicator, balance, f"{own.operation}, with all ranks")
     if not any(balance):
         return own
     reports = [own]
     for communicator in links:
-        with communicator.waiting(f"{own.operation}, with all ranks"):
-            reports = [report for part in control.gather(communicator, reports) for report in part]
+        parts = control.gather(communicator, reports, f"{own.operation}, with all ranks")
+        reports = [report for part in parts for report in part]
     reports = complete(sorted(reports, key=lambda report: report.rank))
     faults = judge(reports)
     if own.problem is not None:

@@ -111,8 +111,10 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
     # Local. On ranks other than `src` it only waits for what may be in flight.
     state = opt.state_dict()
     box: list[Any] = [_without_tensors(state, big) if view.rank == src else None]
-    with communicator.waiting(f"taking rank {src}'s state, with all ranks"):
-        dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device)
+    communicator.run(
+        lambda: dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device),
+        f"taking rank {src}'s state, with all ranks",
+    )
     if view.rank != src:
         big = [torch.empty(hole.shape, dtype=hole.dtype, device=device) for hole in _holes(box[0])]
     for tensor in big:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fusedfog.comm.calls import collective
 from fusedfog.comm.group import GroupView, find_group
+from fusedfog.comm.guard import guarded
 from fusedfog.comm.outcome import Outcome
 from fusedfog.errors import CheckpointError, ForeignCheckpointWarning, MismatchError
 from fusedfog.log import log, warn_user
@@ -252,7 +254,7 @@ def _means(sums: Sums, model: nn.Module, view: GroupView) -> dict[str, Tensor]:
         device = next(model.parameters()).device
         for name, total in sums.totals.items():
             moved = total.to(device)
-            dist.all_reduce(moved)
+            guarded(view, partial(dist.all_reduce, moved))
             sums.totals[name] = moved.cpu()
     clock = sums.others["optimizer"]["fusedfog"]
     clock |= {"push_sum": None, "masses": None, "encoded": False}

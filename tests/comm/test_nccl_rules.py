@@ -215,7 +215,8 @@ def test_comm_sms_must_be_a_number_of_sms(value: Any) -> None:
 def link_stub(rank: int, size: int, place: torch.device = CPU) -> Any:
     communicator = Communicator.__new__(Communicator)
     communicator.view, communicator.device, communicator.on_gpu = GroupView(rank, size, None), place, True
-    communicator._group, communicator.ended, communicator._started, communicator._abandoned = object(), None, set(), []  # type: ignore[assignment]
+    communicator._group, communicator._started, communicator._abandoned = object(), set(), []  # type: ignore[assignment]
+    communicator._ended = communicator._told = None
     communicator._watchdog = mock.Mock()
     return communicator
 

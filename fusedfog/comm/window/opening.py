@@ -196,7 +196,7 @@ class _Opening:
         deadline = time.monotonic() + _SHARE_OF_TIMEOUT * timeout.total_seconds()
         for peer in self.plan.sends:
             key = f"{self.prefix}/at/{peer}"
-            if absent(store, [key], timedelta(seconds=max(0.001, deadline - time.monotonic()))):
+            if absent(store, [key], timedelta(seconds=max(0.001, deadline - time.monotonic())), self.view):
                 failures.append(
                     f"rank {peer} wrote no address within {_SHARE_OF_TIMEOUT * timeout.total_seconds():g} s"
                 )

@@ -1,0 +1,85 @@
+"""Where a failure began, as it follows from what ranks answer: whose word counts, and who has only finished."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fusedfog.comm import failures, whereabouts
+from fusedfog.comm.failures import Origin, Vigil, find
+from fusedfog.comm.whereabouts import ENDED, LEFT, Address, State, World
+
+HERE, ELSEWHERE = "a", "b"
+
+
+def world(host: str = HERE) -> World:
+    own = Address(HERE, "10.0.0.1", 1, "")
+    others = {rank: Address(host, "10.0.0.2", rank, "") for rank in (1, 2, 3)}
+    return World(None, 0, own, lambda state: None, addresses=others)  # type: ignore[arg-type]
+
+
+def answers(of: World, states: dict[int, State]) -> Any:
+    """As `whereabouts.ask`, from these states."""
+
+    def ask(asked: World, ranks: Any, own: State, patience: float = 0.0) -> dict[int, State]:
+        of.refused = {rank for rank, state in states.items() if state.fate == ENDED}
+        return {rank: states[rank] for rank in ranks}
+
+    return mock.patch.object(whereabouts, "ask", ask)
+
+
+def look(of: World, states: dict[int, State], next_one: int | None = None, *, later: bool = False) -> Origin | None:
+    vigil = Vigil(of, "name", State(), lasting=True)
+    with answers(of, states):
+        found = vigil.look(states, next_one)
+        if later:
+            with mock.patch.object(failures.time, "monotonic", lambda: failures.time.perf_counter() + 1e6):
+                found = vigil.look(states, next_one)
+    return found
+
+
+LIVES, GONE = State(call="step()"), State(fate=ENDED)
+
+
+def test_a_port_of_this_host_that_refuses_is_a_death() -> None:
+    assert look(world(), {1: LIVES, 2: GONE}) == Origin(2, ENDED)
+    assert look(world(), {1: LIVES, 3: LIVES}) is None
+
+
+def test_a_firewall_s_refusal_is_none() -> None:
+    elsewhere = world(ELSEWHERE)
+    assert look(elsewhere, {1: LIVES, 2: GONE}) is None
+    elsewhere.reached.add(2)
+    assert look(elsewhere, {1: LIVES, 2: GONE}) == Origin(2, ENDED)
+
+
+def test_silence_is_no_death() -> None:
+    assert look(world(), {1: State(fate=whereabouts.SILENT)}, later=True) is None
+
+
+@pytest.mark.parametrize("finished", [State(fate=LEFT), State(failed=True, last="step() 9")])
+def test_a_rank_that_has_finished_counts_once_what_it_sent_has_had_time(finished: State) -> None:
+    states = {1: finished, 2: LIVES}
+    assert look(world(), states, 1) is None
+    assert look(world(), states, 1, later=True) == Origin(1, ENDED)
+    assert look(world(), states, None, later=True) == Origin(1, ENDED)
+    assert look(world(), states, 2, later=True) is None, "its message may have come"
+
+
+def test_what_a_rank_says_of_the_origin_counts_more_than_its_own_end() -> None:
+    said = State(call="step()", failed=True, ended=(("name", 3, "has ended", False),))
+    assert look(world(), {1: said, 2: LIVES}) == Origin(3, "has ended")
+    of = world()
+    of.refused = {1}
+    assert find(of, {1: said, 2: LIVES}, "name", first=[1]) == Origin(3, "has ended")
+    assert find(of, {1: said, 2: LIVES}, "another name", first=[1]) == Origin(1, ENDED)
+
+
+def test_of_several_dead_the_one_that_was_waited_for_is_named() -> None:
+    of = world()
+    of.refused = {1, 2}
+    assert find(of, {1: GONE, 2: GONE}, "name", first=[2]) == Origin(2, ENDED)
+    assert find(of, {1: GONE, 2: GONE}, "name") == Origin(1, ENDED)
+    assert find(world(), {1: LIVES}, "name") is None
