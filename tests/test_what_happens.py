@@ -15,14 +15,16 @@ PAGE = Path(__file__).parents[1] / "fusedfog" / "optim" / "README.md"
 
 VARIES = {
     r"\S+\.py:\d+": "train.py:1",
-    r"closed it \(.*?\)\. Who": "closed it (in torch's words). Who",
+    r"closed it \(.*?\)\. ": "closed it (in torch's words). ",
+    r"It began with rank [12],": "It began with rank 1,",
     r"for \d+ s\b": "for 1 s",
     r"/\S*/run\b": "/home/me/run",
     r"\.unfinished-\w+": ".unfinished-1",
     r"timeout of [\d.]+ s\b": "timeout of 1 s",
     r"within \d+:\d\d:\d\d(\.\d+)?": "within 0:00:01",
 }
-"""What differs from run to run: a line of a script, what torch says of a connection, seconds, folders."""
+"""What differs from run to run: a line of a script, what torch says of a connection, which of several dead ranks was seen
+first, seconds, folders."""
 
 
 def same(text: str) -> str:

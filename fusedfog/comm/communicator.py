@@ -88,6 +88,7 @@ class Communicator:
         self.name = next_agreement(view)
         self.membership = Membership(view, self.name, self.timeout)
         self._channels = 0
+        self._world = dist.distributed_c10d._get_default_group()
         self._all.add(self)
         self._abandoned: list[Transfer] = []
         self._started: weakref.WeakSet[Transfer] = weakref.WeakSet()
@@ -360,7 +361,8 @@ class Communicator:
 
     def _ending_with_this(self, origin: Origin) -> list[Communicator]:
         """Others that cannot go on: of the same dead rank, or among ranks of these, as those of a mesh."""
-        living = [one for one in self._all if one is not self and one.ended is None]
+        same_world = [one for one in self._all if one._world is self._world]  # A group that is destroyed has no ranks.
+        living = [one for one in same_world if one is not self and one.ended is None]
         dead = [self, *(one for one in living if origin.rank in one.view.ranks)]
         return [one for one in living if one in dead or any(set(one.view.ranks) <= set(big.view.ranks) for big in dead)]
 
