@@ -151,9 +151,18 @@ def test_ranks_compare_its_values(ranks: Pool) -> None:
         assert "on rank 1 but a function of the step (of the first 64 these exchange: 3, 7, 11," in text
 
 
-def gives_numbers() -> tuple[str, bool]:
+def gives_numbers(wrapped: bool) -> tuple[str, bool]:
+    """What the first step says, the second one being the one that would exchange by a number; whether it changed nothing."""
     model = net()
-    opt = fusedfog.AdamW(model.parameters(), lr=0.02, communicate_every=lambda step: 4)  # type: ignore[arg-type,return-value]
+
+    def rhythm(step: int) -> Any:
+        return True if step == 0 else 4
+
+    if wrapped:
+        inner = torch.optim.AdamW(model.parameters(), lr=0.02)
+        opt: Any = fusedfog.Decentralized(inner, communicate_every=rhythm)
+    else:
+        opt = fusedfog.AdamW(model.parameters(), lr=0.02, communicate_every=rhythm)
     before = values(model)
     model(torch.ones(2, 5)).sum().backward()
     with pytest.raises(TypeError) as caught:
@@ -161,10 +170,11 @@ def gives_numbers() -> tuple[str, bool]:
     return str(caught.value), same(before, values(model))
 
 
-def test_a_number_in_place_of_an_answer_is_told_before_anything_changes(ranks: Pool) -> None:
-    for text, unchanged in ranks.run(2, gives_numbers):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_number_in_place_of_an_answer_is_told_before_anything_changes(ranks: Pool, wrapped: bool) -> None:
+    for text, unchanged in ranks.run(2, gives_numbers, wrapped):
         assert unchanged and text == (
-            "communicate_every as a function says whether a step exchanges, True or False, but is 4 at step 0; for every H-th "
+            "communicate_every as a function says whether a step exchanges, True or False, but is 4 at step 1; for every H-th "
             "step that is lambda step: (step + 1) % H == 0"
         )
 
