@@ -100,6 +100,7 @@ class Transfer:
         label: what it is, for errors: "step 12, bucket 3".
         pending: works that are not known to be complete, and whom each is with.
         over: on gloo, set when all are complete, or it has failed.
+        last: on gloo, whom the work that was waited for last is with.
         begun: a thread waits for them, or has.
     """
 
@@ -110,6 +111,7 @@ class Transfer:
         self.keep_alive: list[Tensor] = []
         self.failure: Exception | None = None
         self.over = threading.Event()
+        self.last: object = None
         self.begun = self.queued = False
         communicator.register(self)
 
@@ -170,6 +172,7 @@ class Transfer:
         """Wait for all works, however long it takes; for the thread that does nothing else."""
         while self.pending and self.failure is None:
             work, peers = self.pending[0]
+            self.last = peers
             try:
                 work.wait(_FOR_EVER)
             except RuntimeError as error:

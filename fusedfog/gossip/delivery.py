@@ -24,7 +24,11 @@ ROUNDS_AHEAD = 64
 
 @dataclass
 class ExchangeStats:
-    """Running totals of one rank, for `stats()`."""
+    """Running totals of one rank, for `stats()`, and for `watch`, which alone shows `waited_for`.
+
+    Attributes:
+        waited_for: peer -> seconds that the host was blocked until something with that peer was over, and nothing else was left.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -34,11 +38,13 @@ class ExchangeStats:
     refused: int = 0
     refused_from: dict[int, int] = field(default_factory=dict)
     healed: int = 0
+    waited_for: dict[int, float] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """The totals by name; who was refused, only if somebody was, so that healthy runs have nothing but numbers."""
+        left_out = ("waited_for",) if self.refused_from else ("waited_for", "refused_from")
         found = dict(vars(self), refused_from=dict(self.refused_from))
-        return found if self.refused_from else {name: value for name, value in found.items() if name != "refused_from"}
+        return {name: value for name, value in found.items() if name not in left_out}
 
 
 class Delivery(Protocol):

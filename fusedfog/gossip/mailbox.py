@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
-from fusedfog.comm.transfer import Transfer
+from fusedfog.comm.transfer import Peers, Transfer
 from fusedfog.errors import TornMessageWarning
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.delivery import Delivery, ExchangeStats, InboxTensors
@@ -137,7 +137,11 @@ class Mailbox:
             with span("wait", (bucket.number,), sources=bucket.sources):
                 (transfer.finish if keep_failure else transfer.wait)()
         finally:
-            self.stats.blocked_s += time.perf_counter() - begin
+            blocked = time.perf_counter() - begin
+            self.stats.blocked_s += blocked
+            if isinstance(transfer.last, Peers):
+                for peer in transfer.last.recvs or transfer.last.sends:
+                    self.stats.waited_for[peer] = self.stats.waited_for.get(peer, 0.0) + blocked
             if transfer in self.in_flight:
                 self.in_flight.remove(transfer)
 

@@ -135,7 +135,8 @@ class Monitor:
         )
         # Norms that are on a GPU are waited for in the thread.
         stats = None if device.on_gpu(engine.place) else self._optimizer.stats()
-        self._pending.put({**sample, "values": values, "stats": stats})
+        waited_for = dict(engine.stats.waited_for)
+        self._pending.put({**sample, "values": values, "stats": stats, "waited_for": waited_for})
         self._last = (now, steps)
 
     def _look_at_graph(self) -> None:

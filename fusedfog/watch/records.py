@@ -5,11 +5,12 @@
 | run | once, by rank 0 | `ranks`, `started` (seconds since 1970), `version` |
 | rank | each rank, with each graph | `node` (of the graph), `host`, `pid`, `device` |
 | graph | first, and when it changes | `method`, `nodes` (how many), `rounds` (of [from, to]), `endless`, `bytes` |
-| sample | every so many steps a rank | `step`, `exchange`, `step_s`, `values` (what the user logged), `stats` (`stats()`) |
+| sample | every so many steps a rank | `step`, `exchange`, `step_s`, `values` (logged), `stats` (`stats()`), `waited_for` |
 | end | once a rank | `how`: "finished", or the error that ended it |
 
-All have `kind`, `rank` and `time` (seconds since 1970, by the rank's own clock). Numbers that are not finite, which JSON has no
-words for, are the strings "nan", "inf" and "-inf".
+`waited_for` is {rank: seconds} that this one's host was blocked until a message to or from that rank was over, the last one that
+it needed (gloo; on GPUs streams wait). All have `kind`, `rank` and `time` (seconds since 1970, by the rank's own clock). Numbers
+that are not finite, which JSON has no words for, are the strings "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations

@@ -88,7 +88,12 @@ def test_machines_of_a_mesh_are_nodes(ranks: Pool, tmp_path: Path) -> None:
     ranks.run(4, watched, str(path), {"mesh": (2, 2)})
     (graph,) = [record for record in read(path) if record["kind"] == "graph"]
     assert graph["nodes"] == 2
-    assert {record["rank"]: record["node"] for record in read(path) if record["kind"] == "rank"} == {0: 0, 1: 0, 2: 1, 3: 1}
+    assert {record["rank"]: record["node"] for record in read(path) if record["kind"] == "rank"} == {
+        0: 0,
+        1: 0,
+        2: 1,
+        3: 1,
+    }
     assert graph["rounds"][0] == [[0, 1], [1, 0]]
 
 
@@ -121,6 +126,20 @@ def test_the_file_says_what_ended_a_rank(ranks: Pool, tmp_path: Path) -> None:
     assert outcomes[1].error_type == "ValueError"
     ends = {record["rank"]: record["how"] for record in read(path) if record["kind"] == "end"}
     assert ends == {0: "finished", 1: "ValueError: no more data"}
+
+
+def with_a_slow_one(path: str) -> None:
+    net, opt = build(topology="ring")
+    with fusedfog.monitor(opt, path, every=2) as run:
+        train(opt, net, 8, run, nap=0.1 if dist.get_rank() == 1 else 0.0)
+
+
+def test_who_waits_for_whom(ranks: Pool, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    ranks.run(2, with_a_slow_one, str(path))
+    last = {record["rank"]: record["waited_for"] for record in read(path) if record["kind"] == "sample"}
+    assert last[0]["1"] > 0.3
+    assert last[1].get("0", 0.0) < last[0]["1"]
 
 
 def alone_watched(path: str) -> float:

@@ -30,11 +30,11 @@ QUIET = [
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the live page's script was NOT run")
 
 
-def sample(rank: int, step: int, blocked: float, **stats: Any) -> dict[str, Any]:
+def sample(rank: int, step: int, blocked: float, waited_for: dict[str, float], **stats: Any) -> dict[str, Any]:
     figures = {"blocked_s": blocked, "bytes_sent": 1000 * step, "torn_messages": 0, "refused": 0, "healed": 0, **stats}
     values = {"loss": 2.0 / step}
     return {"kind": "sample", "rank": rank, "time": float(step), "step": step, "exchange": step, "step_s": 0.1,
-            "values": values, "stats": figures}  # fmt: skip
+            "values": values, "stats": figures, "waited_for": waited_for}  # fmt: skip
 
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
