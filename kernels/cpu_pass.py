@@ -266,6 +266,7 @@ def _all_finite(inbox: Sequence[Tensor], runs: Sequence[slice]) -> bool:
 
     A NaN of this rank's own, which taints nobody but itself, is not looked for, and neither are differences of finite values
     that overflow: each look at a tensor takes a seventh of the pass' time (AdamW, one thread, 0.12 ms for a million elements).
+    It comes first, as x is gone after mixing in place. The compiled loop looks on its way.
     """
     return all(math.isfinite(one[run].sum().item()) for run in runs for one in inbox)
 
