@@ -47,7 +47,7 @@ class Exchanges:
         clock: Clock,
         stats: ExchangeStats,
     ) -> None:
-        algorithm, schedule, hierarchy, codes = phase.algorithm, phase.schedule, phase.hierarchy, phase.codes
+        algorithm, schedule, hierarchy = phase.algorithm, phase.schedule, phase.hierarchy
         self.communicator, self.schedule, self._algorithm = communicator, schedule, algorithm
         self.hierarchy, self.clock, self.stats = hierarchy, clock, stats
         self.topology: Topology | None = None
@@ -76,6 +76,11 @@ class Exchanges:
             self.windows = WindowDelivery(communicator, self.stats, deposits=algorithm.deposits, max_lag=lag)
             self.mailbox = WindowMailbox(communicator, self.windows, self.stats)
             return
+        self.mailbox = self._mailbox(communicator, channel, phase, segments)
+
+    def _mailbox(self, communicator: Communicator, channel: int, phase: Phase, segments: list[FlatSegment]) -> Mailbox:
+        """How messages of synchronous steps go."""
+        algorithm, schedule, hierarchy, codes = phase.algorithm, phase.schedule, phase.hierarchy, phase.codes
         inboxes = InboxTensors(algorithm.messages)
         if codes is not None and algorithm.exchanges == "parameters":
             ahead = algorithm.before is None
@@ -89,7 +94,7 @@ class Exchanges:
         average = GlobalAverage(communicator, inboxes, self.stats, self.quarantine) if averages else None
         # Only parameters that are sent a step ahead can be edited on their way by more than a pass; codes are no part of them.
         ahead = algorithm.before is None and "param" in algorithm.messages and algorithm.exchanges == "parameters"
-        self.mailbox = Mailbox(
+        return Mailbox(
             communicator,
             inboxes,
             self.stats,
