@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from fusedfog.comm.calls import current_call, lost, vigil
+from fusedfog.comm.calls import current_call, lost, remember_addresses, vigil
 from fusedfog.comm.group import Ranks
 from fusedfog.comm.waiter import Task, await_task
 
@@ -28,6 +28,7 @@ def guarded(view: Ranks, function: Callable[[], R], what: str = "") -> R:
     """
     if len(view.ranks) == 1 or dist.get_backend() != "gloo":
         return function()
+    remember_addresses(view)  # Now: `function` may hold the store until it ends.
     task = Task(function)
     origin = await_task(task, vigil(), tuple(view.ranks))
     if origin is None:
