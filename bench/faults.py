@@ -186,12 +186,13 @@ def wait_for(board: Board, victim: int, phase: str, random_: random.Random, pipe
 def read_told(pipe: int, deadline: float) -> Told | None:
     """What a rank says before the deadline; None if it hangs."""
     os.set_blocking(pipe, False)
-    while time.monotonic() < deadline:
+    while True:
         with contextlib.suppress(BlockingIOError):
             text = os.read(pipe, 65536)
             return Told(**json.loads(text)) if text else None
+        if time.monotonic() > deadline:
+            return None
         time.sleep(2e-3)
-    return None
 
 
 def row_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from fusedfog.comm.shared_opening import open_shared
 from fusedfog.comm.sockets import Sockets
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
 from fusedfog.comm.transfer import Peers, PeerTensor, Transfer, copy_of, unrecorded
-from fusedfog.comm.waiter import Task, Waiter, await_task, wait_here
+from fusedfog.comm.waiter import Task, Waiter, await_task, leak, wait_here
 from fusedfog.comm.watchdog import Watchdog
 from fusedfog.comm.whereabouts import State
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
@@ -395,7 +395,9 @@ class Communicator:
             if transfer.queued:
                 transfer.over.wait(max(0.0, deadline - time.monotonic()))
         self._sockets.shut_down()
-        self._waiter.stop(_TO_WAKE)
+        stuck = not self._waiter.stop(_TO_WAKE) or any(one.pending and not one.over.is_set() for one in started)
+        if stuck and self._group is not None and not self.on_gpu:
+            leak(self._group)
         for transfer in started:
             transfer.pending.clear()
             transfer.keep_alive.clear()

@@ -8,6 +8,7 @@ found complete without a wait. What can never complete keeps its thread until th
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -43,11 +44,13 @@ class Waiter:
             self._thread.start()
         self._queue.put(waited)
 
-    def stop(self, patience: float) -> None:
-        """End the thread; it gets so many seconds for what it still waits for."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(patience)
+    def stop(self, patience: float) -> bool:
+        """End the thread, which gets so many seconds for what it still waits for; whether it has ended."""
+        if self._thread is None:
+            return True
+        self._queue.put(None)
+        self._thread.join(patience)
+        return not self._thread.is_alive()
 
 
 def _run(queue: SimpleQueue[Waited | None]) -> None:
@@ -61,6 +64,14 @@ def wait_here(waited: Waited) -> None:
     if not waited.begun:
         waited.begun = True
         waited.await_works()
+
+
+def leak(group: object) -> None:
+    """Never free a process group, in which an operation waits for ever.
+
+    Its destructor would wait for that one, and hold Python's lock meanwhile: now, or when the process ends.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class Task(Generic[R]):
