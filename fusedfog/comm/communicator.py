@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
+from fusedfog.comm.batches import batches
 from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
@@ -51,9 +52,6 @@ LAST_MOMENT = 5.0
 
 _TO_WAKE = 0.2
 """Seconds in which a thread wakes whose connections are shut down; one that waits for half a message does not."""
-
-_LARGEST_BATCH = 256
-"""Operations in one NCCL group call; with more it can hang (pytorch#174288)."""
 
 
 class Communicator:
@@ -285,7 +283,7 @@ class Communicator:
         elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
         here: AbstractContextManager[object] = torch.cuda.device(self.device) if elsewhere else nullcontext()
         with here:
-            for some_sends, some_recvs in self._batches(sends, recvs):
+            for some_sends, some_recvs in batches(self.view, sends, recvs):
                 ops = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in some_recvs]
                 ops += [
                     dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in some_sends
@@ -298,29 +296,6 @@ class Communicator:
                     break
         assert self._watchdog is not None
         self._watchdog.watch(transfer.label, transfer.pending)
-
-    def _batches(
-        self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]
-    ) -> Iterator[tuple[Sequence[PeerTensor], Sequence[PeerTensor]]]:
-        """The operations of a message in batches that NCCL can take, none of them empty.
-
-        A message of too many operations is cut by distance, (receiver - sender) mod n, at fixed distances. So both ends of an
-        edge have it in the batch of the same number, or one of them has all of its operations in one: by induction over
-        the numbers every batch finds its other ends posted, and none waits in a circle.
-        """
-        if len(sends) + len(recvs) <= _LARGEST_BATCH:
-            if sends or recvs:
-                yield sends, recvs
-            return
-        size, me = self.view.size, self.view.rank
-        # As many to one peer on all ranks: codes and scales, or the messages of an algorithm.
-        most = max(count for part in (sends, recvs) for count in Counter(peer for peer, _ in part).values() or (1,))
-        span = max(1, _LARGEST_BATCH // (2 * most))
-        for first in range(0, size, span):
-            some_sends = [one for one in sends if first <= (one[0] - me) % size < first + span]
-            some_recvs = [one for one in recvs if first <= (me - one[0]) % size < first + span]
-            if some_sends or some_recvs:
-                yield some_sends, some_recvs
 
     def register(self, transfer: Transfer) -> None:
         """Know of a transfer, for when the communicator is closed."""

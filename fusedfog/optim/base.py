@@ -50,12 +50,11 @@ class DecentralizedOptimizer(Controls):
     Keyword arguments of every optimizer, beside torch's own:
         topology: a `Topology`, a name sized to the group ("exponential", "ring", ...), or "auto" (None means the same). Auto's
             nodes are machines, as with `mesh`, where several have as many ranks each, and else ranks (`optim.automatic`). Its
-            graph is one-peer exponential for a power of two of nodes, base_graph for others; the symmetric exponential one
-            for methods that need a static one, and for dag, which one-peer graphs serve badly.
+            graph is one-peer exponential for a power of two of nodes, base_graph for others, and symmetric exponential for
+            methods that need a static one and for dag.
         algorithm: "awc" (adapt while combining, X+ = W X + (inner(X) - X); the messages overlap the whole iteration),
-            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as
-            DistributedDataParallel), "local", or one of the
-            methods in `fusedfog.algorithms`.
+            "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as DistributedDataParallel),
+            "local", or one of the methods in `fusedfog.algorithms`.
         group: process group; None is the default one. Ranks in topologies are group ranks.
         mesh: machines as nodes, on a 2-D DeviceMesh over the whole group: dim 0 across machines along `topology` (then of as
             many nodes as there are machines), dim 1 the ranks inside. For FSDP2 parameters, dim 1 is where their shards lie;
@@ -68,8 +67,8 @@ class DecentralizedOptimizer(Controls):
             ranks. A number, or a function of the step that mixes (from 0), or of that and the rate, lr over the largest lr so
             far of the first param group that is mixed. `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC,
             Wang and Johansson 2026). See "How strongly ranks mix" in the docs.
-        communicate_every: exchange in steps with (t + 1) % communicate_every == 0 only; or in those of which a function says
-            so, the same on all ranks: `lambda step: step < 1000 or step % 4 == 3`.
+        communicate_every: exchange in steps with (t + 1) % communicate_every == 0, or in those of which a function, the same
+            on all ranks, says so: `lambda step: step < 1000 or step % 4 == 3`.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
             (Gossip-PGA, Chen et al. 2021).
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
@@ -94,8 +93,7 @@ class DecentralizedOptimizer(Controls):
             stay where they arise; `stats()` tells from whom, and a warning names the rank once. "skip": a step whose own
             gradients are not finite also makes no update, as with a GradScaler, and only mixes. "heal": own parameters that
             are not finite also become the neighbours' finite mean, and own states zero. "propagate": they spread, as in torch.
-            push_sum, exact_diffusion, extra and the tracking methods raise `NonFiniteError` where they would have to leave
-            values out.
+            push_sum, exact_diffusion, extra and tracking raise `NonFiniteError` where they would have to leave values out.
         cpu_compile: on CPUs, compile the passes of SGD and Adam(W) with awc, atc, allreduce and local into one sweep over
             memory each (some seconds at the first construction), compressed messages included; without a C++ compiler it warns
             and does without. Results differ in rounding. Ignored on GPUs, where every pass is one sweep.
@@ -107,11 +105,9 @@ class DecentralizedOptimizer(Controls):
         comm_sms: how many blocks, and so SMs of the GPU, one NCCL kernel of this optimizer's messages may hold, 1 to 64; None
             is NCCL's own choice. A block that waits for its peer spins: it keeps its SM from your kernels as long as the
             peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
-        links: measured ones, for auto to predict with: the file that `fusedfog calibrate` writes, or a `fusedfog.plan.Links` or
-            `Network`. A given topology whose steps would be much longer than those of auto's choice is named in the log; without
-            links only where several machines have as many ranks each.
-        measure: let the passes sum up, on their way, what `stats()` then tells of the last step: gradient_norm and
-            disagreement.
+        links: measured ones, for auto to predict with: the file of `fusedfog calibrate`, a `fusedfog.plan.Links` or `Network`. A
+            given topology that is much slower than auto's is named in the log; without links only where machines share links.
+        measure: let the passes sum up, on their way, what `stats()` tells of the last step: gradient_norm and disagreement.
         data_parallel_steps: the first so many steps are data-parallel training, exactly as DistributedDataParallel with the
             namesake: backward averages gradients over all ranks, so that `.grad` is the mean when it returns, and all ranks
             have the same parameters, to the last bit. Then the algorithm takes over. Momentum goes on, and second moments are
@@ -122,17 +118,16 @@ class DecentralizedOptimizer(Controls):
             over the sum of all. Means of gradients are weighted. Elsewhere a rank's gradients are multiplied by n p_i, after
             clipping; with Adam, whose steps do not grow with gradients, and in `Decentralized` its lr is, but for
             gradient_tracking and dag. Coupled weight decay stays as it is, decoupled goes with lr. The plain mean, as in
-            `averaged()`, is what follows the weighted gradient. None: all are equal. See `engine.rank_weights`.
-        asynchronous: `step()` waits for nobody (awc and push_sum, on CPUs): it mixes the newest that each neighbour has sent, and
-            a slow rank slows no other. Ranks make different numbers of steps; see `finish`. The topology is static, the
-            symmetric exponential graph by default. Averages reuse a neighbour's value until a newer one comes, so that the limit
-            depends on no rank's speed; push-sum deposits estimates with a mass, and its learning rate is divided by this rank's
-            share of the mass in the long run. A rank that has died counts as the rank's own value.
-        max_lag: of an asynchronous optimizer: a rank that is more than so many of its steps ahead of its slowest in-neighbour
-            waits for that one; of its exchanges, where `communicate_every` is a function.
+            `averaged()`, follows the weighted gradient. None: all are equal. See `engine.rank_weights`.
+        asynchronous: `step()` waits for nobody (awc and push_sum, on CPUs, a static topology): it mixes the newest that each
+            neighbour has sent, so a slow rank slows no other; see `finish`. Averages reuse a neighbour's value until a newer one
+            comes, so that the limit depends on no rank's speed; push-sum deposits estimates with a mass, and its learning rate is
+            divided by this rank's share of it in the long run. A rank that has died counts as the rank's own value.
+        max_lag: a rank more than so many of its asynchronous steps (of its exchanges, where `communicate_every` is a function)
+            ahead of its slowest in-neighbour waits for that one.
         sync_init: broadcast rank 0's parameters, frozen ones too, and the rest of `model`, at construction.
-        model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with
-            buffers and the parameters that this optimizer does not hold.
+        model: the module being trained: names parameters in errors, orders buckets, and is broadcast as a whole, with buffers
+            and what this optimizer does not hold.
 
     A param group may set `mix=False`: updated, never communicated, each rank's own in number and shape. Frozen parameters have
     no states and are not sent until they require gradients, or have one, on all ranks before the same step.

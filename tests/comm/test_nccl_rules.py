@@ -21,8 +21,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
+from fusedfog.comm import batches as batches_module
 from fusedfog.comm import communicator as communicator_module
 from fusedfog.comm import group, subgroup, watchdog
+from fusedfog.comm.batches import batches
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.registry import communicator_for
@@ -232,14 +234,14 @@ def meets(rounds: list[list[tuple[set[int], set[int]]]]) -> bool:
     moved = True
     while moved:
         moved = False
-        for rank, batches in enumerate(rounds):
-            if done[rank] < len(batches):
-                out, come = batches[done[rank]]
+        for rank, mine in enumerate(rounds):
+            if done[rank] < len(mine):
+                out, come = mine[done[rank]]
                 posted_out |= {(rank, peer) for peer in out}
                 posted_in |= {(peer, rank) for peer in come}
-        for rank, batches in enumerate(rounds):
-            if done[rank] < len(batches):
-                out, come = batches[done[rank]]
+        for rank, mine in enumerate(rounds):
+            if done[rank] < len(mine):
+                out, come = mine[done[rank]]
                 if all((rank, p) in posted_in for p in out) and all((p, rank) in posted_out for p in come):
                     done[rank] += 1
                     moved = True
@@ -270,18 +272,18 @@ def test_many_operations_go_in_batches_that_cannot_wait_in_a_circle(kind: str, p
     for rank in range(size):
         sends = [(peer, token) for peer in out[rank] for _ in range(parcels)]
         recvs = [(peer, token) for peer in into[rank] for _ in range(parcels)]
-        batches = list(link_stub(rank, size)._batches(sends, recvs))
-        assert all(len(a) + len(b) <= 256 for a, b in batches)
-        assert sum(len(a) for a, _ in batches) == len(sends)
-        assert sum(len(b) for _, b in batches) == len(recvs)
-        most = max(most, len(batches))
-        rounds.append([({peer for peer, _ in a}, {peer for peer, _ in b}) for a, b in batches])
+        found = list(batches(GroupView(rank, size, None), sends, recvs))
+        assert all(len(a) + len(b) <= 256 for a, b in found)
+        assert sum(len(a) for a, _ in found) == len(sends)
+        assert sum(len(b) for _, b in found) == len(recvs)
+        most = max(most, len(found))
+        rounds.append([({peer for peer, _ in a}, {peer for peer, _ in b}) for a, b in found])
     assert most > 1
     assert meets(rounds)
 
 
 def talk_in_small_batches() -> tuple[list[float], int]:
-    with gpu_world(), mock.patch.object(communicator_module, "_LARGEST_BATCH", 4):
+    with gpu_world(), mock.patch.object(batches_module, "LARGEST", 4):
         communicator = communicator_for(find_group(), CPU)
         me, size = communicator.view.rank, communicator.view.size
         seen = Seen()

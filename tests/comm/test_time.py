@@ -144,7 +144,9 @@ def test_a_peer_that_never_steps_is_named_within_the_timeout(ranks: Pool) -> Non
     outcomes = ranks.outcomes(4, never_step, pg_timeout=3)
     for rank in (1, 3):
         assert outcomes[rank].error_type == "PeerTimeout"
-        assert f"rank {rank}: step 0, bucket 0: receiving from rank 2" in outcomes[rank].message
+        # Whoever is the first to give up tells the other.
+        assert f"rank {rank}: step" in outcomes[rank].message
+        assert "step 0, bucket 0: receiving from rank 2" in outcomes[rank].message
         assert "3 s" in outcomes[rank].message
         assert outcomes[rank].seconds < 5
 
@@ -178,7 +180,7 @@ def test_a_killed_peer_is_named(ranks: Pool) -> None:
     assert outcomes[1].error_type == "Died"
     for rank in (0, 2):
         assert outcomes[rank].error_type == "ExchangeError"
-        assert "rank 1: connection lost" in outcomes[rank].message
+        assert "rank 1: connection lost" in outcomes[rank].message or "rank 1 has ended" in outcomes[rank].message
         assert outcomes[rank].seconds < 4
 
 
