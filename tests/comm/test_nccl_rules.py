@@ -297,9 +297,9 @@ def talk_in_small_batches() -> tuple[list[float], int]:
 
 
 def test_batches_of_many_operations_arrive(ranks: Pool) -> None:
-    for rank, (got, batches) in enumerate(ranks.run(5, talk_in_small_batches, init=False)):
+    for rank, (got, count) in enumerate(ranks.run(5, talk_in_small_batches, init=False)):
         assert got == [float(peer) for peer in range(5) if peer != rank]
-        assert batches == 3
+        assert count == 3
 
 
 # ------------------------------------------------------------------------------------------------- waits and streams
