@@ -21,10 +21,12 @@ VARIES = {
     r"/\S*/run\b": "/home/me/run",
     r"\.unfinished-\w+": ".unfinished-1",
     r"timeout of [\d.]+ s\b": "timeout of 1 s",
+    r"\b\d,\d\d\d\b": "1,000",
+    r"step\(\) \d+: no exchange of this group can be complete: rank \d has given up: rank \d: ": "",
     r"within \d+:\d\d:\d\d(\.\d+)?": "within 0:00:01",
 }
 """What differs from run to run: a line of a script, what torch says of a connection, which of several dead ranks was seen
-first, seconds, folders."""
+first, which rank was the first to give up, sizes of files, seconds, folders."""
 
 
 def same(text: str) -> str:

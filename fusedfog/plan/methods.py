@@ -120,6 +120,7 @@ class Method:
         given = {
             "communicate_every": self.communicate_every,
             "mesh": "machines" if self.mesh else None,
+            "inside": self.inside,
             "wire_dtype": self.wire,
             "data_parallel_steps": int(self.start > 0),
         }

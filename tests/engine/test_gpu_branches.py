@@ -143,7 +143,13 @@ def test_gpu_branches_train_as_the_gloo_path_does(trained: Any, name: str) -> No
     for expected, (found, _, _) in zip(*trained, strict=True):
         assert not isinstance(expected[name], str), expected[name]
         assert not isinstance(found[name], str), found[name]
-        assert found[name] == expected[name]
+        if "allreduce" in name or "start" in name:
+            # The sum over ranks has another order: on CPUs it goes through memory that they share.
+            for mine, theirs in zip(found[name], expected[name], strict=True):
+                pair = [torch.frombuffer(bytearray(values), dtype=torch.float32) for values in (mine, theirs)]
+                torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
+        else:
+            assert found[name] == expected[name]
     assert len({b"".join(found[name]) for found in trained[0]}) > 1 or "allreduce" in name
 
 

@@ -142,7 +142,10 @@ def test_a_start_costs_its_part_of_data_parallel_steps() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"algorithm": "awc", "wire": "int8", "mesh": True}, "mesh= does not work with wire_dtype='int8'"),
+        (
+            {"algorithm": "awc", "wire": "int8", "mesh": True, "inside": "parameters"},
+            "mesh= with inside='parameters' does not work with wire_dtype='int8'",
+        ),
         ({"algorithm": "awc", "wire": "int7"}, "int7"),
         ({"algorithm": "allreduce", "start": 0.1}, "all its steps are data-parallel"),
         ({"algorithm": "awc", "start": 1.0}, "start is a part of all steps"),

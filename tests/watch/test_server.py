@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,8 +115,12 @@ def test_a_long_live_run_forgets_old_samples_only(monkeypatch: pytest.MonkeyPatc
 def test_the_command_serves_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps(SAMPLE) + "\n")
+    # Shells have what they start in the background ignore Ctrl-C, these tests perhaps among it.
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedfog", "watch", str(path), "--port", "0"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fusedfog", "watch", str(path), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None
@@ -123,7 +128,7 @@ def test_the_command_serves_a_file(tmp_path: Path) -> None:
         port = int(line.split("127.0.0.1:")[1].split("/")[0])
         assert records(port)["records"] == [SAMPLE]
     finally:
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
 
 
