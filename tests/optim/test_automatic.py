@@ -89,13 +89,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "given": (TWO, {"topology": "ring"}, "ring", "given"),
     "static": (TWO, {"kind": "SGD", "algorithm": "extra"}, "symmetric_exponential over 2 machines of 2 ranks", SHARED),
     "parameters": (TWO, {"inside": "parameters", "sync_init": False}, NODES, SHARED),
-    "int8": (
-        TWO,
-        {"wire_dtype": "int8"},
-        "symmetric_exponential",
-        "auto: ranks are nodes although they share machines, since mesh= does not work with wire_dtype='int8': machines of a "
-        "mesh exchange exact means",
-    ),
+    "int8": (TWO, {"wire_dtype": "int8"}, "symmetric_exponential over 2 machines of 2 ranks", SHARED),
     "push_sum": (
         TWO,
         {"algorithm": "push_sum"},
