@@ -89,10 +89,16 @@ def _save(prepared: _Prepared, models: list[nn.Module], weights: list[dict[str, 
     with prepared.gossip.averaged(prepared.model):
         for number, one in enumerate(models):
             if one is prepared.model and number < len(weights):
-                # accelerate has left out names of tensors that others share.
-                found = one.state_dict()
-                weights[number] = {name: found[name].detach().clone() for name in weights[number]}
+                weights[number] = _copies(one.state_dict())
     save_checkpoint(Path(folder, _RANKS), prepared.model, prepared.gossip)
+
+
+def _copies(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies that share storages as the tensors do: accelerate saves what has two names once."""
+    made: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for value in state.values():
+        made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
+    return {name: made[value.data_ptr(), value.shape] for name, value in state.items()}
 
 
 def _load(prepared: _Prepared, models: list[nn.Module], folder: str) -> None:
