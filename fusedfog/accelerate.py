@@ -10,6 +10,7 @@ It stands on `optim`.
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -93,12 +94,12 @@ def _save(prepared: _Prepared, models: list[nn.Module], weights: list[dict[str, 
     save_checkpoint(Path(folder, _RANKS), prepared.model, prepared.gossip)
 
 
-def _copies(state: dict[str, Any]) -> dict[str, Any]:
-    """Copies that share storages as the tensors do: accelerate saves what has two names once."""
+def _copies(state: dict[str, Any]) -> OrderedDict[str, Any]:
+    """Copies that share storages as the tensors do: accelerate saves what has two names once, of an `OrderedDict`."""
     made: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for value in state.values():
         made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
-    return {name: made[value.data_ptr(), value.shape] for name, value in state.items()}
+    return OrderedDict((name, made[value.data_ptr(), value.shape]) for name, value in state.items())
 
 
 def _load(prepared: _Prepared, models: list[nn.Module], folder: str) -> None:
