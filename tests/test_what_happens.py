@@ -17,6 +17,7 @@ VARIES = {
     r"\S+\.py:\d+": "train.py:1",
     r"closed it \(.*?\)\. ": "closed it (in torch's words). ",
     r"It began with rank [12],": "It began with rank 1,",
+    r"from rank [12]: left": "from rank 2: left",
     r"for \d+ s\b": "for 1 s",
     r"/\S*/run\b": "/home/me/run",
     r"\.unfinished-\w+": ".unfinished-1",

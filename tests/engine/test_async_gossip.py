@@ -77,7 +77,7 @@ def descend(how: str, kind: str, slower: int, steps: int) -> tuple[list[float], 
     [
         ("memory", "step", 1, 400),
         ("memory", "step", 10, 300),
-        ("tcp", "step", 3, 1500),  # Messages take as long as several steps.
+        pytest.param("tcp", "step", 3, 1500, marks=pytest.mark.slow),  # Messages take as long as several steps.
         ("memory", "fused", 3, 400),
         ("memory", "Decentralized", 3, 400),
     ],

@@ -26,7 +26,15 @@ def cells(page: Path) -> list[str]:
     return [code.strip() for kind, code in zip(parts[1::2], parts[2::2], strict=True) if "[markdown]" not in kind]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+LONG = ("6_", "7_")
+"""These start ranks several times."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.name.startswith(LONG) else ()) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matplotlib.use("Agg")
     # The last page adds a rule and a row, which no other test may see.
