@@ -47,7 +47,7 @@ from fusedfog.topology import Topology
 from fusedfog.watch import Monitor, monitor
 
 if TYPE_CHECKING:
-    from fusedfog import plan, simulate
+    from fusedfog import plan, simulate, testing
 
 __all__ = [
     "SGD",
@@ -95,12 +95,13 @@ __all__ = [
     "rank",
     "save_checkpoint",
     "simulate",
+    "testing",
     "topology",
     "world_size",
 ]
 
-_AT_FIRST_USE = ("plan", "simulate")
-"""Training needs neither, so `import fusedfog` does not wait for them."""
+_AT_FIRST_USE = ("plan", "simulate", "testing")
+"""Training needs none of them, so `import fusedfog` does not wait for them."""
 
 
 def _version() -> str:

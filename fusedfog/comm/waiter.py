@@ -20,6 +20,8 @@ from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin, Vigil
 
 R = TypeVar("R")
 
+_beginning = threading.Lock()
+
 
 class Waited(Protocol):
     """What a waiter is given."""
@@ -60,10 +62,12 @@ def _run(queue: SimpleQueue[Waited | None]) -> None:
 
 
 def wait_here(waited: Waited) -> None:
-    """Wait in this thread, unless another one has begun to."""
-    if not waited.begun:
+    """Wait in this thread, unless another one has begun to: of two that wait for a gloo work, one never returns."""
+    with _beginning:
+        if waited.begun:
+            return
         waited.begun = True
-        waited.await_works()
+    waited.await_works()
 
 
 def leak(group: object) -> None:
