@@ -47,7 +47,7 @@ SGD_METHODS: list[Any] = [
     ("decentlam", "ring", same(momentum=0.9), oracle.decentlam),
     slow("decentlam", "ring", same(momentum=0.8, weight_decay=0.1), oracle.decentlam_heavy_ball),
     ("quasi_global", "one_peer_exponential", same(momentum=0.9), oracle.quasi_global),
-    ("quasi_global", "ring", same(momentum=0.7, nesterov=True, weight_decay=0.1), oracle.quasi_global),
+    slow("quasi_global", "ring", same(momentum=0.7, nesterov=True, weight_decay=0.1), oracle.quasi_global),
     ("exact_diffusion", "ring", sgd(), oracle.exact_diffusion),
     slow("exact_diffusion", "ring", sgd(momentum=0.5, weight_decay=0.1), oracle.exact_diffusion_dual),
     ("extra", "ring", sgd(), oracle.extra),
@@ -81,7 +81,7 @@ def directed(n: int) -> topology.Topology:
     return topology.from_networkx(networkx.DiGraph(edges))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("SGD", {"momentum": 0.9}), ("AdamW", {"weight_decay": 0.1})], ids=str)
+@pytest.mark.parametrize(("kind", "options"), [slow("SGD", {"momentum": 0.9}), ("AdamW", {"weight_decay": 0.1})], ids=str)
 def test_push_sum_on_an_irregular_digraph(ranks: Pool, kind: str, options: dict[str, Any]) -> None:
     rates = warm_up(0.02)
     graph = directed(8)
@@ -94,11 +94,11 @@ def test_push_sum_on_an_irregular_digraph(ranks: Pool, kind: str, options: dict[
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
-ADAM_METHODS: list[tuple[str, str, dict[str, Any], Oracle, float]] = [
-    ("dag", "ring", {"weight_decay": 0.1}, oracle.dag_adam, 1e-10),
+ADAM_METHODS: list[Any] = [
+    slow("dag", "ring", {"weight_decay": 0.1}, oracle.dag_adam, 1e-10),
     ("dag", "exponential", {"amsgrad": True}, oracle.dag_adam, 1e-10),
     ("quasi_global", "one_peer_exponential", {"weight_decay": 0.1}, oracle.quasi_global_adam, 1e-10),
-    ("gradient_tracking", "ring", {"weight_decay": 0.1}, oracle.gt_adam, 1e-10),
+    slow("gradient_tracking", "ring", {"weight_decay": 0.1}, oracle.gt_adam, 1e-10),
     ("gradient_tracking", "exponential", {"amsgrad": True}, oracle.gt_adam, 1e-10),
 ]
 
@@ -120,7 +120,7 @@ def test_adam_methods_equal_the_dense_recursion(
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("algorithm", ["awc", "atc"])
+@pytest.mark.parametrize("algorithm", ["awc", slow("atc")])
 def test_accum_adamw(ranks: Pool, algorithm: str) -> None:
     rates = warm_up(0.01)
     problem, x0, got = trained(

@@ -244,7 +244,7 @@ for _ in range(3):
 @pytest.mark.parametrize(
     ("last", "times"),
     [
-        ("", 1),
+        pytest.param("", 1, marks=pytest.mark.slow),
         pytest.param("", 30, marks=pytest.mark.slow),
         pytest.param("torch.distributed.destroy_process_group()", 1, marks=pytest.mark.slow),
         # Rank 0 hosts the store, and ends first.

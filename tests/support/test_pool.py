@@ -288,6 +288,7 @@ def own_pool() -> Iterator[Pool]:
     pool.close()
 
 
+@pytest.mark.slow
 def test_close_is_quick_and_leaves_no_process(own_pool: Pool) -> None:
     assert own_pool.run(2, total) == [3.0] * 2
     pids = own_pool.pids()
