@@ -256,6 +256,9 @@ class Communicator:
             what = works[0][1] if works else "waiting"
             if origin is None:
                 transfer.fail(RuntimeError("timed out"), what)
+            elif origin.rank not in ranks:
+                # A rank has given up, and nobody knows of one with which it began.
+                transfer.end(calls.given_up(self.view, origin))
             else:
                 transfer.fail(RuntimeError(f"rank {ranks.index(origin.rank)} {origin.words}"), what)
                 calls.set_origin(transfer.failure, self.view, origin)

@@ -196,6 +196,12 @@ class Transfer:
             self.failure = self.communicator.failure(error, what)
         self.over.set()
 
+    def end(self, failure: Exception) -> None:
+        """It will never be complete, for this reason, unless there is an earlier one."""
+        if self.failure is None:
+            self.failure = failure
+        self.over.set()
+
 
 def copy_of(transfers: weakref.WeakSet[Transfer]) -> list[Transfer]:
     """All of them, while another thread may add some."""

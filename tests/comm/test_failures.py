@@ -6,9 +6,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+from support.pool import Pool
 
-from fusedfog.comm import failures, whereabouts
+import fusedfog
+from fusedfog.comm import calls, failures, whereabouts
 from fusedfog.comm.failures import Origin, Vigil, find
+from fusedfog.comm.group import find_group
+from fusedfog.comm.registry import communicator_for
 from fusedfog.comm.whereabouts import ENDED, LEFT, Address, State, World
 
 HERE, ELSEWHERE = "a", "b"
@@ -83,3 +89,19 @@ def test_of_several_dead_the_one_that_was_waited_for_is_named() -> None:
     assert find(of, {1: GONE, 2: GONE}, "name", first=[2]) == Origin(2, ENDED)
     assert find(of, {1: GONE, 2: GONE}, "name") == Origin(1, ENDED)
     assert find(world(), {1: LIVES}, "name") is None
+
+
+def told_of_nobody(late: bool) -> None:
+    communicator = communicator_for(find_group(), torch.device("cpu"))
+    vigil = mock.Mock(look=lambda *_: Origin(-1, "rank 1 has given up: it saw nobody", late))
+    if dist.get_rank() == 0:
+        with mock.patch.object(calls, "vigil", lambda name="": vigil):
+            transfer = communicator.start([], [(1, torch.empty(3))], tag=7, label="step 0, bucket 0")
+            error = fusedfog.PeerTimeout if late else fusedfog.ExchangeError
+            with pytest.raises(error, match="rank 1 has given up: it saw nobody"):
+                transfer.wait()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_who_is_told_of_a_failure_that_began_with_no_known_rank_says_so(ranks: Pool, late: bool) -> None:
+    ranks.run(2, told_of_nobody, late)
