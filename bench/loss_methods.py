@@ -83,7 +83,7 @@ GRAPHS = (
 DAG = tuple(Method("dag", graph) for graph in GRAPHS)
 MACHINES = tuple(replace(method, machine=4) for method in (AWC, ATC, start(AWC, 0.1)))
 
-GPT_4, GPT_16 = Case("GPT", 4), Case("GPT", 16)
+GPT_4, GPT_8, GPT_16 = Case("GPT", 4), Case("GPT", 8), Case("GPT", 16)
 MLP_4, MLP_8, MLP_16, MLP_16_X4 = Case("MLP", 4), Case("MLP", 8), Case("MLP", 16), Case("MLP", 16, batch=4)
 DIGITS_8, DIGITS_8_SGD, MLP_4_SGD = Case("digits", 8), Case("digits", 8, optimizer="SGD"), Case("MLP", 4, optimizer="SGD")
 
@@ -98,6 +98,7 @@ PLAN: tuple[Group, ...] = (
     (MLP_16, 4, (DATA_PARALLEL, AWC, start(INT8, 0.2), start(AWC, 0.2), MACHINES[0])),
     (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), MACHINES[2])),
     (GPT_4, 4, (start(ATC, 0.1),)),
+    (GPT_8, 2, (DATA_PARALLEL, start(AWC, 0.1), start(ATC, 0.1))),
     (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
     (GPT_16, 2, (AWC, start(AWC, 0.1), start(STATIC, 0.1), *MACHINES[:2])),
     (DIGITS_8, 16, (DATA_PARALLEL, AWC, start(AWC, 0.1), ATC, *DAG)),
@@ -117,6 +118,7 @@ PLAN: tuple[Group, ...] = (
 
 FIRST_RATES = {
     GPT_4: (0.016, 0.064),
+    GPT_8: (0.032, 0.064),
     GPT_16: (0.032, 0.064),
     MLP_4: (0.032, 0.064),
     MLP_8: (0.064, 0.064),
