@@ -140,7 +140,8 @@ def test_a_killed_rank_is_named_at_once(ranks: Pool, keywords: dict[str, Any]) -
     outcomes = ranks.outcomes(3, train, fail_at(1, 5, "kill"), keywords, pg_timeout=30)
     for rank in (0, 2):
         assert outcomes[rank].error_type == "ExchangeError" and outcomes[rank].seconds < 15
-        assert "rank 1" in outcomes[rank].message and "connection lost" in outcomes[rank].message
+        # Whoever notices first tells the other.
+        assert "rank 1: connection lost" in outcomes[rank].message or "rank 1 has ended" in outcomes[rank].message
 
 
 def too_late(late: int) -> float:
@@ -202,7 +203,7 @@ def fork_and_die(path: str) -> str:
 def test_a_forked_child_neither_writes_nor_keeps_a_connection(ranks: Pool, tmp_path: Path) -> None:
     outcomes = ranks.outcomes(2, fork_and_die, str(tmp_path / "child"), pg_timeout=20)
     assert outcomes[1].error_type == "Died" and outcomes[0].ok and outcomes[0].seconds < 15
-    assert "reading from rank 1: connection lost" in outcomes[0].value
+    assert "rank 1: connection lost" in outcomes[0].value or "rank 1 has ended" in outcomes[0].value
 
 
 def counts() -> tuple[int, int, int]:
