@@ -51,7 +51,7 @@ class Decentralized:
         """As the Trainer's, then taken over."""
         trainer: Any = self
         optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        if self._gossip is None or optimizer is not trainer.optimizer or not _is(optimizer, self._gossip):
+        if self._gossip is None or not _is(optimizer, self._gossip):
             schedules = [trainer.lr_scheduler] if trainer.lr_scheduler is not None else []
             keywords: Keywords = {"model": model if model is not None else trainer.model, **self._decentralized}
             own = isinstance(optimizer, DecentralizedOptimizer)

@@ -47,7 +47,7 @@ class GradientInputs:
 
     Attributes:
         grads: this step's gradients. None means that the pass has none: the rule is applied everywhere, with g = 0.
-        grad_scale: fp32 scalar tensor on the device that multiplies gradients; None means 1.
+        grad_scale: scalar tensor on the device that multiplies gradients, fp32, on CPUs also fp64; None means 1.
         found_inf: fp32 scalar tensor on the device; not zero means that all gradients are missing.
         missing: what a missing gradient means: "skip" that the parameter is only mixed, "zero" that g = 0.
         steps: fp32, how many updates were made before this one; None counts as 0. On the CPU [P], per parameter of the

@@ -19,7 +19,7 @@ VARIES = {
     r"It began with rank [12],": "It began with rank 1,",
     r"from rank [12]: left": "from rank 2: left",
     r"for \d+ s\b": "for 1 s",
-    r"/\S*/run\b": "/home/me/run",
+    r"/\S*/run\b": "run",
     r"\.unfinished-\w+": ".unfinished-1",
     r"timeout of [\d.]+ s\b": "timeout of 1 s",
     r"\b\d,\d\d\d\b": "1,000",

@@ -286,8 +286,13 @@ def ask_why(view: Ranks, name: str, own: State, first: Iterable[int] = ()) -> tu
 
 def tell(view: Ranks, name: str, origin: Origin) -> None:
     """Say to the ranks of `view`, now and whenever they ask, that the communicator `name` is given up, and why."""
-    _Here.ended = (*_Here.ended[1 - _REMEMBERED :], origin.plain(name))
+    note_ended(name, origin)
     ask(view, None, whereabouts.QUICKLY)
+
+
+def note_ended(name: str, origin: Origin) -> None:
+    """Say to whoever asks that the communicator `name` is given up, and why; nobody is interrupted."""
+    _Here.ended = (*_Here.ended[1 - _REMEMBERED :], origin.plain(name))
 
 
 def listen(name: str, hear: weakref.WeakMethod[Callable[[Origin], None]]) -> None:

@@ -334,6 +334,9 @@ class Communicator:
             for other in self._ending_with_this(said):
                 calls.tell(other.view, other.name, said)
                 other.end(failure, 0.0)
+        elif isinstance(failure, RankLeft):
+            # Its neighbours may be in the middle of a message of this rank's, which gloo lets wait for ever.
+            calls.note_ended(self.name, Origin(self.view.ranks[failure.ranks[0]], "has left"))
         self.end(failure, 0.0)
         return failure
 

@@ -2,7 +2,7 @@
 
 | kind | when | what |
 |---|---|---|
-| run | once, by rank 0 | `ranks`, `started` (seconds since 1970), `version` |
+| run | once, by rank 0 | `ranks`, `version` |
 | rank | each rank, with each graph | `node` (of the graph), `host`, `pid`, `device` |
 | graph | first, and when it changes | `method`, `nodes` (how many), `rounds` (of [from, to]), `endless`, `bytes` |
 | sample | every so many steps a rank | `step`, `exchange`, `step_s`, `values` (logged), `stats` (`stats()`), `waited_for` |

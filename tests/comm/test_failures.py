@@ -105,3 +105,25 @@ def told_of_nobody(late: bool) -> None:
 @pytest.mark.parametrize("late", [True, False])
 def test_who_is_told_of_a_failure_that_began_with_no_known_rank_says_so(ranks: Pool, late: bool) -> None:
     ranks.run(2, told_of_nobody, late)
+
+
+def waits_for_one_that_has_ended() -> None:
+    communicator = communicator_for(find_group(), torch.device("cpu"))
+    if dist.get_rank() == 2:
+        communicator.membership.note_leaving(5)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        # Connections stay open, as they do for a message that is half on its way.
+        with mock.patch.object(communicator, "close"):
+            communicator.conclude(fusedfog.RankLeft("rank 2 has left", (2,)), [2])
+    if dist.get_rank() == 0:
+        transfer = communicator.start([], [(1, torch.empty(3))], tag=7, label="step 0, bucket 0")
+        with pytest.raises(fusedfog.RankLeft, match=r"left with opt\.leave\(\): rank 2 after 5 steps"):
+            transfer.wait()
+    dist.barrier()
+
+
+def test_who_waits_for_a_rank_that_has_ended_as_another_one_left_is_told(ranks: Pool) -> None:
+    outcomes = ranks.outcomes(3, waits_for_one_that_has_ended, pg_timeout=40)
+    assert [outcome.message for outcome in outcomes] == ["", "", ""]
+    assert outcomes[0].seconds < 20

@@ -109,7 +109,10 @@ def test_a_script_trains_together_without_torchrun(launcher: str) -> None:
         done = list(threads.map(lambda env: run_alone(TRAINED, **env), envs))
     for rank, one in enumerate(done):
         assert one.returncode == 0, one.stderr
-        assert one.stdout == f"{rank} 2 2 AdamW (awc on one_peer_exponential (auto: all ranks are on one machine), 2 ranks\n"
+        assert (
+            one.stdout
+            == f"{rank} 2 2 AdamW (awc on one_peer_exponential (auto: all ranks are on one machine), 2 ranks\n"
+        )
     method = "AdamW awc on one_peer_exponential (auto: all ranks are on one machine)"
     said = f"fusedfog: 2 ranks, gloo, {method}, 5 parameters in 1 bucket, 512 bytes a step"
     assert said in done[0].stderr.splitlines()
