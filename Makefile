@@ -19,18 +19,19 @@ demo: $(INSTALLED)
 test: lint
 	$(MAKE) --no-print-directory -j 2 test-ranks test-interpreter
 
+# Ranks wait for one another half of the time: two files of tests at a time, each process with a pool of ranks of its own.
 test-ranks:
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
 
-# The interpreter is chosen when kernels are imported, so its tests need a process of their own: beside ranks, which wait for one
-# another half of the time, and after them where there is time to lose.
+# The interpreter is chosen when kernels are imported, so its tests need a process of their own: beside the others, and after
+# them where there is time to lose.
 test-interpreter:
 	mkdir -p build
 	TRITON_INTERPRET=1 nice -n 10 $(BIN)/python -m pytest -p no:cacheprovider tests/interpreter -m "not slow" \
 		> build/interpreter.log 2>&1; status=$$?; cat build/interpreter.log; exit $$status
 
 test-all: lint $(FRAMEWORKS)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 # With every supported Triton, unpacked in build/triton; `make test` does so with the oldest. FULL=1 tries all combinations.

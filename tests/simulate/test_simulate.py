@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import oracle, problems
+from support.names import named
 from support.pool import Pool
 from support.training import QuadraticLoss, train
 from torch import nn
@@ -120,7 +121,7 @@ ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "algorithm", "graph", "options"), ROWS, ids=str)
+@pytest.mark.parametrize(("kind", "algorithm", "graph", "options"), ROWS, ids=named)
 def test_bits_of_real_ranks(ranks: Pool, kind: str, algorithm: str, graph: Any, options: dict[str, Any]) -> None:
     real, simulated = both(ranks, 4, kind, graph, algorithm=algorithm, **options)
     assert torch.equal(real, simulated), f"largest difference {(real - simulated).abs().max():.2e}"
@@ -150,7 +151,7 @@ SUMMED: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize(("kind", "algorithm", "options"), SUMMED, ids=str)
+@pytest.mark.parametrize(("kind", "algorithm", "options"), SUMMED, ids=named)
 def test_sums_over_all_ranks(ranks: Pool, kind: str, algorithm: str, options: dict[str, Any], n: int) -> None:
     options = options | ({"weights": WEIGHTS[:n]} if "weights" in options else {})
     real, simulated = both(ranks, n, kind, None, algorithm=algorithm, **options)
@@ -180,7 +181,7 @@ ORACLE: list[tuple[str, str, str, dict[str, Any], dict[str, Any], Callable[..., 
 ]
 
 
-@pytest.mark.parametrize(("kind", "algorithm", "graph", "options", "rule", "recursion"), ORACLE, ids=str)
+@pytest.mark.parametrize(("kind", "algorithm", "graph", "options", "rule", "recursion"), ORACLE, ids=named)
 def test_equals_the_dense_recursion(
     kind: str, algorithm: str, graph: str, options: Any, rule: Any, recursion: Callable[..., np.ndarray]
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle, oracle_async, problems
+from support.names import named
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -81,7 +82,7 @@ SYNCHRONOUS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.5])
-@pytest.mark.parametrize(("kind", "options"), SYNCHRONOUS, ids=str)
+@pytest.mark.parametrize(("kind", "options"), SYNCHRONOUS, ids=named)
 def test_equal_speeds_are_the_synchronous_steps_bit_for_bit(kind: str, options: dict[str, Any], delay: float) -> None:
     _, problem, x0 = least_squares(6)
     rates = [0.02 * min(t / 5, 1.0) for t in range(90)]
