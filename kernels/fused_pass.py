@@ -153,12 +153,15 @@ def fused_pass(
     x as it was, and bit 1 + s that it leaves state s, which are then not stored.
     """
     row = blocks + tl.program_id(0).to(tl.int64) * 4
-    # ptxas would rather spill than keep fewer blocks on a multiprocessor. On sm_100, Triton 3.7.1 spills 8 bytes of tracking if
-    # the offset is read here, and if the index is not, with int8; and of AdamW on fp16 with a master copy if `&` below is `//`.
+    # ptxas would rather spill than keep fewer blocks on a multiprocessor. Triton 3.7.1 spills 8 bytes: on sm_100 of tracking if
+    # the offset is read here, and if the index is not, with int8; there of AdamW on fp16 with a master copy if `padded` is made
+    # by `//`; and on sm_80 of tracking with amsgrad and no alarm if it is made by `&`.
     index, n = tl.load(row), tl.load(row + 2).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     at = tl.multiple_of(tl.load(row + 3), _ALIGNMENT) + lanes
-    inside, real = lanes < tl.multiple_of((n + (_ALIGNMENT - 1)) & -_ALIGNMENT, _ALIGNMENT), lanes < n
+    above = n + (_ALIGNMENT - 1)
+    padded = above // _ALIGNMENT * _ALIGNMENT if remainder is None else above & -_ALIGNMENT
+    inside, real = lanes < tl.multiple_of(padded, _ALIGNMENT), lanes < n
     K: tl.constexpr = len(weights)
     HYPER: tl.constexpr = len(hyper)
     if numbers is not None:
@@ -272,11 +275,7 @@ LAUNCHER = Launcher(fused_pass)
 
 
 def launch(work: Pass) -> None:
-    """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device.
-
-    Raises:
-        ValueError: as `arguments_of`.
-    """
+    """`fusedfog.kernels.run_pass` on the GPU: one launch, on the current stream of param's device; raises as `arguments_of`."""
     arguments, constants = arguments_of(work)
     LAUNCHER.launch(work.region.blocks.shape[0], arguments, constants)  # type: ignore[union-attr]  # seen to
 

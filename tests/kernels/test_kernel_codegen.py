@@ -52,6 +52,7 @@ PRODUCT = [
     for dtype in DTYPES
     for capability in CAPABILITIES
 ]
+AVERAGED = [parameters for parameters in PRODUCT if parameters.values[1]]
 # Dtype and capability by one diagonal index: any two of the four parameters meet in every combination for torch's own
 # rules, and in half of them for the others, whose averaging is the same.
 PAIRWISE = [
@@ -100,10 +101,10 @@ def check(
 
 
 def check_pass(
-    name: str, neighbours: int, dtype: torch.dtype, compiler: Compiler, folder: Path, messages: bool = False
+    name: str, neighbours: int, dtype: torch.dtype, compiler: Compiler, folder: Path, messages: bool = False, **options
 ) -> None:
     row = ROWS[name]
-    launch(name, neighbours, dtype, messages=messages)
+    launch(name, neighbours, dtype, messages=messages, **options)
     (kernel,) = compiler.compiled()
 
     def dtypes(parts) -> list[torch.dtype]:
@@ -117,9 +118,8 @@ def check_pass(
     # What is stored is read a second time, in last blocks, for the padding behind the values.
     loads = read + neighbours * averaged + written
     most = REGISTERS.get(name, (64, 64))[neighbours > 2]
-    check(
-        kernel, folder, loads, written, dtype if row.grads else None, most, [dtype] * len(averaged) * (neighbours > 0)
-    )
+    alarms = [dtype] * len(averaged) * (neighbours > 0 and "alarm" not in options)
+    check(kernel, folder, loads, written, dtype if row.grads else None, most, alarms)
 
 
 @pytest.mark.parametrize(("name", "neighbours", "dtype", "compiler"), PAIRWISE, indirect=["compiler"])
@@ -131,6 +131,12 @@ def test_accesses_are_wide_and_stay_in_registers(name, neighbours, dtype, compil
 @pytest.mark.parametrize(("name", "neighbours", "dtype", "compiler"), PRODUCT, indirect=["compiler"])
 def test_accesses_are_wide_and_stay_in_registers_in_full(name, neighbours, dtype, compiler, tmp_path):
     check_pass(name, neighbours, dtype, compiler, tmp_path, messages="x" not in ROWS[name].writes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "neighbours", "dtype", "compiler"), AVERAGED, indirect=["compiler"])
+def test_accesses_are_wide_where_what_is_not_finite_propagates(name, neighbours, dtype, compiler, tmp_path):
+    check_pass(name, neighbours, dtype, compiler, tmp_path, alarm=None)
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if ROWS[name].messages and "x" in ROWS[name].writes])
