@@ -179,6 +179,7 @@ class Recovery:
 
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
+        run.again = self.make_again
         self._cause = ""
 
     @property
@@ -191,7 +192,9 @@ class Recovery:
         """See `Members`."""
         if not self._cause:
             self._cause = brief(error, self.run)
-            log.info("slot %d: step %d mixes nothing: %s", self.run.identity.slot, self._engine.clock.steps, self._cause)
+            log.info(
+                "slot %d: step %d mixes nothing: %s", self.run.identity.slot, self._engine.clock.steps, self._cause
+            )
 
     def before_step(self) -> None:
         """See `Members`."""
@@ -246,8 +249,8 @@ class Recovery:
             engine.exchanges.skipped = engine.clock.steps
         engine.clock.exchanges = record.exchanges
 
-    def make_again(self, call: Callable[[], R]) -> R:
-        """What a call returns that all members make together, once all of them have completed it."""
+    def make_again(self, call: Callable[[], R], undo: Callable[[R], object]) -> R:
+        """See `comm.elastic.again.together`."""
         while True:
             cause = ""
             try:
@@ -255,6 +258,7 @@ class Recovery:
                     result = call()
                     if self.run.commit():
                         return result
+                    undo(result)
             except _INTERRUPTED as error:
                 cause = brief(error, self.run)
             record = self.go_over("call", cause or self._cause)
