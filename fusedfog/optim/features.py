@@ -35,6 +35,7 @@ class Setup:
         data_parallel: they are in a DistributedDataParallel.
         dtypes: those of the parameters, by name.
         place: where the parameters are.
+        elastic: the run's members may change.
         lacking: what the GPU has no instructions for: (its dtype and use, why, what to use instead).
     """
 
@@ -49,11 +50,12 @@ class Setup:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     place: torch.device = _CPU
     lacking: tuple[str, str, str] | None = None
+    elastic: bool = False
 
     @property
     def running(self) -> Algorithm:
-        """The row whose passes are made: a rank that is alone makes the inner optimizer's own step."""
-        return self.algorithm if self.ranks > 1 else alone(self.family)
+        """The row whose passes are made: a rank that is alone, and stays so, makes the inner optimizer's own step."""
+        return self.algorithm if self.ranks > 1 or self.elastic else alone(self.family)
 
     def value(self, name: str) -> Any:
         """A keyword's or hyper-parameter's value; of param groups, the first that has one."""
@@ -241,6 +243,15 @@ FEATURES: dict[str, Feature] = {
     # Seen by the first step: frameworks wrap the model after the optimizer is built.
     "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),
     "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
+    "elastic": Feature(lambda setup: setup.elastic, "an elastic run", lambda setup: "init(elastic=True)"),
+    "weighs": _algorithm(lambda setup: setup.algorithm.weighs, "`push_sum`"),
+    "mixes nothing": _algorithm(
+        lambda setup: setup.algorithm.exchanges != "parameters", "an algorithm that mixes no parameters"
+    ),
+    "group": Feature(lambda setup: setup.value("group") is not None, "`group`", lambda setup: "group="),
+    "unmixed groups": Feature(
+        lambda setup: any(not group.get("mix", True) for group in setup.groups), "a param group with `mix=False`"
+    ),
     "no learning rate": Feature(
         lambda setup: setup.family == "wrapped" and any("lr" not in group for group in setup.groups),
         "an optimizer whose param groups have no `lr`",
