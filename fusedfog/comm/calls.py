@@ -240,17 +240,22 @@ def ask(view: Ranks, own: State | None = None, patience: float = whereabouts.PAT
     world = _Here.world
     if world is None or not world.exists():
         return {}
-    missing = [rank for rank in view.ranks if rank not in world.addresses and rank != dist.get_rank()]
-    unknown = {}
+    unknown = {rank: State(fate=whereabouts.UNKNOWN) for rank in _look_up(world, view.ranks)}
+    asked = [rank for rank in view.ranks if rank not in unknown]
+    return unknown | whereabouts.ask(world, asked, own or _Here.state(), patience)
+
+
+def _look_up(world: World, ranks: Iterable[int]) -> list[int]:
+    """Find out where these ranks listen; those of which it cannot be known, as the store has gone."""
+    missing = [rank for rank in ranks if rank not in world.addresses and rank != world.rank]
     try:
         if missing:
             # Another thread may be blocked inside the client that all use.
             store: Any = dist.distributed_c10d._get_default_store()
             world.look_up(missing, store.clone())
     except (RuntimeError, NotImplementedError):
-        unknown = {rank: State(fate=whereabouts.UNKNOWN) for rank in missing if rank not in world.addresses}
-    asked = [rank for rank in view.ranks if rank not in unknown]
-    return unknown | whereabouts.ask(world, asked, own or _Here.state(), patience)
+        return [rank for rank in missing if rank not in world.addresses]
+    return []
 
 
 def ask_why(view: Ranks, name: str, own: State, first: Iterable[int] = ()) -> tuple[dict[int, State], Origin | None]:
@@ -302,6 +307,7 @@ def vigil(communicator: str = "", members: Iterable[int] = ()) -> Vigil | None:
         return None
     call, ranks = _Here.calls[0].name if _Here.calls else "", current_ranks()
     needed = set(ranks.ranks if ranks is not None else ()).difference(members)
+    _look_up(world, needed)
     return Vigil(world, communicator or call, _Here.state(), lasting=bool(communicator), needed=needed)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
+from fusedfog.comm import shared_opening
 from fusedfog.comm.sockets import Sockets
 
 LONG = 300.0
@@ -107,6 +109,25 @@ def test_a_death_in_construction_is_told_by_name(ranks: Pool, setup: str, victim
     calls = min(ranks.run(4, count_calls, setup))
     fatal = max(1, calls * place // PLACES)
     check_named(ranks.outcomes(4, die_at, setup, victim, fatal, pg_timeout=LONG, timeout=40), victim)
+
+
+def dies_before_it_connects(victim: int) -> tuple[str, int | None, str]:
+    fusedfog.init("gloo")
+    construct = SETUPS["mesh"]()
+    dist.barrier()
+    with mock.patch.object(shared_opening, "_connect", wraps=shared_opening._connect) as connect:
+        if dist.get_rank() == victim:
+            connect.side_effect = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            construct()
+        except RuntimeError as error:
+            return type(error).__name__, getattr(error, "origin", None), str(error)
+    return "nothing", None, ""
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_a_death_between_an_offer_of_memory_and_the_connection_is_told_by_name(ranks: Pool, victim: int) -> None:
+    check_named(ranks.outcomes(4, dies_before_it_connects, victim, pg_timeout=LONG, timeout=25), victim)
 
 
 def test_what_listens_is_never_shut_down() -> None:
