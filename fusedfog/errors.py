@@ -24,11 +24,13 @@ class PeerTimeout(TimeoutError, RuntimeError):
     Attributes:
         explained: the text says which call each rank is in.
         origin: the rank of the group where it began; None if that is not known.
+        origin_rank: the same as a global rank, which a rank of another group may be.
         origin_words: what became of that rank, as "has ended".
     """
 
     explained = False
     origin: int | None = None
+    origin_rank: int | None = None
     origin_words = ""
 
 
@@ -38,11 +40,13 @@ class ExchangeError(RuntimeError):
     Attributes:
         explained: the text says which call each rank is in.
         origin: the rank of the group where it began; None if that is not known.
+        origin_rank: the same as a global rank, which a rank of another group may be.
         origin_words: what became of that rank, as "has ended".
     """
 
     explained = False
     origin: int | None = None
+    origin_rank: int | None = None
     origin_words = ""
 
 

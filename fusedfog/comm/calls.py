@@ -30,8 +30,8 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 import torch.distributed as dist
 
 from fusedfog.comm import whereabouts
-from fusedfog.comm.failures import Origin, Vigil, find
-from fusedfog.comm.group import Ranks, find_group
+from fusedfog.comm.failures import Origin, Vigil, find, origin_of, set_origin
+from fusedfog.comm.group import Ranks, find_group, members_of
 from fusedfog.comm.listener import Listener
 from fusedfog.comm.membership import is_timeout, torchs_words
 from fusedfog.comm.whereabouts import State, World
@@ -145,7 +145,7 @@ class Call:
         view = self.view or find_group()
         late = is_timeout(error) or isinstance(error, PeerTimeout)
         _Here.failed = State(str(self), failed=True, late=late, count=_Here.count)
-        origin = origin_of(own, view)
+        origin = origin_of(own)
         if origin is not None:
             _Here.failed = replace(_Here.failed, ended=(origin.plain(self.name),))
             states = ask(view, _Here.state())
@@ -170,32 +170,23 @@ class Call:
         return None if found is own else found
 
 
-def origin_of(error: PeerTimeout | ExchangeError | None, view: Ranks) -> Origin | None:
-    """Where a failure began that knows it already."""
-    if error is None or error.origin is None or error.origin >= len(view.ranks):
-        return None
-    return Origin(view.ranks[error.origin], error.origin_words, isinstance(error, PeerTimeout))
-
-
-def set_origin(error: Exception | None, view: Ranks, origin: Origin | None) -> None:
-    """Have an error say, for programs, where it began."""
-    if isinstance(error, (PeerTimeout, ExchangeError)) and origin is not None and origin.rank in view.ranks:
-        error.origin, error.origin_words = view.ranks.index(origin.rank), origin.words
-
-
 def lost(view: Ranks, where: str, origin: Origin) -> PeerTimeout | ExchangeError:
     """The error of a wait that is in vain; `where` says which rank waits for what."""
-    place = view.ranks.index(origin.rank) if origin.rank in view.ranks else "of another group"
     kind = PeerTimeout if origin.late else ExchangeError
-    found = kind(f"{where}: waited for rank {place}, which {origin.words}")
+    found = kind(f"{where}: waited for {_name(view, origin)}, which {origin.words}")
     set_origin(found, view, origin)
     return found
 
 
+def _name(view: Ranks, origin: Origin) -> str:
+    known = origin.rank in view.ranks
+    return f"rank {view.ranks.index(origin.rank)}" if known else f"global rank {origin.rank}"
+
+
 def given_up(view: Ranks, origin: Origin) -> PeerTimeout | ExchangeError:
     """The error of a rank that was told so by another one."""
-    call, known = current_call(), origin.rank in view.ranks
-    why = f"rank {view.ranks.index(origin.rank)} {origin.words}" if known else origin.words
+    call = current_call()
+    why = f"{_name(view, origin)} {origin.words}" if origin.rank >= 0 else origin.words
     found = (PeerTimeout if origin.late else ExchangeError)(
         f"rank {view.rank}: {f'{call}: ' if call else ''}no exchange of this group can be complete: {why}"
     )
@@ -210,13 +201,12 @@ def _began_with(view: Ranks, origin: Origin | None) -> str:
 
 
 def collective(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function a `Call` of the ranks of its keyword `group`."""
+    """Make a function a `Call` of the ranks of its keyword `group`, or `mesh`."""
 
     def of(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            group = kwargs.get("group")
-            with Call(name, find_group(group) if isinstance(group, dist.ProcessGroup) else None):
+            with Call(name, members_of(kwargs.get("mesh", kwargs.get("group")))):
                 return function(*args, **kwargs)
 
         return call
@@ -227,6 +217,11 @@ def collective(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def current_call() -> str:
     """The outermost call that this process is in; "" for none."""
     return str(_Here.calls[0]) if _Here.calls else ""
+
+
+def current_ranks() -> Ranks | None:
+    """The ranks that make the outermost call that this process is in; None if it does not say."""
+    return _Here.calls[0].view if _Here.calls else None
 
 
 def leave_word(view: Ranks, last: str) -> None:
@@ -245,17 +240,22 @@ def ask(view: Ranks, own: State | None = None, patience: float = whereabouts.PAT
     world = _Here.world
     if world is None or not world.exists():
         return {}
-    missing = [rank for rank in view.ranks if rank not in world.addresses and rank != dist.get_rank()]
-    unknown = {}
+    unknown = {rank: State(fate=whereabouts.UNKNOWN) for rank in _look_up(world, view.ranks)}
+    asked = [rank for rank in view.ranks if rank not in unknown]
+    return unknown | whereabouts.ask(world, asked, own or _Here.state(), patience)
+
+
+def _look_up(world: World, ranks: Iterable[int]) -> list[int]:
+    """Find out where these ranks listen; those of which it cannot be known, as the store has gone."""
+    missing = [rank for rank in ranks if rank not in world.addresses and rank != world.rank]
     try:
         if missing:
             # Another thread may be blocked inside the client that all use.
             store: Any = dist.distributed_c10d._get_default_store()
             world.look_up(missing, store.clone())
     except (RuntimeError, NotImplementedError):
-        unknown = {rank: State(fate=whereabouts.UNKNOWN) for rank in missing if rank not in world.addresses}
-    asked = [rank for rank in view.ranks if rank not in unknown]
-    return unknown | whereabouts.ask(world, asked, own or _Here.state(), patience)
+        return [rank for rank in missing if rank not in world.addresses]
+    return []
 
 
 def ask_why(view: Ranks, name: str, own: State, first: Iterable[int] = ()) -> tuple[dict[int, State], Origin | None]:
@@ -300,13 +300,15 @@ def listen(name: str, hear: weakref.WeakMethod[Callable[[Origin], None]]) -> Non
     _Here.listeners = {known: old for known, old in _Here.listeners.items() if old() is not None} | {name: hear}
 
 
-def vigil(communicator: str = "") -> Vigil | None:
-    """For a wait in the communicator of this name, or in the current call; None where nobody can be asked."""
+def vigil(communicator: str = "", members: Iterable[int] = ()) -> Vigil | None:
+    """For a wait in the communicator of this name and these ranks, or in the current call; None where nobody can be asked."""
     world = _Here.world
     if world is None or not world.exists():
         return None
-    call = _Here.calls[0].name if _Here.calls else ""
-    return Vigil(world, communicator or call, _Here.state(), lasting=bool(communicator))
+    call, ranks = _Here.calls[0].name if _Here.calls else "", current_ranks()
+    needed = set(ranks.ranks if ranks is not None else ()).difference(members)
+    _look_up(world, needed)
+    return Vigil(world, communicator or call, _Here.state(), lasting=bool(communicator), needed=needed)
 
 
 def where(view: Ranks) -> str:

@@ -32,7 +32,7 @@ from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.batches import batches
 from fusedfog.comm.elastic.epoch import claim_connections
-from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin
+from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin, origin_of, set_origin
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
 from fusedfog.comm.shared_buffers import SharedBuffers
@@ -144,12 +144,12 @@ class Communicator:
             if self.on_gpu:
                 return function()
             task = Task(function)
-            origin = await_task(task, calls.vigil(self.name), self.view.ranks)
+            origin = await_task(task, calls.vigil(self.name, self.view.ranks), self.view.ranks)
             if origin is None:
                 return task.result()
             error: Exception = RuntimeError(f"rank {origin.rank} {origin.words}")
             found = self.failure(error, what)
-            calls.set_origin(found, self.view, origin)
+            set_origin(found, self.view, origin)
         except (PeerTimeout, ExchangeError):
             raise
         except RuntimeError as error:
@@ -242,7 +242,7 @@ class Communicator:
         Called by whoever waits, from the first look on.
         """
         deadline = time.monotonic() + self.timeout.total_seconds() - FIRST_LOOK
-        vigil, ranks = calls.vigil(self.name), self.view.ranks
+        vigil, ranks = calls.vigil(self.name, self.view.ranks), self.view.ranks
         if not transfer.begun:
             # The waiter is held by another transfer, of which this one need not know.
             threading.Thread(target=wait_here, args=(transfer,), daemon=True, name="fusedfog-waiter").start()
@@ -265,7 +265,7 @@ class Communicator:
                 transfer.end(calls.given_up(self.view, origin))
             else:
                 transfer.fail(RuntimeError(f"rank {ranks.index(origin.rank)} {origin.words}"), what)
-                calls.set_origin(transfer.failure, self.view, origin)
+                set_origin(transfer.failure, self.view, origin)
 
     def _start_tagged(
         self, transfer: Transfer, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], tag: int
@@ -328,11 +328,11 @@ class Communicator:
                 self.close(0.0)
             return self.ended if self._told is not None else failure
         if isinstance(failure, (PeerTimeout, ExchangeError)) and not isinstance(failure, RankLeft):
-            late, origin = isinstance(failure, PeerTimeout), calls.origin_of(failure, self.view)
+            late, origin = isinstance(failure, PeerTimeout), origin_of(failure)
             if origin is None:
                 own = State(calls.current_call(), failed=True, late=late)
                 _, origin = calls.ask_why(self.view, self.name, own, [self.view.ranks[peer] for peer in first])
-                calls.set_origin(failure, self.view, origin)
+                set_origin(failure, self.view, origin)
             said = origin or Origin(-1, f"rank {self.view.rank} has given up: {failure}", late)
             calls.tell(self.view, self.name, said)
             for other in self._ending_with_this(said):

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fusedfog.comm import whereabouts
+from fusedfog.comm.group import Ranks
 from fusedfog.comm.whereabouts import State, World
+from fusedfog.errors import ExchangeError, PeerTimeout
 
 FIRST_LOOK = 0.3
 """Seconds of waiting after which the ranks that are waited for are looked at."""
@@ -25,6 +27,9 @@ LOOK_EVERY = 0.4
 
 _GRACE = 0.7
 """Seconds that what a rank sent before it ended in good order has to arrive in."""
+
+_AT_ONCE = 64
+"""Ranks that are looked at without being waited for; of more, others in turn."""
 
 _LONGEST_WORDS = 200
 
@@ -56,6 +61,20 @@ def origin_in(state: State, name: str) -> Origin | None:
     return None
 
 
+def origin_of(error: PeerTimeout | ExchangeError | None) -> Origin | None:
+    """Where a failure began that knows it already."""
+    if error is None or error.origin_rank is None:
+        return None
+    return Origin(error.origin_rank, error.origin_words, isinstance(error, PeerTimeout))
+
+
+def set_origin(error: Exception | None, view: Ranks, origin: Origin | None) -> None:
+    """Have an error say, for programs, where it began."""
+    if isinstance(error, (PeerTimeout, ExchangeError)) and origin is not None and origin.rank >= 0:
+        error.origin = view.ranks.index(origin.rank) if origin.rank in view.ranks else None
+        error.origin_rank, error.origin_words = origin.rank, origin.words
+
+
 def find(world: World, states: Mapping[int, State], name: str, first: Iterable[int] = ()) -> Origin | None:
     """Where the failure began that ranks tell of, or that has ended some of them; None if nothing is known yet.
 
@@ -80,10 +99,14 @@ class Vigil:
         name: of the communicator that is waited in, or the call.
         own: what this rank says of itself.
         lasting: it is a communicator's, which no rank takes up again that has given it up; a call may be made again.
+        needed: global ranks without which a call can't be completed, whether this rank waits for them or for others who do.
     """
 
-    def __init__(self, world: World, name: str, own: State, *, lasting: bool) -> None:
+    def __init__(
+        self, world: World, name: str, own: State, *, lasting: bool = False, needed: Iterable[int] = ()
+    ) -> None:
         self._world, self._name, self._own, self._lasting = world, name, own, lasting
+        self._needed = tuple(needed)
         self._ended_at: dict[int, float] = {}
 
     def look(self, ranks: Iterable[int], next_one: int | None) -> Origin | None:
@@ -92,7 +115,10 @@ class Vigil:
         Args:
             next_one: the one without whose message the wait goes no further; None if all are needed.
         """
-        others = [rank for rank in ranks if rank != self._world.rank]
+        if len(self._needed) > _AT_ONCE:
+            self._needed = (*self._needed[_AT_ONCE:], *self._needed[:_AT_ONCE])
+        waited = {rank for rank in ranks if rank != self._world.rank}
+        others = waited.union(self._needed[:_AT_ONCE]) - {self._world.rank}
         states = whereabouts.ask(self._world, others, self._own, whereabouts.QUICKLY)
         if self._world.overseer is not None and (seen := self._world.overseer(states)) is not None:
             return Origin(*seen)
@@ -103,6 +129,8 @@ class Vigil:
         now = time.monotonic()
         for rank, state in states.items():
             if self._world.is_done(rank, state):
+                if rank not in waited:
+                    continue
                 # What it sent before it ended in good order may still be on its way.
                 since = self._ended_at.setdefault(rank, now)
                 if next_one in (None, rank) and now - since > _GRACE:

@@ -56,6 +56,19 @@ class GroupView:
         return tuple(dist.get_process_group_ranks(self.group)) if self.group is not None else (0,)
 
 
+def members_of(given: object) -> Members | None:
+    """The ranks of a process group or a mesh, of the default group by default; None if this process is none of them."""
+    ranks: Iterable[int] = ()
+    if given is None and dist.is_initialized():
+        ranks = range(dist.get_world_size())
+    elif isinstance(given, dist.ProcessGroup) and given in dist.distributed_c10d._world.pg_map:
+        ranks = dist.get_process_group_ranks(given)
+    elif isinstance(given, DeviceMesh):
+        ranks = given.mesh.flatten().tolist()
+    members, me = tuple(sorted(ranks)), dist.get_rank() if dist.is_initialized() else -1
+    return Members(members.index(me), members) if me in members else None
+
+
 def part_of(view: GroupView, ranks: Iterable[int]) -> GroupView:
     """This process' place among some ranks of `view`, itself one of them; nothing is sent, and no process group is made."""
     part = tuple(sorted(ranks))

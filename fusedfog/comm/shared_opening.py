@@ -14,18 +14,20 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedfog.comm import shared_memory
+from fusedfog.comm import calls, shared_memory
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.calls import current_call
+from fusedfog.comm.failures import LOOK_EVERY
 from fusedfog.comm.group import GroupView
 from fusedfog.comm.shared_buffers import SharedBuffers
+from fusedfog.errors import ExchangeError
 
 log = logging.getLogger("fusedfog")
 
@@ -42,7 +44,7 @@ def open_shared(view: GroupView, timeout: timedelta) -> SharedBuffers | None:
     """Shared buffers of these ranks; None, on all of them, if they cannot share memory. Collective.
 
     Raises:
-        MismatchError, PeerTimeout: as `confer`.
+        MismatchError, PeerTimeout, ExchangeError: as `confer`.
     """
     patience = min(_PATIENCE, timeout.total_seconds() / 4)
     with contextlib.ExitStack() as stack:
@@ -54,13 +56,15 @@ def open_shared(view: GroupView, timeout: timedelta) -> SharedBuffers | None:
             try:
                 assert listener is not None
                 listener.settimeout(patience)
-                _connect(view.rank, verdict["ends"], listener, page, connections, patience)
+                _connect(view, verdict["ends"], listener, page, connections, patience)
             except (OSError, ValueError) as error:
                 problem = f"rank {view.rank}: {error}"
+            except ExchangeError:
+                _close(connections)
+                raise
             verdict = {"why": _ask(view, problem, _first, timeout)}
         if verdict["why"]:
-            for connection in connections.values():
-                connection.close()
+            _close(connections)
     if view.rank == 0:
         how = f"by messages ({verdict['why']})" if verdict["why"] else "through shared memory"
         log.debug("ranks %s exchange with each other %s", list(view.ranks), how)
@@ -104,8 +108,13 @@ def _first(problems: Sequence[str]) -> str:
     return next(filter(None, problems), "")
 
 
+def _close(connections: Mapping[int, socket.socket]) -> None:
+    for connection in connections.values():
+        connection.close()
+
+
 def _connect(
-    rank: int,
+    view: GroupView,
     ends: Sequence[tuple[str, str]],
     listener: socket.socket,
     page: int,
@@ -116,8 +125,9 @@ def _connect(
 
     Raises:
         OSError: somebody did not, or what was passed is not what it should be.
+        ExchangeError: one of them has ended.
     """
-    deadline = time.monotonic() + patience
+    rank, deadline = view.rank, time.monotonic() + patience
     for other in range(rank):
         name, token = ends[other]
         connection = connections[other] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -126,14 +136,28 @@ def _connect(
         socket.send_fds(connection, [_HELLO.pack(rank, bytes.fromhex(token))], [page])
     tokens = [bytes.fromhex(token) for _, token in ends]
     while len(connections) < len(ends) - 1:
-        listener.settimeout(max(0.001, deadline - time.monotonic()))
-        connection = listener.accept()[0]
+        connection = _accept(listener, view, deadline)
         connection.settimeout(patience)
         higher = _recognise(connection, rank, tokens)
         if higher is None or higher in connections:
             connection.close()  # Somebody else's program.
             continue
         connections[higher] = connection
+
+
+def _accept(listener: socket.socket, view: GroupView, deadline: float) -> socket.socket:
+    """The next one that connects; raises as `_connect`."""
+    vigil = calls.vigil()
+    while True:
+        listener.settimeout(max(0.001, min(LOOK_EVERY, deadline - time.monotonic())))
+        try:
+            return listener.accept()[0]
+        except TimeoutError:
+            origin = vigil.look(view.ranks, None) if vigil is not None else None
+            if origin is not None:
+                raise calls.lost(view, f"rank {view.rank}: {_WHAT}", origin) from None
+            if time.monotonic() >= deadline:
+                raise
 
 
 def _recognise(connection: socket.socket, rank: int, tokens: Sequence[bytes]) -> int | None:

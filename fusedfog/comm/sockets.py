@@ -2,7 +2,7 @@
 
 Destroying a group closes none of them while a thread waits in it (2.13), and a group may not be destroyed by force: `abort()`
 wakes nobody. A connection that is shut down wakes this rank's waits and those of the rank at its other end, at once, except for
-messages of which a part has travelled.
+messages of which a part has travelled. A listener is never shut down: gloo's thread ends the process over it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ class Sockets:
     """
 
     def __init__(self) -> None:
-        self.port, self._kept = 0, False
+        self.port = 0
         self._known = _sockets()
+        self._new: set[tuple[int, int]] = set()
         self._own: set[tuple[int, int]] = set()
 
     def take_new(self) -> None:
-        """What is open now, and was not before, may be the group's."""
-        self._own = _sockets() - self._known
+        """What is open now, and was not before, may be the group's; until `keep`, what others have connected to `port` is."""
+        self._new = _sockets() - self._known
         self._known = set()
-        ports = [port for number, _ in self._own if (port := _listening_port(number))]
+        ports = [port for number, _ in self._new if (port := _listening_port(number))]
         self.port = ports[0] if len(ports) == 1 else 0
+        self._own = self._connected([self.port])
 
     def keep(self, ports: Iterable[int]) -> None:
-        """Of these, keep the connections to or from ports where the group's ranks listen: threads open sockets, too."""
-        known, self._kept = set(ports) - {0}, True
-        self._own = {one for one in self._own if known & set(_ends(one[0]))}
+        """Of these, the connections to or from ports where the group's ranks listen are its: threads open sockets, too."""
+        self._own = self._connected(ports)
+        self._new = set()
+
+    def _connected(self, ports: Iterable[int]) -> set[tuple[int, int]]:
+        known = set(ports) - {0}
+        return {one for one in self._new if known & set(_ends(one[0]))}
 
     def shut_down(self) -> None:
-        """End these connections, both ways; those that are closed already are left alone, whoever has their numbers now.
-
-        Before `keep`, those that others have made to the group's own port: what else is new may be anybody's, or the port itself.
-        """
-        if not self._kept:
-            self.keep([self.port])
+        """End these connections, both ways; those that are closed already are left alone, whoever has their numbers now."""
         for number, inode in self._own:
             with contextlib.suppress(OSError):
                 copy = os.dup(number)

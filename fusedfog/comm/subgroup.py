@@ -109,7 +109,8 @@ def check_one_rank_per_gpu(view: GroupView, place: torch.device, timeout: timede
     before = store.add(f"{prefix}/on/{identity}", 1) - 1
     if before:
         other = f"{prefix}/on/{identity}/first"
-        store.wait([other], timeout)
+        if absent(store, [other], timeout, view):
+            raise PeerTimeout(f"rank {view.rank}: the other rank on GPU {identity} did not come within {timeout}")
         store.set(f"{prefix}/clash", f"ranks {store.get(other).decode()} and {view.rank} are both on GPU {identity}")
     else:
         store.set(f"{prefix}/on/{identity}/first", str(view.rank))

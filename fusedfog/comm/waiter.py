@@ -20,6 +20,9 @@ from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin, Vigil
 
 R = TypeVar("R")
 
+_A_MOMENT = 0.1
+"""Seconds in which a task may still end by itself, when a rank that it waits for is found to have ended."""
+
 _beginning = threading.Lock()
 
 
@@ -112,8 +115,9 @@ def await_task(task: Task[R], vigil: Vigil | None, ranks: tuple[int, ...]) -> Or
     """Return when a task is over, or with the reason why it never will be: a rank of these global ones has ended."""
     if task.over.wait(FIRST_LOOK):
         return None
-    while not task.over.wait(LOOK_EVERY):
+    while True:
         origin = vigil.look(ranks, None) if vigil is not None else None
-        if origin is not None and not task.over.wait(LOOK_EVERY):
+        if origin is not None and not task.over.wait(_A_MOMENT):
             return origin
-    return None
+        if task.over.wait(LOOK_EVERY):
+            return None

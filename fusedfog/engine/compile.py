@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from fusedfog.comm.agreement import agree, next_agreement
+from fusedfog.comm.agreement import absent, agree, next_agreement
 from fusedfog.comm.group import GroupView
 from fusedfog.errors import PeerTimeout
 from fusedfog.kernels import compile_now
@@ -31,16 +31,14 @@ def compile_everywhere(view: GroupView, timeout: timedelta | None, what: str) ->
     Raises:
         MismatchError: some ranks could compile and others could not; names one and the reason.
         PeerTimeout: rank 0 did not finish compiling.
+        ExchangeError: a rank has ended meanwhile; names it.
     """
     if view.size == 1:
         outcome = _compile()
     else:
         store, key = dist.distributed_c10d._get_default_store(), f"{next_agreement(view)}/compiled"
-        if view.rank:
-            try:
-                store.wait([key], _PATIENCE)
-            except RuntimeError as error:
-                raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 did not compile within {_PATIENCE}") from error
+        if view.rank and absent(store, [key], _PATIENCE, view, f"{what}(cpu_compile=True)"):
+            raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 did not compile within {_PATIENCE}")
         outcome = _compile()
         if not view.rank:
             store.set(key, outcome or "yes")

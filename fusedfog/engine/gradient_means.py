@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedfog.comm.averaging import average_in_place, broadcast
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.group import GroupView
 from fusedfog.comm.profiling import span
 from fusedfog.comm.registry import leave
 from fusedfog.comm.transfer import unrecorded
@@ -51,6 +52,11 @@ class Trainer(Protocol):
 
     def announce_average(self, again: bool) -> None:
         """Called before backward averages gradients; `again` if it has done so in this step already."""
+
+
+def _everyone(trainer: Trainer) -> GroupView | None:
+    """All ranks that train, not only those that average: a failure between others ends this rank's training, too."""
+    return trainer.communicator.view if trainer.communicator is not None else None
 
 
 class GradientMeans(GradientHooks):
@@ -174,19 +180,19 @@ class GradientMeans(GradientHooks):
     def _start(self, trainer: Trainer, bucket: GradientBucket) -> None:
         if self._scaled is None:
             self._scaled = grad_scaler_exists()
-        view, steps = self.communicator.view, trainer.clock.steps
+        size, steps = self.communicator.view.size, trainer.clock.steps
         # Often enough at first, and then at the cost of two looks at the gradients in every eighth step.
         measure = self._measures and (steps < 16 or steps % 8 == 0)
         where = span("exchange", (bucket.place,), to=("all",), sources=("all",))
-        with Call("backward()", view, steps), torch.no_grad(), where, unrecorded():
+        with Call("backward()", _everyone(trainer), steps), torch.no_grad(), where, unrecorded():
             bucket.start(contain=not self._scaled, measure=measure)
-        size = 2 * bucket.nbytes * (view.size - 1) // view.size
-        trainer.stats.bytes_sent += size
-        trainer.stats.bytes_received += size
+        nbytes = 2 * bucket.nbytes * (size - 1) // size
+        trainer.stats.bytes_sent += nbytes
+        trainer.stats.bytes_received += nbytes
 
     def _finish(self, trainer: Trainer, buckets: Sequence[GradientBucket]) -> None:
         begin = time.perf_counter()
-        with Call("backward()", self.communicator.view, trainer.clock.steps), torch.no_grad():
+        with Call("backward()", _everyone(trainer), trainer.clock.steps), torch.no_grad():
             for bucket in buckets:
                 with span("wait", (bucket.place,), sources=("all",)):
                     bucket.finish()

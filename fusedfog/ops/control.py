@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusedfog.comm.agreement import next_agreement
+from fusedfog.comm.agreement import absent, next_agreement
 from fusedfog.comm.communicator import Communicator
 
 _CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def _gather(communicator: Communicator, value: Any) -> list[Any]:
     store, prefix = _store(communicator)
     keys = [f"{prefix}/{rank}" for rank in range(communicator.view.size)]
     store.set(keys[communicator.view.rank], base64.b64encode(pickle.dumps(value)).decode())
-    store.wait(keys, communicator.timeout)
+    _await(communicator, store, keys)
     gathered = [pickle.loads(base64.b64decode(store.get(key))) for key in keys]
     _clean_up(communicator, store, prefix, keys)
     return gathered
@@ -91,7 +91,7 @@ def tell(
     for peer in sources:
         key = f"{communicator.name}/{tag}/{peer}-{me}"
         try:
-            store.wait([key], communicator.timeout)
+            _await(communicator, store, [key])
         except RuntimeError as error:
             raise communicator.conclude(
                 communicator.failure(error, f"{label}: receiving from rank {peer}"), [peer]
@@ -119,7 +119,14 @@ def _store(communicator: Communicator) -> tuple[Any, str]:
 def _meet(communicator: Communicator, store: Any, prefix: str) -> None:
     if store.add(f"{prefix}/came", 1) == communicator.view.size:
         store.set(f"{prefix}/all", "")
-    store.wait([f"{prefix}/all"], communicator.timeout)
+    _await(communicator, store, [f"{prefix}/all"])
+
+
+def _await(communicator: Communicator, store: Any, keys: Sequence[str]) -> None:
+    """Return once these keys are there; RuntimeError after the timeout, ExchangeError as soon as a rank has ended."""
+    missing = absent(store, keys, communicator.timeout, communicator.view)
+    if missing:
+        raise RuntimeError(f"timed out waiting for {[keys[place] for place in missing]}")
 
 
 def _clean_up(communicator: Communicator, store: Any, prefix: str, keys: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fusedfog.comm.calls import Call
+from fusedfog.comm.calls import Call, current_ranks
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.transfer import PeerTensor, Transfer
 from fusedfog.kernels import device
@@ -33,6 +33,7 @@ class Work:
         self._transfer: Transfer | None = None
         self._output: Tensor | None = None
         self._done: torch.cuda.Event | None = None
+        self._ranks = current_ranks()
         if device.on_gpu(source):
             self._queue(phases, source)
         else:
@@ -44,7 +45,7 @@ class Work:
         Raises:
             PeerTimeout, ExchangeError: a neighbour's message did not come.
         """
-        with Call("Work.wait()"):
+        with Call("Work.wait()", self._ranks):
             while self._transfer is not None:
                 self._transfer.wait()
                 self._advance()

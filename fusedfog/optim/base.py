@@ -169,7 +169,7 @@ class DecentralizedOptimizer(Controls):
             self._check_group(group)
         self._claim = claim = Claim(self._kind, self)
         try:
-            with Call(f"{self._kind}()"):
+            with Call(f"{self._kind}()", construction.who_builds(self._options)):
                 self._scheduler = build_scheduler(self, claim)
         except BaseException:
             claim.drop()

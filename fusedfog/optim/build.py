@@ -17,7 +17,7 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.elastic.run import Run
-from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
+from fusedfog.comm.group import GroupView, Members, check_backend, check_mesh, find_group, group_timeout, members_of
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.compile import compile_everywhere
@@ -70,6 +70,11 @@ def setup_of(family: str, groups: Groups, options: Options, specs: Sequence[Para
         lacking=missing_instructions(place, {**used, "states": options.state_dtype, "messages": options.codes}),
         elastic=Run.current() is not None,
     )
+
+
+def who_builds(options: Options) -> Members | None:
+    """The ranks without which `build` cannot end; None where there are no others yet."""
+    return members_of(options.group if options.mesh is None else options.mesh)
 
 
 def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim) -> Scheduler:

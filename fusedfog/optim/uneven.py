@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 
-from fusedfog.comm.agreement import next_agreement
+from fusedfog.comm.agreement import absent, next_agreement
 from fusedfog.comm.calls import Call, leave_word
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import find_group
@@ -268,14 +268,13 @@ class Block:
         """Whose step is the next one, and how many have been made at least."""
         deadline, key = time.monotonic() + self._timeout.total_seconds(), self._key(self._begun)
         while True:
-            try:
-                self._store.wait([key], min(_GLANCE, self._timeout))
-                return self._store.get(key).decode(), floor
-            except RuntimeError:
-                # It may have been deleted between the two.
-                floor = self._floor()
-                if self._begun < floor:
-                    return "0", floor
+            if not absent(self._store, [key], min(_GLANCE, self._timeout), self._view, "uneven()"):
+                # It may be deleted between the two.
+                with contextlib.suppress(RuntimeError):
+                    return self._store.get(key).decode(), floor
+            floor = self._floor()
+            if self._begun < floor:
+                return "0", floor
             if self._store.check([self._key("raised")]):
                 who = self._store.get(self._key("raised")).decode()
                 raise ExchangeError(

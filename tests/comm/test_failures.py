@@ -95,7 +95,7 @@ def told_of_nobody(late: bool) -> None:
     communicator = communicator_for(find_group(), torch.device("cpu"))
     vigil = mock.Mock(look=lambda *_: Origin(-1, "rank 1 has given up: it saw nobody", late))
     if dist.get_rank() == 0:
-        with mock.patch.object(calls, "vigil", lambda name="": vigil):
+        with mock.patch.object(calls, "vigil", lambda *_: vigil):
             transfer = communicator.start([], [(1, torch.empty(3))], tag=7, label="step 0, bucket 0")
             error = fusedfog.PeerTimeout if late else fusedfog.ExchangeError
             with pytest.raises(error, match="rank 1 has given up: it saw nobody"):
@@ -127,3 +127,21 @@ def test_who_waits_for_a_rank_that_has_ended_as_another_one_left_is_told(ranks: 
     outcomes = ranks.outcomes(3, waits_for_one_that_has_ended, pg_timeout=40)
     assert [outcome.message for outcome in outcomes] == ["", "", ""]
     assert outcomes[0].seconds < 20
+
+
+def test_a_rank_that_a_call_needs_is_looked_at_without_being_waited_for() -> None:
+    of = world()
+    vigil = Vigil(of, "SGD()", State(), needed=[0, 1, 3])
+    with answers(of, {1: LIVES, 2: LIVES, 3: GONE}):
+        assert vigil.look([2], None) == Origin(3, ENDED)
+    with answers(of, {1: LIVES, 2: LIVES, 3: State(failed=True, last="step() 9")}):
+        assert vigil.look([2], None) is None, "it had finished"
+
+
+def test_of_many_ranks_that_are_needed_all_are_looked_at_in_turn() -> None:
+    of = world()
+    of.addresses = {rank: Address(HERE, "10.0.0.2", rank, "") for rank in range(1, 200)}
+    vigil = Vigil(of, "SGD()", State(), needed=range(200))
+    with answers(of, {rank: GONE if rank == 150 else LIVES for rank in range(200)}):
+        found = [vigil.look([2], None) for _ in range(4)]
+    assert Origin(150, ENDED) in found

@@ -42,6 +42,14 @@ class Identity:
         return f"rank {self.rank}: {self.name}"
 
 
+def _failure(text: str, gone: Sequence[Link]) -> ExchangeError:
+    """An error that says, for programs, with which rank it began."""
+    found = ExchangeError(text)
+    for link in gone[:1]:
+        found.origin, found.origin_words = link.peer, link.gone
+    return found
+
+
 class Endpoint:
     """What one rank has of a window.
 
@@ -129,9 +137,11 @@ class Endpoint:
                 if link.gone or confirmed(link):
                     link.confirmed = max(link.confirmed, sent[link.peer])
         if lost:
-            raise ExchangeError(
+            those = [link for link in gone if link.peer in lost]
+            raise _failure(
                 f"{self.identity}: fence: {name_ranks(lost)} ended before what was sent there had been confirmed "
-                f"({'; '.join(link.gone for link in gone if link.peer in lost)}); all others have it"
+                f"({'; '.join(link.gone for link in those)}); all others have it",
+                those,
             )
 
     def get(self, weights: Mapping[int, float]) -> None:
@@ -228,7 +238,7 @@ class Endpoint:
     def _all_there(self, what: str, gone: Sequence[Link]) -> None:
         if gone:
             reasons = "; ".join(f"rank {link.peer} {link.gone}" for link in gone)
-            raise ExchangeError(f"{self.identity}: {what} cannot be: {reasons}")
+            raise _failure(f"{self.identity}: {what} cannot be: {reasons}", gone)
 
     def notify(self) -> None:
         """Something has changed: let those who wait look again."""
