@@ -219,10 +219,3 @@ def elsewhere() -> str:
 
 def test_ranks_in_another_call_are_told(ranks: Pool) -> None:
     assert "rank 0 is in Window(), rank 1 is in mean()" in ranks.run(2, elsewhere)[0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.gpu
-def test_a_cuda_tensor_is_refused_with_the_way_out() -> None:
-    with pytest.raises(fusedfog.UnsupportedEnvironment, match=r"keep a window of x\.cpu"):
-        fusedfog.Window(torch.zeros(3, device="cuda"), "ring")

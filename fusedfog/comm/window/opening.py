@@ -34,7 +34,8 @@ from fusedfog.comm.window.endpoint import Endpoint, Identity, Source
 from fusedfog.comm.window.links import InLink, OutLink
 from fusedfog.comm.window.listener import Listener, interface_of_gloo, route_to
 from fusedfog.comm.window.memory import Invitation
-from fusedfog.comm.window.region import Layout, Note
+from fusedfog.comm.window.region import Layout, Note, Region
+from fusedfog.comm.window.staging import Staging
 from fusedfog.comm.window.wire import TOKEN_BYTES, WELCOME, Greeting, Malformed, Purpose
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout
 
@@ -59,7 +60,7 @@ class Plan:
         sends, recvs: the ranks that it sends to, and receives from.
         dtype, count: of the values, as they lie in memory.
         initial, mass: what inboxes begin with, [count]; zeros if None.
-        source: see `Endpoint`.
+        source, staging: see `Endpoint`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Plan:
     initial: Tensor | None
     mass: float
     source: Source
+    staging: Staging
 
 
 def check_descriptors(edges: int) -> None:
@@ -99,9 +101,9 @@ def open_endpoint(view: GroupView, plan: Plan) -> Endpoint:
     if view.group is None or view.size == 1:
         if plan.problem is not None:
             raise plan.problem
-        return Endpoint(identity, plan.layout, 0.0, plan.source)
+        return Endpoint(identity, plan.layout, 0.0, plan.source, plan.staging)
     timeout = store_timeout(view)
-    endpoint = Endpoint(identity, plan.layout, timeout.total_seconds(), plan.source)
+    endpoint = Endpoint(identity, plan.layout, timeout.total_seconds(), plan.source, plan.staging)
     prefix = next_agreement(view)
     address = _agree(view, prefix, plan, timeout)
     opening = _Opening(view, plan, endpoint, prefix)
@@ -212,7 +214,7 @@ class _Opening:
         edges: dict[int, Invitation | None] = {}
         for peer in plan.recvs:
             region = memory.shared(plan.layout) or memory.private(self._arrival_layout)
-            endpoint.into[peer] = InLink(peer, inbox=Inbox(region, plan.initial, plan.mass), region=region)
+            endpoint.into[peer] = InLink(peer, inbox=self._inbox(region), region=region)
             edges[peer] = memory.invite(region)
         endpoint.service.start()
         if plan.recvs:
@@ -234,7 +236,9 @@ class _Opening:
         offered = there["edges"].get(str(self.view.rank))
         invitation = Invitation(**offered) if offered is not None else None
         region = memory.accept(invitation, self.plan.layout)
-        link = OutLink(peer, sender=Sender(region or memory.private(self.plan.layout)))
+        room = region or memory.private(self.plan.layout)
+        self.plan.staging.pin(room)
+        link = OutLink(peer, sender=Sender(room, self.plan.staging.outgoing()))
         self.endpoint.out[peer] = link
         where, token = (there["ip"], there["port"]), bytes.fromhex(there["token"])
         try:
@@ -341,7 +345,11 @@ class _Opening:
         """The sender cannot open this inbox' memory, so a thread of this process will fill it."""
         link.region.close()
         link.region = memory.private(self._arrival_layout)
-        link.inbox = Inbox(link.region, self.plan.initial, self.plan.mass)
+        link.inbox = self._inbox(link.region)
+
+    def _inbox(self, region: Region) -> Inbox:
+        self.plan.staging.pin(region)
+        return Inbox(region, self.plan.initial, self.plan.mass, self.plan.staging.incoming())
 
     def _carry_in(self, link: InLink, connection: socket.socket) -> None:
         endpoint = self.endpoint
