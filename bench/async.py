@@ -4,7 +4,7 @@ Digits split by label, and the byte GPT of the examples, on 4 and 8 ranks: async
 DistributedDataParallel. A step is its computation and a sleep, as while a GPU computes, so that few cores carry many ranks.
 Rank 0 sleeps 1, 2, 3 or 4 times as long as the others, or every sleep of every rank is drawn from a log-normal distribution.
 In a round all methods have the same seconds, one after another, after one process alone. Ranks keep their parameters every
-half second; what their averages are good for is found out afterwards.
+second; what their averages are good for is found out afterwards.
 
     python bench/async.py --tasks digits --ranks 4 --speeds 3x --rounds 3    # adds rounds to what is there
     python bench/async.py --rounds 0                                         # the table and the plot of what is there

@@ -35,8 +35,8 @@ from support.windows import TRANSPORTS, die_inside_lock, transport
 
 import fusedfog
 
-BEFORE, AFTER, PAUSE = 0.3, 0.3, 0.001
-"""Seconds of puts before the earliest end, and after it; of a sleep between two puts, so that three ranks fit on two cores."""
+PUTS, PAUSE = 60, 0.001
+"""How many puts before the end, and after it; seconds between two puts, so that three ranks fit on two cores."""
 
 KILLED, IN_LOCK, STOPPED, IDLE = "killed", "killed inside the lock", "stopped", "idle"
 SIZES = (10, 1000, 10**6)
@@ -46,15 +46,17 @@ HOSTS, RATE, MESSAGE, SECONDS = 3, 200e6 / 8, 10e6, 15.0
 """Hosts on slow links; bytes a second of a link; bytes of a message; seconds of puts."""
 
 
-def victim(window: fusedfog.Window, x: torch.Tensor, ending: str, moment: float) -> None:
-    """Rank 1: does everything until it is killed or stopped, or the moment has come."""
+def victim(window: fusedfog.Window, x: torch.Tensor, ending: str) -> None:
+    """Rank 1: does everything until it is killed or stopped, or is told that its moment has come."""
+    told = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
     dist.distributed_c10d._get_default_store().set("pid", str(os.getpid()))
-    if os.fork() == 0:  # As a DataLoader's worker.
-        time.sleep(moment - time.monotonic() + 1.0)
+    if os.fork() == 0:  # As a DataLoader's worker, which outlives it.
+        time.sleep(3.0)
         os._exit(0)
     number = 0
-    while ending != IDLE or time.monotonic() < moment:
-        if ending == IN_LOCK and time.monotonic() > moment:
+    while ending != IDLE or not told:
+        if ending == IN_LOCK and told:
             die_inside_lock()
         number += 1
         x.fill_(float(number))
@@ -71,44 +73,53 @@ def beside(how: str, elements: int, ending: str, delay: float) -> dict[str, Any]
     x = torch.full((elements,), float(rank), dtype=torch.float64)
     with transport(how):
         window = fusedfog.Window(x, "fully_connected")
-    # All ranks are on one machine, whose monotonic clock they share.
-    latest = torch.tensor([time.monotonic()], dtype=torch.float64)
-    dist.all_reduce(latest, op=dist.ReduceOp.MAX)
-    moment = latest.item() + BEFORE + delay
+    found: dict[str, Any] = {}
     if rank == 1:
-        victim(window, x, ending, moment)
+        victim(window, x, ending)
     else:
-        found, pid = puts(window, x, rank, moment, ending), int(store.get("pid"))
-        found["fence"] = fence_of(window)
-        found["alive"] = window.alive[1]
+        found = beside_victim(window, x, rank, ending, delay)
     store.set(f"through/{rank}", "")
     store.wait(["through/0", "through/2"])
     if rank == 0 and ending == STOPPED:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(int(store.get("pid")), signal.SIGKILL)
     begin = time.monotonic()
     window.close()
     return {} if rank == 1 else {**found, "close": time.monotonic() - begin}
 
 
-def puts(window: fusedfog.Window, x: torch.Tensor, rank: int, moment: float, ending: str) -> dict[str, Any]:
-    """Seconds of puts, before and after the moment; rank 0 brings it about."""
-    signals = {KILLED: signal.SIGKILL, STOPPED: signal.SIGSTOP}
-    pid = int(dist.distributed_c10d._get_default_store().get("pid"))
-    before, after, torn, sent = [], [], 0, rank != 0
-    while (now := time.monotonic()) < moment + AFTER:
-        if not sent and now >= moment:
-            sent = True
-            if ending in signals:
-                os.kill(pid, signals[ending])
-        begin = time.perf_counter()
-        window.put()
-        (before if now < moment else after).append(time.perf_counter() - begin)
+def beside_victim(window: fusedfog.Window, x: torch.Tensor, rank: int, ending: str, delay: float) -> dict[str, Any]:
+    """Puts before the victim's moment, which rank 0 brings about once both ranks have made enough, and after it."""
+    store = dist.distributed_c10d._get_default_store()
+    pid, torn = int(store.get("pid")), [0]
+    before = puts(window, x, rank, torn, lambda made: made >= PUTS)
+    store.set(f"ready/{rank}", "")
+    others = [f"ready/{2 - rank}"] if rank == 0 else ["over"]
+    before += puts(window, x, rank, torn, lambda made: made % 10 == 0 and store.check(others))
+    if rank == 0:
+        moment = time.monotonic() + delay
+        puts(window, x, rank, torn, lambda made: time.monotonic() > moment)
+        os.kill(pid, {KILLED: signal.SIGKILL, STOPPED: signal.SIGSTOP}.get(ending, signal.SIGUSR1))
+        store.set("over", "")
+    if ending in (KILLED, IN_LOCK):
+        puts(window, x, rank, torn, lambda made: not window.alive[1])
+    after = puts(window, x, rank, torn, lambda made: made >= PUTS)
+    times = {"before": statistics.median(before), "after": statistics.median(after), "worst": max(after)}
+    return {**times, "torn": torn[0], "fence": fence_of(window), "alive": window.alive[1]}
+
+
+def puts(
+    window: fusedfog.Window, x: torch.Tensor, rank: int, torn: list[int], enough: Callable[[int], bool]
+) -> list[float]:
+    """Seconds of each put, until there are enough; torn values are counted."""
+    times: list[float] = []
+    while not enough(len(times)):
+        times.append(timed(window.put))
         window.update(0.0, {1: 1.0})
-        torn += int(x.min() != x.max())
+        torn[0] += int(x.min() != x.max())
         with window.mutex([2 - rank]):
             pass
         time.sleep(PAUSE)
-    return {"before": statistics.median(before), "after": statistics.median(after), "worst": max(after), "torn": torn}
+    return times
 
 
 def fence_of(window: fusedfog.Window) -> str:
@@ -128,8 +139,8 @@ def kill_many(kills: int, seed: int) -> list[dict[str, Any]]:
         for number, ending in enumerate(endings):
             # Between hosts there is no memory that is shared, and no lock of it.
             how = "memory" if ending == IN_LOCK else TRANSPORTS[number // 2 % 2]
-            case = {"how": how, "elements": chance.choice(SIZES), "ending": ending, "delay": chance.uniform(0.0, 0.1)}
-            outcomes = pool.outcomes(3, beside, **case, timeout=60)
+            case = {"how": how, "elements": chance.choice(SIZES), "ending": ending, "delay": chance.uniform(0.0, 0.05)}
+            outcomes = pool.outcomes(3, beside, **case, timeout=120, pg_timeout=60)
             survivors = [outcomes[rank] for rank in (0, 2)]
             seen = [one.value if one.ok else {"error": one.error_type, "message": one.message} for one in survivors]
             found.append({**case, "seed": seed, "seen": seen, "victim": outcomes[1].error_type or ""})
