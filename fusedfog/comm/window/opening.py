@@ -8,6 +8,7 @@ if it can, and says whether it did. At the end all ranks say who could not reach
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -189,24 +190,29 @@ class _Opening:
         """Make what this end consists of; what cannot be is said in `failures`."""
         store = dist.distributed_c10d._get_default_store()
         own = f"{self.prefix}/at/{self.view.rank}"
+        limit = _SHARE_OF_TIMEOUT * timeout.total_seconds()
+        deadline = time.monotonic() + limit
         try:
             store.set(own, json.dumps(self._prepare(address)))
+            self._connect_all(store, deadline, limit, failures)
         except (MemoryError, OSError) as error:
             failures.append(f"rank {self.view.rank}: {error}")
             store.set(own, "{}")
-            return
-        deadline = time.monotonic() + _SHARE_OF_TIMEOUT * timeout.total_seconds()
+        if failures:
+            store.set(f"{self.prefix}/failed", "")  # Nobody waits for the connections of a window that cannot be.
+        else:
+            self._await_senders(store, deadline, limit, failures)
+
+    def _connect_all(self, store: Any, deadline: float, limit: float, failures: list[str]) -> None:
+        """Open the edges to all receivers."""
         for peer in self.plan.sends:
             key = f"{self.prefix}/at/{peer}"
             if absent(store, [key], timedelta(seconds=max(0.001, deadline - time.monotonic())), self.view):
-                failures.append(
-                    f"rank {peer} wrote no address within {_SHARE_OF_TIMEOUT * timeout.total_seconds():g} s"
-                )
+                failures.append(f"rank {peer} wrote no address within {limit:g} s")
                 continue
             there = json.loads(store.get(key))
             if there:
                 self._connect(peer, there, deadline, failures)
-        self._await_senders(store, deadline, timeout, failures)
 
     def _prepare(self, address: str) -> dict[str, Any]:
         """Make memory and listener; returns what peers must know."""
@@ -276,11 +282,11 @@ class _Opening:
             control.connection, partial(answers.hear, self.endpoint, link), lambda: control.wants_to_write
         )
 
-    def _await_senders(self, store: Any, deadline: float, timeout: timedelta, failures: list[str]) -> None:
+    def _await_senders(self, store: Any, deadline: float, limit: float, failures: list[str]) -> None:
         """Wait until the senders of all in-edges have connected, or it is certain that they will not."""
-        while True:
+        for turn in itertools.count(1):
             missing = [link.peer for link in self.endpoint.into.values() if not self._complete(link)]
-            if not missing:
+            if not missing or (turn % 10 == 0 and store.check([f"{self.prefix}/failed"])):
                 return
             if time.monotonic() >= deadline:
                 break
@@ -289,10 +295,7 @@ class _Opening:
         assert self.listener is not None
         for peer in missing:
             where = f"{self.listener.server.getsockname()[0]}:{self.listener.port}"
-            failures.append(
-                f"rank {peer} did not reach rank {self.view.rank} at {where} within "
-                f"{_SHARE_OF_TIMEOUT * timeout.total_seconds():g} s"
-            )
+            failures.append(f"rank {peer} did not reach rank {self.view.rank} at {where} within {limit:g} s")
 
     def _complete(self, link: InLink) -> bool:
         return link.control is not None and (link.region.descriptor is not None or link.courier is not None)
