@@ -78,6 +78,7 @@ def _ignored() -> Callable[..., None]:
 
 def _stand_ins() -> dict[str, Any]:
     stream = Stream()
+    runtime = SimpleNamespace(cudaHostRegister=lambda *arguments: 0, cudaHostUnregister=lambda *arguments: 0)
     properties = SimpleNamespace(name="stub", multi_processor_count=132, total_memory=1 << 37)
     answers: dict[str, Callable[..., Any]] = {
         "current_stream": lambda *arguments: stream,
@@ -90,6 +91,7 @@ def _stand_ins() -> dict[str, Any]:
         "get_device_properties": lambda *arguments: properties,
         "get_device_name": lambda *arguments: "stub",
         "is_current_stream_capturing": lambda: False,
+        "cudart": lambda: runtime,
     }
     ignored = ("synchronize", "_sleep", "empty_cache", "reset_peak_memory_stats", "set_device", "set_sync_debug_mode")
     return {"Stream": Stream, "Event": Event, **answers, **{name: _ignored() for name in ignored}}
@@ -101,6 +103,7 @@ def dry_run(way: Way) -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in _stand_ins().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _ignored()))
         stack.enter_context(mock.patch.object(torch.cuda.nccl, "version", lambda: (2, 27, 0)))
         if way == "stub":
             stack.enter_context(stub_gpu(take_gpu_way=True))

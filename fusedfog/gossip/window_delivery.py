@@ -1,7 +1,8 @@
 """Delivery by windows, for asynchronous optimizers: what a rank mixes is the newest of each neighbour, and nobody waits.
 
 Every segment has a window. Once a step has passed over all of its buckets, the segment is written into the neighbours' memory,
-and the next step's inbox are the fronts of this rank's own: no copy, no wait.
+and the next step's inbox are the fronts of this rank's own: no copy, no wait. (On a GPU: copies of them; see
+comm/window/staging.py.)
 
 Averages (awc) give weight W_ij to the newest value of neighbour j, *reused until a newer one comes*. So the limit solves
 (I - W + a H) x = a c, as in the synchronous method, whatever the speeds and delays; mixing each value once, or dropping old
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
@@ -32,12 +34,15 @@ from fusedfog.comm.transfer import Transfer
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.comm.window.edge import SLOTS, Kind, Message
 from fusedfog.comm.window.endpoint import Endpoint
+from fusedfog.comm.window.links import InLink
 from fusedfog.comm.window.opening import Plan, check_descriptors, open_endpoint
 from fusedfog.comm.window.region import Layout
+from fusedfog.comm.window.staging import staging_of
 from fusedfog.errors import PeerTimeout
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors
 from fusedfog.gossip.mailbox import Mailbox
+from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -60,6 +65,7 @@ class Station:
         mass: push-sum's, what this rank holds of it.
         filled: how many buckets have been passed over since the last message.
         inbox: what this step mixes, once it is known.
+        rooms: on a GPU, where the fronts are copied to, by in-neighbour.
     """
 
     segment: FlatSegment
@@ -68,6 +74,20 @@ class Station:
     mass: float = 1.0
     filled: int = 0
     inbox: Inbox | None = None
+    rooms: dict[int, Tensor] = field(default_factory=dict)
+
+    def front(self, link: InLink, mixed: bool) -> Tensor:
+        """What has arrived from a neighbour, on the parameters' device; zeros there if it is not to be mixed."""
+        if not device.on_gpu(self.segment.param):
+            return link.inbox.front
+        if link.peer not in self.rooms:
+            self.rooms[link.peer] = torch.empty_like(self.segment.param)
+        room = self.rooms[link.peer]
+        if mixed:
+            link.inbox.read(room)
+        else:
+            room.zero_()  # Whatever is not finite there would spread, times a weight of 0.
+        return room
 
 
 @dataclass
@@ -161,6 +181,7 @@ class WindowDelivery:
                     initial=None,
                     mass=0.0,
                     source=_nothing_to_get(segment),
+                    staging=staging_of(segment.param),
                 )
                 self._stations.by_segment[id(segment)] = Station(segment, open_endpoint(view, plan), buckets)
 
@@ -203,8 +224,9 @@ class WindowDelivery:
         share = station.mass / (len(here) + 1)
         kind, mass = (Kind.MEAN, share) if self.deposits else (Kind.PUT, 1.0)
         with endpoint.lock:
+            held = endpoint.hold(values)
             for peer in here:
-                endpoint.send(peer, Message(kind, values, 1.0, mass, stamp=stamp))
+                endpoint.send(peer, Message(kind, held, 1.0, mass, stamp=stamp))
         if self.deposits:
             station.mass -= share * len(here)
         self.stats.bytes_sent += len(here) * values.nbytes
@@ -223,19 +245,21 @@ class WindowDelivery:
         with station.endpoint.lock:
             new = [link.inbox.take() for link in links.values()]
             self.stats.bytes_received += sum(new) * station.segment.param.nbytes
-            fronts = tuple(link.inbox.front for link in links.values())
             if self.deposits:
                 masses = [0.0 if link.inbox.blank else link.inbox.mass for link in links.values()]
                 station.mass += sum(masses)
                 found = tuple(mass / station.mass for mass in masses)
-                for link in links.values():
-                    # The values stay where they are until the next `take`.
-                    link.inbox.clear()
             else:
                 found = tuple(
                     0.0 if link.gone or link.inbox.blank or link.inbox.stamp // _ERA < self._era else weights[peer]
                     for peer, link in links.items()
                 )
+            fronts = tuple(
+                station.front(link, bool(weight)) for link, weight in zip(links.values(), found, strict=True)
+            )
+            for link in links.values() if self.deposits else ():
+                # The values stay where they are until the next `take`.
+                link.inbox.clear()
         return Inbox((fronts,), found, ranks=tuple(links), kept=True)
 
     # -- how far others are ------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fusedfog.comm.calls import Call
 from fusedfog.comm.group import find_group
-from fusedfog.comm.mixing import ROUNDING, mix
-from fusedfog.comm.window.edge import SLOTS, Kind, Message, factor
+from fusedfog.comm.mixing import ROUNDING, mix, room_for
+from fusedfog.comm.window.edge import SLOTS, Inbox, Kind, Message, factor
 from fusedfog.comm.window.endpoint import Endpoint
 from fusedfog.comm.window.opening import Plan, check_descriptors, open_endpoint
 from fusedfog.comm.window.region import Layout
-from fusedfog.errors import UnsupportedEnvironment
+from fusedfog.comm.window.staging import staging_of
 from fusedfog.kernels import device
 from fusedfog.ops.edges import SendWeights
 from fusedfog.ops.tensors import check_dense, deliver, describe, flat_view
@@ -81,9 +81,10 @@ class Window:
     A process that is forked from this one (a DataLoader worker) has no part in it.
 
     Args:
-        tensor: a dense CPU tensor of floating-point, complex or integer dtype, the same shape and dtype on all ranks. It is
+        tensor: a dense tensor of floating-point, complex or integer dtype, the same shape and dtype on all ranks. It is
             not copied: `update` changes it, and what you write into it is what the next `put` sends. Hold `lock` where
-            you change it while others may `get` it.
+            you change it while others may `get` it. On a GPU (which nobody has tried yet), values go through the CPU's
+            memory; what you write, write on the stream on which you called the window last.
         topology: a static topology, a name, or pairs (sender, receiver) of all edges, the same on all ranks.
         group: a process group; the default group if None. Ranks are ranks of this group.
         name: for errors; the same on all ranks.
@@ -96,7 +97,6 @@ class Window:
         TypeError, ValueError: wrong arguments, or a topology that changes, or more edges than this process may have
             descriptors; on the other ranks a MismatchError that names this one.
         MismatchError: shape, dtype, topology or name differ between ranks; names them.
-        UnsupportedEnvironment: a CUDA tensor.
         PeerTimeout, ExchangeError: a rank did not come, or two cannot reach each other; names them and the address.
     """
 
@@ -133,6 +133,7 @@ class Window:
             initial=None if zero_init else values,
             mass=0.0 if zero_init else own.p,
             source=own.read,
+            staging=staging_of(values),
         )
         with Call("Window()", view), torch.no_grad():
             self._endpoint = open_endpoint(view, plan)
@@ -225,8 +226,9 @@ class Window:
         given = None if x is None else flat_view(self._arguments.same_kind(x, "x"))
         with self.lock, torch.no_grad():
             flat, p = self._own.read()
+            held = self._endpoint.hold(flat if given is None else given)
             for peer, weight in receivers.items():
-                self._endpoint.send(peer, Message(kind, flat if given is None else given, weight, weight * p))
+                self._endpoint.send(peer, Message(kind, held, weight, weight * p))
             if share != 1:
                 flat.mul_(factor(share, flat))
                 self._own.write(flat)
@@ -275,7 +277,9 @@ class Window:
             flat, p = target.read()
             inboxes = {peer: self._endpoint.into[peer].inbox for peer in recv}
             filled = [peer for peer, inbox in inboxes.items() if not inbox.blank and recv[peer]]
-            _mix(flat, own, {peer: (recv[peer], inboxes[peer].front) for peer in filled}, self._arguments.rank)
+            if device.on_gpu(flat):
+                flat = room_for(len(flat), flat).copy_(flat)
+            _mix(flat, own, {peer: (recv[peer], _front(inboxes[peer], flat)) for peer in filled}, self._arguments.rank)
             target.write(flat)
             target.p = own * p + sum(recv[peer] * inbox.mass for peer, inbox in inboxes.items())
             for inbox in inboxes.values() if reset else ():
@@ -328,14 +332,18 @@ class Window:
 def _checked(tensor: Tensor) -> Tensor:
     """The tensor, if a window can be made of it."""
     flat = check_dense(tensor, "Window")
-    if device.on_gpu(flat):
-        raise UnsupportedEnvironment(
-            f"a window's tensor must be on the CPU, and this one is on {flat.device}: keep a window of x.cpu(), copy x into it "
-            f"before put(), and the result of update() back into x"
-        )
     if flat.dtype not in (*_INTEGERS, *_FLOATS, *_COMPLEX):
         raise TypeError(f"a {flat.dtype} tensor cannot be a window's: convert it to a floating-point or integer dtype")
     return flat
+
+
+def _front(inbox: Inbox, like: Tensor) -> Tensor:
+    """What an inbox holds, on the device of `like`."""
+    if not device.on_gpu(like):
+        return inbox.front
+    room = room_for(len(inbox.front), like)
+    inbox.read(room)
+    return room
 
 
 def _mix(flat: Tensor, own: float, terms: Mapping[int, tuple[float, Tensor]], rank: int) -> None:

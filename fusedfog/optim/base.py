@@ -120,7 +120,7 @@ class DecentralizedOptimizer(Controls):
             clipping; with Adam, whose steps do not grow with gradients, and in `Decentralized` its lr is, but for
             gradient_tracking and dag. Coupled weight decay stays as it is, decoupled goes with lr. The plain mean, as in
             `averaged()`, follows the weighted gradient. None: all are equal. See `engine.rank_weights`.
-        asynchronous: `step()` waits for nobody (awc and push_sum, on CPUs, a static topology): it mixes the newest that each
+        asynchronous: `step()` waits for nobody (awc and push_sum, a static topology): it mixes the newest that each
             neighbour has sent, so a slow rank slows no other; see `finish`. Averages reuse a neighbour's value until a newer one
             comes, so that the limit depends on no rank's speed; push-sum deposits estimates with a mass, and its learning rate is
             divided by this rank's share of it in the long run. A rank that has died counts as the rank's own value.

@@ -261,7 +261,6 @@ ROWS: tuple[Refusal, ...] = (
                 "windows have the same neighbours for as long as they live",
                 "use a static topology, as 'ring', 'exponential' or 'symmetric_exponential'",
             ),
-            ("GPU", "windows lie in the CPU's memory so far", "train on the CPU, or leave it out"),
         )
     ),
     Refusal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support import ordered_backend
 from support.pool import Pool
-from support.windows import TRANSPORTS, transport
+from support.windows import TRANSPORTS, slow_gpu, transport
 from torch import nn
 
 import fusedfog
@@ -157,27 +159,43 @@ def test_push_sum_minimises_the_sum_of_all_losses_though_one_rank_is_slow(ranks:
         assert error < 0.2 * (best - plain).abs().max().item()
 
 
-def in_step(asynchronous: bool, kind: str, keywords: dict[str, Any]) -> list[float]:
-    original = WindowDelivery._take
+def together(self: WindowDelivery, station: Any) -> Any:
+    """What all have sent is there before anybody takes, and all have taken before anybody sends again."""
+    view = self.communicator.view
+    station.endpoint.fence(20.0)
+    meet_by_store(view.size)
+    found = TAKE(self, station)
+    meet_by_store(view.size)
+    return found
 
-    def take(self: WindowDelivery, station: Any) -> Any:
-        dist.barrier()  # All have sent before anybody takes,
-        found = original(self, station)
-        dist.barrier()  # and taken before anybody sends again.
-        return found
 
+TAKE = WindowDelivery._take
+_meetings = itertools.count()
+
+
+def meet_by_store(size: int) -> None:
+    """A barrier that no backend takes part in."""
+    name = f"meeting/{next(_meetings)}"
+    if store().add(name, 1) == size:
+        store().set(f"{name}/over", "")
+    store().wait([f"{name}/over"])
+
+
+def in_step(asynchronous: bool, kind: str, keywords: dict[str, Any], dtype: torch.dtype = torch.float64) -> list[float]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).double()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).to(dtype)
     opt = getattr(fusedfog, kind)(
         model.parameters(), lr=0.05, topology="fully_connected", asynchronous=asynchronous, **keywords
     )
     for step in range(6):
         opt.zero_grad()
-        model(torch.full((3, 4), 0.1 * (dist.get_rank() + step), dtype=torch.float64)).square().mean().backward()
-        with mock.patch.object(WindowDelivery, "_take", take):
+        with mock.patch.object(WindowDelivery, "_take", together):
+            model(torch.full((3, 4), 0.1 * (dist.get_rank() + step), dtype=dtype)).square().mean().backward()
             opt.step()
     opt.drain()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    found = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    opt.release()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -193,6 +211,32 @@ def in_step(asynchronous: bool, kind: str, keywords: dict[str, Any]) -> list[flo
 def test_in_step_asynchronous_averages_are_synchronous_ones(ranks: Pool, kind: str, keywords: dict[str, Any]) -> None:
     first, second = (ranks.run(3, in_step, asynchronous, kind, keywords) for asynchronous in (True, False))
     np.testing.assert_allclose(np.array(first), np.array(second), rtol=1e-12, atol=1e-14)
+
+
+ON_GPU: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"momentum": 0.9, "fused_backward": True}),
+    ("AdamW", {"bucket_mb": 1e-4, "max_lag": 3}),
+    ("SGD", {"algorithm": "push_sum"}),
+]
+
+
+def in_step_on_gpus() -> list[list[float]]:
+    ordered_backend.open_world(20.0)
+    with slow_gpu() as gpu:
+        found = [in_step(True, kind, keywords, torch.float32) for kind, keywords in ON_GPU]
+        assert not gpu.runtime.registered, "memory of closed windows"
+        return found
+
+
+def in_step_on_cpus() -> list[list[float]]:
+    return [in_step(True, kind, keywords, torch.float32) for kind, keywords in ON_GPU]
+
+
+def test_steps_on_gpus_are_those_on_cpus_through_copies_that_come_late(ranks: Pool) -> None:
+    ordered_backend.build()
+    first, second = ranks.run(3, in_step_on_gpus, init=False, timeout=120), ranks.run(3, in_step_on_cpus)
+    np.testing.assert_allclose(np.array(first), np.array(second), rtol=1e-6, atol=1e-7)
+    assert len({tuple(found[0]) for found in first}) == 3
 
 
 def beside_a_rank_that_waits(algorithm: str) -> int:

@@ -276,6 +276,38 @@ def test_any_thread_may_send(ranks: Pool) -> None:
     assert ranks.run(2, from_threads) == [(1.0, 1.0), (201.0, 201.0)]
 
 
+def put_from_threads(how: str) -> tuple[int, float]:
+    """Threads put i, i, ..., i, while the program mixes and gets in the same window."""
+    rank, size, torn = dist.get_rank(), dist.get_world_size(), 0
+    x = torch.zeros(1000, dtype=torch.float64)
+    with transport(how), fusedfog.Window(x, "fully_connected") as window:
+        dist.barrier()
+
+        def put(first: int) -> None:
+            for number in range(first, first + 50):
+                window.put(torch.full_like(x, float(number)))
+
+        threads = [threading.Thread(target=put, args=(first,)) for first in (1, 1001)]
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            got = window.update(0.0, {(rank + 1) % size: 1.0}, out=torch.empty_like(x))
+            torn += int(got.min() != got.max())
+            window.get([(rank + 2) % size])
+        for thread in threads:
+            thread.join()
+        settle(window)
+        last = window.update(0.0, {(rank + 1) % size: 1.0}, out=torch.empty_like(x))[0].item()
+        dist.barrier()
+        return torn, last
+
+
+@pytest.mark.parametrize("how", TRANSPORTS)
+def test_any_thread_may_put_while_another_mixes(ranks: Pool, how: str) -> None:
+    for torn, last in ranks.run(3, put_from_threads, how):
+        assert torn == 0 and last in (50.0, 1050.0)
+
+
 def handles(how: str) -> bool:
     with transport(how), fusedfog.Window(torch.ones(3), [(0, 1)]) as window:
         if dist.get_rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -253,7 +254,7 @@ for _ in range(3):
     ],
 )
 def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, times: int) -> None:
-    script = tmp_path / "train.py"
+    script, mark = tmp_path / "train.py", f"FUSEDFOG_TEST_OF_EXITS={tmp_path}"
     script.write_text(SCRIPT.format(last=last))
     for _ in range(times):
         with socket.socket() as probe:
@@ -264,6 +265,7 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "FUSEDFOG_TEST_OF_EXITS": str(tmp_path),
         }
         ranks = [
             subprocess.Popen(
@@ -279,7 +281,18 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
             output, errors = rank.communicate(timeout=120)
             assert rank.returncode == 0, errors
             assert not output and not errors
+        assert not processes_with(mark) or "fork" in last
     assert not [name for name in os.listdir("/dev/shm") if "fusedfog" in name]
+
+
+def processes_with(variable: str) -> list[str]:
+    """Processes with this environment: what somebody has left."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if variable.encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                found.append(name)
+    return found
 
 
 def many_steps(how: str, steps: int) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from support.pool import Pool
 from support.windows import TRANSPORTS, transport
 
 import fusedfog
-from fusedfog.comm.window import opening
+from fusedfog.comm.window import memory, opening
 from fusedfog.topology import fully_connected
 
 ONE = torch.zeros(3)
@@ -98,6 +98,9 @@ def use_wrongly() -> tuple[dict[str, str], bool]:
     names = ("put", "accumulate", "get", "update", "collect", "fence")
     found |= {f"closed {name}": said(getattr(window, name)) for name in names}
     found["closed versions"] = said(lambda: window.versions)
+    found["closed alive"] = said(lambda: window.alive)
+    found["closed mutex"] = said(window.mutex().__enter__)
+    found["closed with"] = said(window.__enter__)
     return found, unchanged
 
 
@@ -155,6 +158,55 @@ def test_a_forked_child_has_no_part_in_it_and_holds_no_descriptor(ranks: Pool, h
     for rank, (text, closed, values) in enumerate(ranks.run(2, forked, how)):
         assert text.startswith(f"RuntimeError: rank {rank}: Window: this process was forked")
         assert closed and values == [0.5, 0.5]
+
+
+def with_a_loader() -> tuple[str, list[float]]:
+    """A DataLoader's worker, forked while the window is there, is alive until its iterator goes."""
+    rank = dist.get_rank()
+    x = torch.full((2,), float(rank))
+    with fusedfog.Window(x, "ring") as window:
+
+        class Data(torch.utils.data.Dataset[str]):
+            def __len__(self) -> int:
+                return 1
+
+            def __getitem__(self, place: int) -> str:
+                return said(window.put)
+
+        loader = torch.utils.data.DataLoader(
+            Data(), batch_size=None, num_workers=1, multiprocessing_context="fork", persistent_workers=True
+        )
+        (text,) = list(loader)
+        dist.barrier()
+        window.put()
+        window.fence(20)
+        dist.barrier()
+        return text, window.update().tolist()
+
+
+def test_a_data_loader_s_workers_have_no_part_in_it(ranks: Pool) -> None:
+    for rank, (text, values) in enumerate(ranks.run(2, with_a_loader)):
+        assert text.startswith(f"RuntimeError: rank {rank}: Window: this process was forked")
+        assert values == [0.5, 0.5]
+
+
+def too_little_memory(how: str, edges: list[tuple[int, int]]) -> str:
+    original = memory._available
+    if dist.get_rank() == 1:
+        memory._available = lambda: 1000.0
+    try:
+        with transport(how):
+            return said(fusedfog.Window, torch.zeros(1000), edges)
+    finally:
+        memory._available = original
+
+
+@pytest.mark.parametrize("edges", [[(0, 1), (1, 2)], [(1, 0), (1, 2)]])  # As receiver; as sender alone, over TCP.
+def test_too_little_memory_on_one_rank_is_told_to_all_at_once(ranks: Pool, edges: list[tuple[int, int]]) -> None:
+    # Within the call's 60 seconds, of which nobody waits for a part of 10 minutes.
+    for rank, text in enumerate(ranks.run(3, too_little_memory, "tcp", edges, pg_timeout=600)):
+        assert text.startswith(f"ExchangeError: rank {rank}: Window: ")
+        assert "rank 1: a window needs 0 MiB for one edge, and 0 MiB are available here" in text
 
 
 def unreachable(where: str) -> str:
@@ -219,10 +271,3 @@ def elsewhere() -> str:
 
 def test_ranks_in_another_call_are_told(ranks: Pool) -> None:
     assert "rank 0 is in Window(), rank 1 is in mean()" in ranks.run(2, elsewhere)[0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.gpu
-def test_a_cuda_tensor_is_refused_with_the_way_out() -> None:
-    with pytest.raises(fusedfog.UnsupportedEnvironment, match=r"keep a window of x\.cpu"):
-        fusedfog.Window(torch.zeros(3, device="cuda"), "ring")

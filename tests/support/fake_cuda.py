@@ -154,15 +154,43 @@ class Graph:
             make()
 
 
+class Runtime:
+    """`torch.cuda.cudart()`, as far as it registers memory.
+
+    Attributes:
+        registered: bytes by address.
+        refuses: registering fails, as some drivers have it.
+    """
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+        self.refuses = False
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        """As CUDA's."""
+        assert address % 4096 == 0 and size > 0 and address not in self.registered
+        if self.refuses:
+            return 801
+        self.registered[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        """As CUDA's."""
+        del self.registered[address]
+        return 0
+
+
 class Gpu:
     """What happened on the pretended GPU.
 
     Attributes:
+        runtime: what torch.cuda.cudart() returns.
         races: uses of one piece of memory that nothing orders.
         passes: rules of the passes made, in order.
     """
 
     def __init__(self) -> None:
+        self.runtime = Runtime()
         self.races: list[str] = []
         self.passes: list[str] = []
         self.capturing: Graph | None = None
@@ -375,6 +403,7 @@ def pretend() -> Iterator[Gpu]:
         "set_device": lambda device: None,
         "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: _current().synchronize(),
+        "cudart": lambda: gpu.runtime,
         "is_initialized": lambda: True,
         "is_current_stream_capturing": lambda: gpu.capturing is not None,
         "get_device_capability": lambda device=None: (9, 0),

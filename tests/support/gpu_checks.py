@@ -25,6 +25,7 @@ from fusedfog.comm.group import GroupView
 from fusedfog.engine import scheduler
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.phases import Phase, Phases
+from support.gpu_windows import check_windows
 from support.recorded import record
 
 LOOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -467,5 +468,5 @@ def check_captured_grad_scaler(device: torch.device) -> None:
 
 CHECKS: dict[str, Callable[[torch.device], None]] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
-}
-"""Every check of this file by name."""
+} | {"windows": check_windows}
+"""Every check by name."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch.distributed as dist
 
 from fusedfog.comm.window.memory import Sharing
+from fusedfog.comm.window.region import Region
+from fusedfog.comm.window.staging import OnDevice
+from support import fake_cuda
 
 TRANSPORTS = ["memory", "tcp"]
 
@@ -24,6 +30,59 @@ def transport(name: str) -> Iterator[None]:
         Sharing.allowed = before
 
 
+class Late:
+    """`Copies` of a GPU that makes them when it is told to, or waited for."""
+
+    def __init__(self) -> None:
+        self._queued: list[Callable[[], object]] = []
+
+    def start(self, copy: Callable[[], object]) -> None:
+        """See `Copies`."""
+        self._queued.append(copy)
+
+    def over(self) -> bool:
+        """See `Copies`."""
+        return not self._queued
+
+    def wait(self) -> None:
+        """See `Copies`; makes them."""
+        while self._queued:
+            self._queued.pop(0)()
+
+
+class Slow(Late):
+    """Those of a GPU that needs some milliseconds for each."""
+
+    seconds = 0.005
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._until = 0.0
+
+    def start(self, copy: Callable[[], object]) -> None:
+        """See `Copies`."""
+        super().start(copy)
+        self._until = time.monotonic() + self.seconds
+
+    def over(self) -> bool:
+        """See `Copies`."""
+        if time.monotonic() >= self._until:
+            super().wait()
+        return super().over()
+
+    def wait(self) -> None:
+        """See `Copies`."""
+        time.sleep(max(0.0, self._until - time.monotonic()))
+        super().wait()
+
+
+@contextlib.contextmanager
+def slow_gpu() -> Iterator[fake_cuda.Gpu]:
+    """Inside, tensors are a GPU's, whose copies into slots come late."""
+    with fake_cuda.pretend() as gpu, mock.patch.object(OnDevice, "outgoing", lambda self: Slow()):
+        yield gpu
+
+
 def held_by_process() -> tuple[int, int]:
     """Descriptors and threads (of Python) of this process."""
     return len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -33,3 +92,17 @@ def settle(window: object) -> None:
     """All that was sent has arrived, everywhere."""
     window.fence(20.0)  # type: ignore[attr-defined]
     dist.barrier()
+
+
+def die_inside_lock() -> None:
+    """From now on this process kills itself the next time that it holds the lock of memory that it shares."""
+    original = Region.lock
+
+    @contextlib.contextmanager
+    def lock(region: Region) -> Iterator[None]:
+        with original(region):
+            if region.descriptor is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield
+
+    Region.lock = lock  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from fusedfog.comm.window.edge import Kind, Message
 from fusedfog.comm.window.gate import Claim
 from fusedfog.comm.window.links import InLink, Link, OutLink
 from fusedfog.comm.window.service import Service
+from fusedfog.comm.window.staging import Staging
 from fusedfog.comm.window.wire import Frame, Malformed, Say
 from fusedfog.log import log
 
@@ -25,6 +26,7 @@ class Here(Protocol):
     lock: Any
     source: Callable[[], tuple[Tensor, float]]
     service: Service
+    staging: Staging
 
     def say(self, link: Link, say: Say, number: int = 0, weight: float = 0.0) -> None:
         """Say something to a peer."""
@@ -96,13 +98,14 @@ def answer(here: Here, link: OutLink) -> bool:
     if link.wanted and here.lock.acquire(blocking=False):
         try:
             values, mass = here.source()
+            values = here.staging.hold(values, by_program=False)
             while link.wanted:
                 number, weight = link.wanted.pop(0)
                 link.send(Message(Kind.PUT, values, weight, mass * weight, answered=number))
                 link.answered = number
         finally:
             here.lock.release()
-    published = link.sender.flush()
+    published = link.flush()
     if published and link.told < link.answered and link.courier is None:
         link.told = link.answered
         here.say(link, Say.GOT, link.told)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusedfog.comm.window.region import EMPTY, FULL, READING, WRITING, Busy, Note, Region
+from fusedfog.comm.window.staging import AtOnce, Copies
 
 SLOTS = 3
 
@@ -35,7 +37,10 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """Values times a weight, and what goes with them; see `Note`."""
+    """Values times a weight, and what goes with them; see `Note`.
+
+    Values on a GPU are multiplied and added up there, on the current stream; slots are in the CPU's memory.
+    """
 
     kind: Kind
     values: Tensor
@@ -47,21 +52,29 @@ class Message:
     def fill(self, target: Tensor) -> None:
         """Write the values into a slot."""
         if self.weight == 1:
-            target.copy_(self.values)
-        else:
+            target.copy_(self.values, non_blocking=True)
+        elif self.values.device == target.device:
             torch.mul(self.values, factor(self.weight, target), out=target)
+        else:
+            target.copy_(self.values * factor(self.weight, target), non_blocking=True)
 
-    def join(self, target: Tensor, mass: float) -> float:
-        """Combine the values with those of a message that nobody has read; returns the mass of both."""
+    def joined(self, mass: float) -> float:
+        """The mass of this message and one of that mass that nobody has read."""
+        return self.mass if self.kind is Kind.PUT else mass + self.mass
+
+    def join(self, target: Tensor, mass: float) -> None:
+        """Combine the values with those of a message, of that mass, that nobody has read."""
         if self.kind is Kind.PUT:
             self.fill(target)
-            return self.mass
-        total = mass + self.mass
+            return
+        total = self.joined(mass)
+        here = target.to(self.values.device, non_blocking=True)  # Itself, where that is its device.
         if self.kind is Kind.ADD:
-            target.add_(self.values, alpha=factor(self.weight, target))
+            here.add_(self.values, alpha=factor(self.weight, here))
         elif total:
-            target.lerp_(self.values, self.mass / total)
-        return total
+            here.lerp_(self.values, self.mass / total)
+        if here is not target:
+            target.copy_(here, non_blocking=True)
 
 
 def factor(weight: float, like: Tensor) -> float:
@@ -72,15 +85,16 @@ def factor(weight: float, like: Tensor) -> float:
 class Sender:
     """The sending end; any thread may use it.
 
-    A message that cannot be published, since the receiver was stopped while it held the lock, waits here, takes in or gives
-    way to those that follow, and is published by the next one or by `flush`.
+    A message that cannot be published, since the receiver was stopped while it held the lock or the own GPU has not copied
+    it yet, waits here, takes in or gives way to those that follow, and is published by the next one or by `flush`.
 
     Attributes:
         sent: how many messages were given to it.
+        copies: of values into slots.
     """
 
-    def __init__(self, region: Region) -> None:
-        self.region = region
+    def __init__(self, region: Region, copies: Copies | None = None) -> None:
+        self.region, self.copies = region, copies if copies is not None else AtOnce()
         self._mutex = threading.Lock()
         self._sequence = self._puts = self._answered = 0
         self.sent = 0
@@ -89,26 +103,28 @@ class Sender:
 
     @property
     def waits(self) -> bool:
-        """Whether a message waits for the lock."""
+        """Whether a message waits to be published."""
         return self._waiting is not None
 
     def send(self, message: Message) -> bool:
-        """Send; False if the message waits for the lock. Returns within `region.PATIENCE` seconds and the time of a copy."""
+        """Send; False if the message waits. Returns within `region.PATIENCE` seconds and the time of a copy of the CPU, or of
+        what the own GPU still has to do for the message before this one."""
         with self._mutex:
             self.sent += 1
             self._puts += message.kind is Kind.PUT
             self._answered = max(self._answered, message.answered)
+            self.copies.wait()
             if not self._publish_waiting():
                 assert self._waiting is not None
                 slot, values, note = self._waiting
-                mass = message.join(values, note.mass)
-                self._waiting = slot, values, self._note(message, mass, note)
+                self.copies.start(partial(message.join, values, note.mass))
+                self._waiting = slot, values, self._note(message, message.joined(note.mass), note)
                 return False
             try:
                 slot, old = self._claim(message.kind)
             except Busy:
-                values = message.values.clone()
-                message.fill(values)
+                values = torch.empty_like(self.region.values(0))
+                self.copies.start(partial(message.fill, values))
                 self._waiting = None, values, self._note(message, message.mass, None)
                 return False
             self._write(slot, old, message)
@@ -134,24 +150,26 @@ class Sender:
     def _write(self, slot: int, old: Note | None, message: Message) -> None:
         values = self.region.values(slot)
         if old is None:
-            message.fill(values)
+            self.copies.start(partial(message.fill, values))
             mass = message.mass
         else:
-            mass = message.join(values, old.mass)
+            self.copies.start(partial(message.join, values, old.mass))
+            mass = message.joined(old.mass)
         self._waiting = slot, values, self._note(message, mass, old)
 
     def _publish_waiting(self) -> bool:
         """Make what waits FULL; a put makes others EMPTY, which it replaces."""
         if self._waiting is None:
             return True
+        if not self.copies.over():
+            return False
         slot, values, note = self._waiting
         try:
             if slot is None:
                 message = Message(Kind(note.kind), values, 1.0, note.mass, note.stamp)
                 slot, old = self._claim(message.kind)
                 self._write(slot, old, message)
-                assert self._waiting is not None
-                note = self._waiting[2]
+                return self._publish_waiting()
             # Numbered last: what waited must come before the message that found it waiting.
             self._sequence += 1
             self.region.write_note(slot, replace(note, sequence=self._sequence))
@@ -172,10 +190,12 @@ class Inbox:
         mass: the scalar that goes with it.
         stamp: of the newest message taken.
         seen: how many puts had been made on this edge by the newest message taken.
+        copies: of values out of slots.
     """
 
-    def __init__(self, region: Region, values: Tensor | None, mass: float) -> None:
+    def __init__(self, region: Region, values: Tensor | None, mass: float, copies: Copies | None = None) -> None:
         """Begin with these values; with zeros if None."""
+        self.copies = copies if copies is not None else AtOnce()
         self.region, self.mass, self.blank = region, mass, values is None
         self.stamp = self.seen = 0
         self._front = 0
@@ -191,6 +211,7 @@ class Inbox:
 
     def take(self) -> bool:
         """Take in what has arrived; whether there was anything. Keeps what it has while the lock cannot be had."""
+        self.copies.wait()  # The front becomes the sender's, or changes.
         found = False
         # More may arrive meanwhile; it is for the next time.
         for _ in range(self.region.layout.slots):
@@ -198,6 +219,10 @@ class Inbox:
                 break
             found = True
         return found
+
+    def read(self, target: Tensor) -> None:
+        """Copy the front to a tensor like it, on a GPU perhaps; the copy is over before the front changes."""
+        self.copies.start(partial(target.copy_, self.front, non_blocking=True))
 
     def clear(self) -> None:
         """Hold zeros, of mass zero."""
@@ -244,7 +269,8 @@ class Inbox:
             self._front, self.mass, self.blank = slot, note.mass, False
             return True
         message = Message(Kind(note.kind), self.region.values(slot), 1.0, note.mass)
-        self.mass = message.join(self.front, self.mass)
+        message.join(self.front, self.mass)
+        self.mass = message.joined(self.mass)
         self._to_release.append(slot)
         try:
             with self.region.lock():
@@ -299,7 +325,7 @@ class Arrivals:
             self.region.change({old: WRITING})
         values, before = self.region.values(old), self.region.note(old)
         message = Message(Kind(note.kind), self.region.values(slot), 1.0, note.mass)
-        mass = message.join(values, before.mass)
-        self.region.write_note(old, replace(note, kind=before.kind, mass=mass))
+        message.join(values, before.mass)
+        self.region.write_note(old, replace(note, kind=before.kind, mass=message.joined(before.mass)))
         with self.region.lock():
             self.region.change({old: FULL, slot: EMPTY})

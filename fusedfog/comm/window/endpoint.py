@@ -19,6 +19,7 @@ from fusedfog.comm.window.edge import Message
 from fusedfog.comm.window.links import InLink, Link, OutLink
 from fusedfog.comm.window.region import Layout
 from fusedfog.comm.window.service import OFTEN, Service
+from fusedfog.comm.window.staging import Staging
 from fusedfog.comm.window.wire import Say
 from fusedfog.errors import ExchangeError, PeerTimeout
 
@@ -58,6 +59,7 @@ class Endpoint:
         layout: of every edge that is shared memory.
         timeout: seconds that a wait may last, if it is given no other.
         source: what peers get; called with `lock`.
+        staging: what the device of these values needs.
 
     Attributes:
         lock: held while own values or inboxes are read or changed.
@@ -68,13 +70,13 @@ class Endpoint:
 
     _all: ClassVar[weakref.WeakSet[Endpoint]] = weakref.WeakSet()
 
-    def __init__(self, identity: Identity, layout: Layout, timeout: float, source: Source) -> None:
-        self.identity, self.layout, self.timeout, self.source = identity, layout, timeout, source
+    def __init__(self, identity: Identity, layout: Layout, timeout: float, source: Source, staging: Staging) -> None:
+        self.identity, self.layout, self.timeout, self.source, self.staging = identity, layout, timeout, source, staging
         self.lock = threading.RLock()
         self.changed = threading.Condition()
         self.out: dict[int, OutLink] = {}
         self.into: dict[int, InLink] = {}
-        self.service = Service(f"fusedfog-window-{identity.rank}", self._tick)
+        self.service = Service(f"fusedfog-window-{identity.rank}", self._tick, staging.settle_in)
         self.closed = ""
         self._changes = 0
         self._forked = False
@@ -92,8 +94,12 @@ class Endpoint:
         if self.closed:
             raise RuntimeError(f"{self.identity}: {self.closed}")
 
+    def hold(self, values: Tensor) -> Tensor:
+        """The values as they are now, to be sent, to several neighbours perhaps; for the window's user."""
+        return self.staging.hold(values, by_program=True)
+
     def send(self, peer: int, message: Message) -> None:
-        """Send to a neighbour; never waits for it."""
+        """Send what `hold` has returned to a neighbour; never waits for it."""
         link = self.out[peer]
         link.send(message)
         if link.sender.waits:
@@ -273,8 +279,10 @@ class Endpoint:
             link.close_connections()
         if held:
             for out in self.out.values():
+                out.sender.copies.wait()
                 out.sender.region.close()
             for into in self.into.values():
+                into.inbox.copies.wait()
                 into.region.close()
             self.lock.release()
 

@@ -71,10 +71,19 @@ class OutLink(Link):
             if isinstance(self.courier, OutgoingCourier):
                 self.courier.hurry()
 
+    def flush(self) -> bool:
+        """Publish what waits, if it can be; whether nothing waits any more."""
+        waited = self.sender.waits
+        if not self.sender.flush():
+            return False
+        if waited and isinstance(self.courier, OutgoingCourier):
+            self.courier.hurry()
+        return True
+
     @property
     def delivered(self) -> bool:
         """Whether all that was sent lies in the peer's memory."""
-        if not self.sender.flush():
+        if not self.flush():
             return False
         return not isinstance(self.courier, OutgoingCourier) or self.courier.idle
 

@@ -8,6 +8,7 @@ if it can, and says whether it did. At the end all ranks say who could not reach
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -34,7 +35,8 @@ from fusedfog.comm.window.endpoint import Endpoint, Identity, Source
 from fusedfog.comm.window.links import InLink, OutLink
 from fusedfog.comm.window.listener import Listener, interface_of_gloo, route_to
 from fusedfog.comm.window.memory import Invitation
-from fusedfog.comm.window.region import Layout, Note
+from fusedfog.comm.window.region import Layout, Note, Region
+from fusedfog.comm.window.staging import Staging
 from fusedfog.comm.window.wire import TOKEN_BYTES, WELCOME, Greeting, Malformed, Purpose
 from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout
 
@@ -59,7 +61,7 @@ class Plan:
         sends, recvs: the ranks that it sends to, and receives from.
         dtype, count: of the values, as they lie in memory.
         initial, mass: what inboxes begin with, [count]; zeros if None.
-        source: see `Endpoint`.
+        source, staging: see `Endpoint`.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Plan:
     initial: Tensor | None
     mass: float
     source: Source
+    staging: Staging
 
 
 def check_descriptors(edges: int) -> None:
@@ -99,9 +102,9 @@ def open_endpoint(view: GroupView, plan: Plan) -> Endpoint:
     if view.group is None or view.size == 1:
         if plan.problem is not None:
             raise plan.problem
-        return Endpoint(identity, plan.layout, 0.0, plan.source)
+        return Endpoint(identity, plan.layout, 0.0, plan.source, plan.staging)
     timeout = store_timeout(view)
-    endpoint = Endpoint(identity, plan.layout, timeout.total_seconds(), plan.source)
+    endpoint = Endpoint(identity, plan.layout, timeout.total_seconds(), plan.source, plan.staging)
     prefix = next_agreement(view)
     address = _agree(view, prefix, plan, timeout)
     opening = _Opening(view, plan, endpoint, prefix)
@@ -187,24 +190,29 @@ class _Opening:
         """Make what this end consists of; what cannot be is said in `failures`."""
         store = dist.distributed_c10d._get_default_store()
         own = f"{self.prefix}/at/{self.view.rank}"
+        limit = _SHARE_OF_TIMEOUT * timeout.total_seconds()
+        deadline = time.monotonic() + limit
         try:
             store.set(own, json.dumps(self._prepare(address)))
+            self._connect_all(store, deadline, limit, failures)
         except (MemoryError, OSError) as error:
             failures.append(f"rank {self.view.rank}: {error}")
             store.set(own, "{}")
-            return
-        deadline = time.monotonic() + _SHARE_OF_TIMEOUT * timeout.total_seconds()
+        if failures:
+            store.set(f"{self.prefix}/failed", "")  # Nobody waits for the connections of a window that cannot be.
+        else:
+            self._await_senders(store, deadline, limit, failures)
+
+    def _connect_all(self, store: Any, deadline: float, limit: float, failures: list[str]) -> None:
+        """Open the edges to all receivers."""
         for peer in self.plan.sends:
             key = f"{self.prefix}/at/{peer}"
             if absent(store, [key], timedelta(seconds=max(0.001, deadline - time.monotonic())), self.view):
-                failures.append(
-                    f"rank {peer} wrote no address within {_SHARE_OF_TIMEOUT * timeout.total_seconds():g} s"
-                )
+                failures.append(f"rank {peer} wrote no address within {limit:g} s")
                 continue
             there = json.loads(store.get(key))
             if there:
                 self._connect(peer, there, deadline, failures)
-        self._await_senders(store, deadline, timeout, failures)
 
     def _prepare(self, address: str) -> dict[str, Any]:
         """Make memory and listener; returns what peers must know."""
@@ -212,7 +220,7 @@ class _Opening:
         edges: dict[int, Invitation | None] = {}
         for peer in plan.recvs:
             region = memory.shared(plan.layout) or memory.private(self._arrival_layout)
-            endpoint.into[peer] = InLink(peer, inbox=Inbox(region, plan.initial, plan.mass), region=region)
+            endpoint.into[peer] = InLink(peer, inbox=self._inbox(region), region=region)
             edges[peer] = memory.invite(region)
         endpoint.service.start()
         if plan.recvs:
@@ -234,7 +242,9 @@ class _Opening:
         offered = there["edges"].get(str(self.view.rank))
         invitation = Invitation(**offered) if offered is not None else None
         region = memory.accept(invitation, self.plan.layout)
-        link = OutLink(peer, sender=Sender(region or memory.private(self.plan.layout)))
+        room = region or memory.private(self.plan.layout)
+        self.plan.staging.pin(room)
+        link = OutLink(peer, sender=Sender(room, self.plan.staging.outgoing()))
         self.endpoint.out[peer] = link
         where, token = (there["ip"], there["port"]), bytes.fromhex(there["token"])
         try:
@@ -272,11 +282,11 @@ class _Opening:
             control.connection, partial(answers.hear, self.endpoint, link), lambda: control.wants_to_write
         )
 
-    def _await_senders(self, store: Any, deadline: float, timeout: timedelta, failures: list[str]) -> None:
+    def _await_senders(self, store: Any, deadline: float, limit: float, failures: list[str]) -> None:
         """Wait until the senders of all in-edges have connected, or it is certain that they will not."""
-        while True:
+        for turn in itertools.count(1):
             missing = [link.peer for link in self.endpoint.into.values() if not self._complete(link)]
-            if not missing:
+            if not missing or (turn % 10 == 0 and store.check([f"{self.prefix}/failed"])):
                 return
             if time.monotonic() >= deadline:
                 break
@@ -285,10 +295,7 @@ class _Opening:
         assert self.listener is not None
         for peer in missing:
             where = f"{self.listener.server.getsockname()[0]}:{self.listener.port}"
-            failures.append(
-                f"rank {peer} did not reach rank {self.view.rank} at {where} within "
-                f"{_SHARE_OF_TIMEOUT * timeout.total_seconds():g} s"
-            )
+            failures.append(f"rank {peer} did not reach rank {self.view.rank} at {where} within {limit:g} s")
 
     def _complete(self, link: InLink) -> bool:
         return link.control is not None and (link.region.descriptor is not None or link.courier is not None)
@@ -341,7 +348,11 @@ class _Opening:
         """The sender cannot open this inbox' memory, so a thread of this process will fill it."""
         link.region.close()
         link.region = memory.private(self._arrival_layout)
-        link.inbox = Inbox(link.region, self.plan.initial, self.plan.mass)
+        link.inbox = self._inbox(link.region)
+
+    def _inbox(self, region: Region) -> Inbox:
+        self.plan.staging.pin(region)
+        return Inbox(region, self.plan.initial, self.plan.mass, self.plan.staging.incoming())
 
     def _carry_in(self, link: InLink, connection: socket.socket) -> None:
         endpoint = self.endpoint

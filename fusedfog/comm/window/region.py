@@ -18,7 +18,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -98,10 +98,14 @@ class Region:
         layout: the same at both ends.
         memory: mapped, `layout.total_bytes` long.
         descriptor: of the file that is locked; None for memory that only threads of this process use. The region closes it.
+
+    Attributes:
+        before_close: called once, before the memory is let go.
     """
 
     def __init__(self, layout: Layout, memory: mmap.mmap, descriptor: int | None) -> None:
         self.layout, self.descriptor = layout, descriptor
+        self.before_close: Callable[[], None] | None = None
         self._memory = memory
         self._words = memoryview(memory).cast("q")
         self._threads = threading.Lock()
@@ -121,6 +125,13 @@ class Region:
         """The same as bytes."""
         begin = self.layout.slot_at(slot)
         return memoryview(self._memory)[begin : begin + self.layout.slot_bytes]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Address and bytes of all slots together."""
+        if not self.layout.count:
+            return 0, 0
+        return self._slots[0].data_ptr(), self.layout.total_bytes - PAGE
 
     def note(self, slot: int) -> Note:
         """The slot's note; for its owner, or with the lock."""
@@ -177,6 +188,9 @@ class Region:
 
     def close(self) -> None:
         """Let go of memory and descriptor. The memory stays while anybody holds one of its tensors."""
+        before, self.before_close = self.before_close, None
+        if before is not None:
+            before()
         self._slots = []
         self._words.release()
         with contextlib.suppress(BufferError):

@@ -33,10 +33,11 @@ class Service:
     Args:
         name: of the thread.
         tick: called between two waits; whether it wants to be called again soon, whatever happens.
+        settle_in: called first in the thread.
     """
 
-    def __init__(self, name: str, tick: Callable[[], bool]) -> None:
-        self._tick = tick
+    def __init__(self, name: str, tick: Callable[[], bool], settle_in: Callable[[], None]) -> None:
+        self._tick, self._settle_in = tick, settle_in
         self._watches: dict[Any, _Watch] = {}
         self._lock = threading.Lock()
         self._errands: list[tuple[Callable[[], None], threading.Event]] = []
@@ -99,6 +100,7 @@ class Service:
             self._bell.recv(4096)
 
     def _run(self) -> None:
+        self._guarded(self._settle_in)
         while not self._stopped:
             while self._errands:
                 errand, done = self._errands.pop(0)
