@@ -43,6 +43,9 @@ PAIRS = 2
 LONG_ENOUGH = 0.25
 """Seconds of a message after which no larger one is tried: a slow link needs no more to show its rate."""
 
+BURST = 0.8
+"""A largest message of less than this part of the highest rate seen is below the line: smaller ones passed in a burst."""
+
 COPIED = 64 << 20
 
 
@@ -126,14 +129,18 @@ def calibrate(device: torch.device) -> tuple[Links, list[Sample]]:
 def fit(samples: Sequence[Sample]) -> Link:
     """alpha and beta of ``seconds = alpha + size / beta``, least squares of the relative error.
 
-    A rate is never read from noise: alpha is at least 0, and beta at most ten times the largest rate seen.
+    A rate is never read from noise: alpha is at least 0, and beta at most ten times the largest rate seen. On such a line large
+    messages have the highest rates. Where they do not, as behind a shaper that lets bursts pass, alpha is the time of the
+    smallest message and beta the rate of the largest, which lasts.
     """
     sizes = np.array([sample.size for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples])
     columns = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
     (alpha, per_byte), *_ = np.linalg.lstsq(columns, np.ones_like(sizes), rcond=None)
-    if alpha < 0:
-        alpha, per_byte = 0.0, float((sizes / seconds).sum() / ((sizes / seconds) ** 2).sum())
+    rates, largest = sizes / seconds, sizes.argmax()
+    if alpha < 0 or rates[largest] < BURST * rates.max():
+        alpha = min(seconds[sizes.argmin()], 0.5 * seconds[largest])
+        per_byte = (seconds[largest] - alpha) / sizes[largest]
     return Link(float(alpha), 1 / max(float(per_byte), 0.1 * float((seconds / sizes).min())))
 
 

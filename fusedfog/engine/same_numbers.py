@@ -3,6 +3,9 @@
 Construction compares all of them once. What a schedule makes of them afterwards is each rank's own affair, and a run whose
 learning rates drift apart (ReduceLROnPlateau on each rank's own loss) looks healthy. So every 100 exchanges a rank writes
 its numbers into the store and reads what the others wrote then, or the last time: two small keys a rank, overwritten in turn.
+
+What should not be the same is compared with them, once: gradients. Ranks that shuffle with one seed see the same batches, and do
+the work of one, several times.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,6 +45,7 @@ class SameNumbers:
         self._prefix = f"{communicator.name}/numbers/{channel}"
         self._compared = 0
         self._own: dict[int, dict[str, float]] = {}
+        self._gradient: float | None = None
         self._warned: set[str] = set()
         me, size = communicator.view.rank, communicator.view.size
         near = range(size) if size <= _MANY or me == 0 else sorted({0, (me - 1) % size, (me + 1) % size})
@@ -51,33 +56,54 @@ class SameNumbers:
     def _key(self, rank: int, slot: int) -> str:
         return f"{self._prefix}/{rank}/{slot}"
 
-    def look(self, groups: Sequence[Mapping[str, Any]], count: int, strength: float | None = None) -> None:
+    def look(
+        self, groups: Sequence[Mapping[str, Any]], count: int, strength: float | None = None, *, own: bool = False
+    ) -> None:
         """After exchange number `count`: if it is time, compare the groups' numbers with other ranks'.
 
-        `strength` is what a function has said of this exchange; see `mix_strength`.
+        Args:
+            strength: what a function has said of this exchange; see `mix_strength`.
+            own: gradients are each rank's own, and of plain tensors.
 
         Warns:
             MismatchWarning: once for each entry of a group that differs.
+            UserWarning: on rank 0, if all ranks had the same gradients in the first comparison.
         """
         if count % EVERY or count <= self._compared:
             return
         self._compared = count
         turn = count // EVERY
         numbers = numbers_of(groups) | ({} if strength is None else {"mix_strength": strength})
-        self._own = {turn: numbers, **{t: own for t, own in self._own.items() if t == turn - 1}}
+        self._own = {turn: numbers, **{t: before for t, before in self._own.items() if t == turn - 1}}
+        if turn == 1 and own:
+            self._gradient = norm_of_gradients(groups)
         # The store may have gone with the rank that hosted it, which is not for us to complain about.
         with contextlib.suppress(RuntimeError):
             store: Any = dist.distributed_c10d._get_default_store()
-            store.set(self._key(self._communicator.view.rank, turn % 2), json.dumps([turn, self._own[turn]]))
+            store.set(
+                self._key(self._communicator.view.rank, turn % 2), json.dumps([turn, self._own[turn], self._gradient])
+            )
             keys = [self._key(rank, slot) for rank in self._others for slot in (0, 1)]
             texts = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
-            self._compare(
-                [rank for rank in self._others for _ in (0, 1)], [json.loads(text or "[0, {}]") for text in texts]
-            )
+            said = [json.loads(text or "[0, {}, null]") for text in texts]
+            self._compare([rank for rank in self._others for _ in (0, 1)], said)
+            self._compare_gradients([gradient for theirs, _, gradient in said if theirs == 1])
 
-    def _compare(self, ranks: Sequence[int], said: Sequence[tuple[int, dict[str, float]]]) -> None:
+    def _compare_gradients(self, theirs: Sequence[float | None]) -> None:
+        me = self._communicator.view
+        if self._gradient is None or me.rank or len(theirs) < me.size - 1 or set(theirs) != {self._gradient}:
+            return
+        self._gradient = None
+        warn_user(
+            f"rank 0: all {me.size} ranks had the same gradients in exchange {EVERY}, to the last bit: they see the same "
+            f"batches, so that together they do the work of one. Give each a part of its own, DistributedSampler(data, "
+            f"fusedfog.world_size(), fusedfog.rank()), or another seed",
+            UserWarning,
+        )
+
+    def _compare(self, ranks: Sequence[int], said: Sequence[tuple[int, dict[str, float], float | None]]) -> None:
         for turn, own in self._own.items():
-            theirs = {rank: numbers for rank, (theirs, numbers) in zip(ranks, said, strict=True) if theirs == turn}
+            theirs = {rank: numbers for rank, (theirs, numbers, _) in zip(ranks, said, strict=True) if theirs == turn}
             for name, value in own.items():
                 by_rank = {rank: numbers[name] for rank, numbers in theirs.items() if name in numbers}
                 if name not in self._warned and not all(_close(value, other) for other in by_rank.values()):
@@ -106,6 +132,17 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if name not in _PRIVATE:
                 found |= {f"{part} of group {g}": number for part, number in _numbers(name, value)}
     return found
+
+
+def norm_of_gradients(groups: Sequence[Mapping[str, Any]]) -> float | None:
+    """A number that the gradients of other batches do not have; None without gradients, or where none may be read."""
+    grads = [p.grad for group in groups if group.get("mix", True) for p in group["params"] if p.grad is not None]
+    grads = [grad for grad in grads if grad.layout == torch.strided]
+    if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    norms = [norm.double() for norm in torch._foreach_norm(grads)]
+    norm = float(torch.stack([one.to(norms[0].device) for one in norms]).sum())
+    return norm if 0 < norm < math.inf else None
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float]]:

@@ -213,7 +213,8 @@ class Scheduler(BetweenPhases):
         if self._same_numbers is not None:
             clock = self.clock
             count = clock.steps if self.exchanges.topology is None else clock.exchanges
-            self._same_numbers.look(self.groups, count, self.inputs.strength)
+            own = self.means is None and self.sharding is None
+            self._same_numbers.look(self.groups, count, self.inputs.strength, own=own)
         self.inputs = StepInputs()
         self.hooks.begin_step()
         self.buckets.begin_step()

@@ -95,3 +95,39 @@ def test_equal_numbers_and_the_last_digits_of_a_schedule_are_no_difference(ranks
 
 def test_nothing_is_compared_between_the_hundreds(ranks: Pool) -> None:
     assert ranks.run(4, drift, {}, "lr", 99) == [[]] * 4
+
+
+def twins(same: bool, keywords: dict[str, Any], scale: float = 1.0) -> list[str]:
+    """What ranks that have the same batches, or their own, are told in 210 steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    opt = fusedfog.SGD(model.parameters(), lr=0.001, **keywords)
+    source = torch.Generator().manual_seed(0 if same else dist.get_rank())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(210):
+            opt.zero_grad()
+            (scale * model(torch.randn(3, 4, generator=source)).square().mean()).backward()
+            opt.step()
+    return [str(w.message) for w in caught if "same gradients" in str(w.message)]
+
+
+def test_rank_0_says_once_that_all_ranks_see_the_same_batches(ranks: Pool) -> None:
+    told, *others = ranks.run(3, twins, True, {})
+    assert len(told) == 1 and "all 3 ranks had the same gradients in exchange 100" in told[0]
+    assert others == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("same", "keywords", "scale"),
+    [
+        (False, {}, 1.0),
+        (False, {"algorithm": "atc", "topology": "fully_connected"}, 1.0),  # equal parameters of other gradients
+        (False, {"algorithm": "allreduce"}, 1.0),  # .grad is the mean, the same everywhere
+        (True, {}, 0.0),  # gradients of zero say nothing
+    ],
+)
+def test_nothing_is_said_of_ranks_with_batches_of_their_own(
+    ranks: Pool, same: bool, keywords: dict[str, Any], scale: float
+) -> None:
+    assert ranks.run(2, twins, same, keywords, scale) == [[], []]

@@ -231,6 +231,7 @@ ON_THE_OTHERS = "the same, on the other ranks"
 ONE_MORE_STEP = "make one more step on rank 0, while the others go on without fusedfog"
 OTHERS_ENDED = "the same, when the others have ended"
 STOPPED = "suspend a process (`kill -STOP`), or cut it off"
+SAME_BATCHES = "feed all ranks the same batches, as by `DataLoader(data, shuffle=True)` with one seed"
 DRIFTED = "change the learning rate on one rank"
 OF_A_MACHINE = "the same with `mesh=`, on one rank of a machine; on the other"
 TWICE = "two backwards before `step()` inside `uneven()`, where backward averages gradients"
@@ -299,7 +300,7 @@ def drifted() -> Texts:
 
     def train() -> None:
         for step in range(101):
-            p.grad = torch.ones(3)
+            p.grad = torch.full((3,), 1.0 + dist.get_rank())
             if step == 50 and dist.get_rank() == 2:
                 opt.param_groups[0]["lr"] = 0.05
             if step >= 97 and dist.get_rank() == 0:
@@ -307,6 +308,21 @@ def drifted() -> Texts:
             opt.step()
 
     return {DRIFTED: said(train)}
+
+
+@world(SAME_BATCHES, size=2)
+def same_batches() -> Texts:
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.001)
+
+    def train() -> None:
+        for step in range(101):
+            if step >= 97 and dist.get_rank() == 0:
+                time.sleep(0.1)  # who compares last sees all others' gradients
+            iterate(model, opt)
+
+    text = said(train) if dist.get_rank() == 0 else train()
+    return end({SAME_BATCHES: str(text)} if dist.get_rank() == 0 else {})
 
 
 @world(OF_A_MACHINE, size=4, pg_timeout=20.0)
