@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology.round import RoundSequence
+from fusedfog.topology.round import LONGEST_PERIOD, RoundSequence, checked_step
 
 EXACT = 1e-10
 """A product of mixing matrices this near to J is the average, up to rounding."""
 
 LARGEST_DENSE_SPECTRUM = 2048
-LONGEST_PERIOD = 4096
 PROBES = 4
 
 SUDDENLY = 1e-4
@@ -21,6 +20,57 @@ SUDDENLY = 1e-4
 
 Complex = npt.NDArray[np.complex128]
 Real = npt.NDArray[np.float64]
+
+
+class Figures:
+    """The methods of `base.Topology` that return convergence figures."""
+
+    def spectral_gap(self: RoundSequence) -> float:
+        """How much of the disagreement a round removes in the long run; 1 is an exact average.
+
+        Static graphs: 1 - |second largest eigenvalue of W|. Sequences: ``1 - rho ** (1 / period)`` with rho the
+        second largest |eigenvalue| of the product of one period, the mean rate per round. Random sequences:
+        ``1 - sqrt(||E[W'W] - J||)``, the rate of the expected squared distance. One rank: 1.
+
+        Raises:
+            ValueError: if the sequence is endless and has no closed form (use `consensus_factor`).
+            ImportError: if scipy is missing and ``size`` needs its sparse eigenvalue solver.
+        """
+        if self._exact_after is not None:
+            return 1.0
+        return spectral_gap(self)
+
+    def smallest_eigenvalue(self: RoundSequence) -> float:
+        """Smallest eigenvalue of a static symmetric graph (exact diffusion needs it above -1/3).
+
+        Raises:
+            ValueError: if the topology is not static or not symmetric.
+        """
+        if not (self.is_static and self.is_symmetric()):
+            raise ValueError(f"{self!r} is not static and symmetric, so it has no real smallest eigenvalue")
+        return smallest_eigenvalue(self)
+
+    def consensus_factor(self: RoundSequence, steps: int, start: int = 0) -> float:
+        """``||W(start+steps-1) ... W(start) - J||_2``: the most that disagreement can shrink by, or grow, in ``steps``.
+
+        Raises:
+            ValueError: if ``steps`` is less than 1 or ``start`` is negative.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return consensus_factor(self, checked_step(start), steps)
+
+    def rounds_to_exact(self: RoundSequence, limit: int | None = None) -> int | None:
+        """The least number of rounds from step 0 that average exactly, or None if ``limit`` rounds do not.
+
+        ``limit`` is two periods by default, and 64 for an endless sequence.
+        """
+        if limit is None:
+            limit = 64 if self.period is None else 2 * self.period
+        known = self._exact_after
+        if known is not None:
+            return known if known <= limit else None
+        return rounds_to_exact(self, limit)
 
 
 def spectral_gap(topology: RoundSequence) -> float:

@@ -11,14 +11,15 @@ from os import PathLike
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology import analysis
+from fusedfog.topology.analysis import Figures
 from fusedfog.topology.plot import draw
-from fusedfog.topology.round import SUM_TOLERANCE, Matrix, Round
+from fusedfog.topology.resizing import is_connected, rounds_left
+from fusedfog.topology.round import SUM_TOLERANCE, Matrix, Round, checked_step, whole
 
 LARGEST_DENSE = 16384
 
 
-class Topology(ABC):
+class Topology(Figures, ABC):
     """A sequence of mixing matrices W(0), W(1), ...; a static graph is a sequence of period 1.
 
     ``W[i, j]`` is the weight that rank i gives to what it receives from rank j, so a round is ``X+ = W X``.
@@ -57,7 +58,7 @@ class Topology(ABC):
         """
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} is not in {self!r}: its ranks are 0..{self.size - 1}")
-        return self._round(rank, self._checked_step(step))
+        return self._round(rank, checked_step(step))
 
     def matrix(self, step: int = 0) -> Matrix:
         """The mixing matrix of round ``step`` as a dense float64 array of shape [size, size].
@@ -65,7 +66,7 @@ class Topology(ABC):
         Raises:
             ValueError: if ``step`` is negative, or ``size`` is too large for a dense matrix.
         """
-        step = self._checked_step(step)
+        step = checked_step(step)
         if self.size > LARGEST_DENSE:
             raise ValueError(
                 f"a dense matrix of {self.size} ranks takes {8 * self.size**2 / 2**30:.0f} GiB; "
@@ -147,53 +148,6 @@ class Topology(ABC):
             condition(self._round(rank, step)) for step in range(self.period) for rank in range(self.size)
         )
 
-    def spectral_gap(self) -> float:
-        """How much of the disagreement a round removes in the long run; 1 is an exact average.
-
-        Static graphs: 1 - |second largest eigenvalue of W|. Sequences: ``1 - rho ** (1 / period)`` with rho the
-        second largest |eigenvalue| of the product of one period, the mean rate per round. Random sequences:
-        ``1 - sqrt(||E[W'W] - J||)``, the rate of the expected squared distance. One rank: 1.
-
-        Raises:
-            ValueError: if the sequence is endless and has no closed form (use `consensus_factor`).
-            ImportError: if scipy is missing and ``size`` needs its sparse eigenvalue solver.
-        """
-        if self._exact_after is not None:
-            return 1.0
-        return analysis.spectral_gap(self)
-
-    def smallest_eigenvalue(self) -> float:
-        """Smallest eigenvalue of a static symmetric graph (exact diffusion needs it above -1/3).
-
-        Raises:
-            ValueError: if the topology is not static or not symmetric.
-        """
-        if not (self.is_static and self.is_symmetric()):
-            raise ValueError(f"{self!r} is not static and symmetric, so it has no real smallest eigenvalue")
-        return analysis.smallest_eigenvalue(self)
-
-    def consensus_factor(self, steps: int, start: int = 0) -> float:
-        """``||W(start+steps-1) ... W(start) - J||_2``: the most that disagreement can shrink by, or grow, in ``steps``.
-
-        Raises:
-            ValueError: if ``steps`` is less than 1 or ``start`` is negative.
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        return analysis.consensus_factor(self, self._checked_step(start), steps)
-
-    def rounds_to_exact(self, limit: int | None = None) -> int | None:
-        """The least number of rounds from step 0 that average exactly, or None if ``limit`` rounds do not.
-
-        ``limit`` is two periods by default, and 64 for an endless sequence.
-        """
-        if limit is None:
-            limit = 64 if self.period is None else 2 * self.period
-        known = self._exact_after
-        if known is not None:
-            return known if known <= limit else None
-        return analysis.rounds_to_exact(self, limit)
-
     def lazy(self) -> Topology:
         """The same edges with weights ``(I + W) / 2``: eigenvalues of a symmetric graph move into [0, 1]."""
         return Lazy(self)
@@ -205,6 +159,39 @@ class Topology(ABC):
             ValueError: if the sizes differ.
         """
         return sequence([self, other])
+
+    def resized(self, n: int, kept: Sequence[int] | None = None) -> Topology:
+        """This topology for ``n`` ranks, of which rank i is this one's rank ``kept[i]``: what is left when ranks leave.
+
+        A topology that a function defines for any number of ranks is made anew: ``ring(8).resized(7)`` is ``ring(7)``,
+        and one of whole machines is made of the machines that are left. Where the function has nothing for ``n``,
+        and for `from_matrix`, `from_networkx`, `from_rounds`, and sequences of those, edges among the kept ranks stay:
+        with Metropolis weights in a symmetric round, and else by the stochastic complement (see `resizing`). Sums of
+        rows and columns, symmetry and being static are kept, and so is connectedness: edges that lead through ranks
+        that left replace theirs where those that stay alone would fall apart.
+
+        ``kept`` is in ascending order, ``0..n-1`` by default. A topology is a function of who is in: resize the one
+        that was given, not what an earlier change has left, and a rank that comes back finds its neighbours again.
+
+        Raises:
+            ValueError: ``n`` less than 1, ``kept`` not n ranks of this topology in ascending order; no topology of
+                this kind for ``n``; and for a graph that nothing can be sound for: an endless `from_rounds`, one that
+                is not connected, directed rounds with negative weights. Up to ``size - 1`` ranks this depends on the
+                topology alone, never on who is kept, so that ``resized(1)`` tells before a run begins.
+        """
+        n = whole(n, "n")
+        ranks = tuple(range(n)) if kept is None and n <= self.size else kept if kept is None else tuple(kept)
+        if ranks is not None and (len(ranks) != n or list(ranks) != sorted(set(ranks) & set(range(self.size)))):
+            raise ValueError(
+                f"kept must be {n} of the ranks 0..{self.size - 1} of {self!r} in ascending order, got {kept!r}"
+            )
+        return self if n == self.size else self._resized(n, ranks)
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        """For another number of ranks; ``kept`` is None where ranks join that this topology has not got."""
+        if kept is None:
+            raise ValueError(f"{self!r} has {self.size} ranks, and nothing says who the neighbours of {n} would be")
+        return Resized(self, kept)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw each round (at most 8) as a circle of ranks, into a file whose suffix names the format.
@@ -221,11 +208,6 @@ class Topology(ABC):
     def _identity(self) -> bytes:
         return self.definition.encode()
 
-    def _checked_step(self, step: int) -> int:
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        return step
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Topology):
             return NotImplemented
@@ -236,6 +218,31 @@ class Topology(ABC):
 
     def __repr__(self) -> str:
         return self.definition
+
+
+class Resized(Topology):
+    """The rounds of another topology, as `resizing.rounds_left` leaves them to the ``kept`` ranks."""
+
+    def __init__(self, inner: Topology, kept: tuple[int, ...]) -> None:
+        self._listed = rounds_left(inner, kept)
+        super().__init__(f"{inner!r}.resized({len(kept)}, kept={list(kept)})", len(kept), len(self._listed))
+        self.inner = inner
+        self.kept = kept
+
+    @property
+    def name(self) -> str:
+        """``resized`` after the inner topology's name."""
+        return f"{self.inner.name}.resized"
+
+    def _round(self, rank: int, step: int) -> Round:
+        one = self._listed[step % len(self._listed)][rank]
+        return Round(one.self_weight, dict(one.recv), dict(one.send))
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return super()._resized(n, kept) if kept is None else self.inner.resized(n, [self.kept[rank] for rank in kept])
+
+    def _identity(self) -> bytes:
+        return f"resized:{self.inner.fingerprint()}:{self.kept}".encode()
 
 
 class Lazy(Topology):
@@ -282,6 +289,9 @@ class Lazy(Topology):
         """As the inner topology."""
         return self.inner.max_degree
 
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return self.inner.resized(n, kept).lazy()
+
     def _identity(self) -> bytes:
         return f"lazy:{self.inner.fingerprint()}".encode()
 
@@ -327,6 +337,11 @@ class Alternating(Topology):
     def max_degree(self) -> int:
         """The largest of the members'."""
         return max(member.max_degree for member in self.members)
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        if kept is not None and self.period is not None and not all(map(is_connected, self.members)):
+            return Resized(self, kept)  # matchings, say, which only together are a connected graph
+        return sequence([member.resized(n, kept) for member in self.members])
 
     def _identity(self) -> bytes:
         return ":".join(["sequence", *(member.fingerprint() for member in self.members)]).encode()

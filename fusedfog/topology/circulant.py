@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +21,15 @@ class Circulant(Topology):
     Circulant matrices are doubly stochastic and normal, and they commute, so convergence figures come from one FFT.
     """
 
-    def __init__(self, definition: str, size: int, rounds: list[Hops]) -> None:
+    def __init__(self, definition: str, size: int, rounds: list[Hops], maker: Callable[[int], Topology]) -> None:
         super().__init__(definition, size, len(rounds))
         self._rounds = rounds
+        self._maker = maker
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        made = self._maker(n)
+        # exponential(4, base=3) is symmetric, and exponential(3, base=3) is not.
+        return made if made.is_symmetric() or not self.is_symmetric() else super()._resized(n, kept)
 
     def hops(self, step: int) -> Hops:
         """``{hop: weight}`` of round ``step``: rank i sends to i + hop and receives from i - hop (mod size)."""
@@ -87,7 +95,8 @@ def ring(n: int, direction: str = "both") -> Topology:
     steps = {"both": (1, -1), "right": (1,), "left": (-1,)}
     if direction not in steps:
         raise ValueError(f'direction must be "both", "left" or "right", got {direction!r}')
-    return Circulant(f"ring({n}, direction={direction!r})", n, [_uniform(n, steps[direction])])
+    rounds = [_uniform(n, steps[direction])]
+    return Circulant(f"ring({n}, direction={direction!r})", n, rounds, partial(ring, direction=direction))
 
 
 def fully_connected(n: int) -> Topology:
@@ -97,7 +106,7 @@ def fully_connected(n: int) -> Topology:
         ValueError: if ``n`` is not a whole number of at least 1.
     """
     n = whole(n, "n")
-    return Circulant(f"fully_connected({n})", n, [_uniform(n, range(1, n))])
+    return Circulant(f"fully_connected({n})", n, [_uniform(n, range(1, n))], fully_connected)
 
 
 def exponential(n: int, base: int = 2) -> Topology:
@@ -109,7 +118,8 @@ def exponential(n: int, base: int = 2) -> Topology:
         ValueError: if ``n`` is not a whole number of at least 1, or ``base`` of at least 2.
     """
     n, base = whole(n, "n"), whole(base, "base", 2)
-    return Circulant(f"exponential({n}, base={base})", n, [_uniform(n, _powers(base, n - 1))])
+    rounds = [_uniform(n, _powers(base, n - 1))]
+    return Circulant(f"exponential({n}, base={base})", n, rounds, partial(exponential, base=base))
 
 
 def symmetric_exponential(n: int, base: int = 4) -> Topology:
@@ -120,9 +130,8 @@ def symmetric_exponential(n: int, base: int = 4) -> Topology:
     """
     n, base = whole(n, "n"), whole(base, "base", 2)
     distances = _powers(base, n // 2)
-    return Circulant(
-        f"symmetric_exponential({n}, base={base})", n, [_uniform(n, [*distances, *(-hop for hop in distances)])]
-    )
+    rounds = [_uniform(n, [*distances, *(-hop for hop in distances)])]
+    return Circulant(f"symmetric_exponential({n}, base={base})", n, rounds, partial(symmetric_exponential, base=base))
 
 
 def one_peer_exponential(n: int) -> Topology:
@@ -134,14 +143,15 @@ def one_peer_exponential(n: int) -> Topology:
         ValueError: if ``n`` is not a whole number of at least 1.
     """
     n = whole(n, "n")
-    return Circulant(f"one_peer_exponential({n})", n, [_uniform(n, [hop]) for hop in _powers(2, n - 1)] or [{}])
+    rounds = [_uniform(n, [hop]) for hop in _powers(2, n - 1)] or [{}]
+    return Circulant(f"one_peer_exponential({n})", n, rounds, one_peer_exponential)
 
 
 class EquiDynamic(Circulant):
     """See `equi_dynamic`."""
 
     def __init__(self, size: int, seed: int) -> None:
-        super().__init__(f"equi_dynamic({size}, seed={seed})", size, [{}])
+        super().__init__(f"equi_dynamic({size}, seed={seed})", size, [{}], partial(equi_dynamic, seed=seed))
         self.seed = seed
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from fusedfog.topology.base import Topology
@@ -37,6 +38,14 @@ def group_average(rank: int, group: Iterable[int]) -> Round:
     return Round(share, others, dict(others))
 
 
+def machines_left(n: int, kept: Iterable[int] | None, local: int) -> tuple[int, int] | None:
+    """(machines, ranks of each) of ``n`` ranks that stay, or join, where machines had ``local`` ranks; else None."""
+    if kept is None:
+        return (n // local, local) if n % local == 0 else None
+    counts = Counter(rank // local for rank in kept)
+    return (len(counts), n // len(counts)) if len(set(counts.values())) == 1 else None
+
+
 class AlternatingExponentialRing(ExactSequence):
     """See `alternating_exponential_ring`."""
 
@@ -58,6 +67,12 @@ class AlternatingExponentialRing(ExactSequence):
             return group_average(rank, self._ranks_of(machine))
         other = machine ^ (1 << exponent)
         return group_average(rank, [*self._ranks_of(machine), *self._ranks_of(other)])
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        left = machines_left(n, kept, self.local)
+        if left is None or (kept is not None and left[0] & (left[0] - 1)):
+            return super()._resized(n, kept)
+        return alternating_exponential_ring(*left)
 
     def _ranks_of(self, machine: int) -> range:
         return range(machine * self.local, (machine + 1) * self.local)
@@ -214,6 +229,9 @@ class BaseGraph(ExactSequence):
         self._bound = max_degree
         self._split = split
         self._across = across
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return base_graph(n, self._bound)
 
     def _round(self, rank: int, step: int) -> Round:
         step %= self.finite_period("a round")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from fusedfog.topology.base import Topology
 from fusedfog.topology.circulant import Circulant, common_draw
+from fusedfog.topology.grouping import base_graph, machines_left
 from fusedfog.topology.round import Matrix, Round, whole
 from fusedfog.topology.static import power_of_two
 
@@ -29,6 +31,11 @@ class OnePeer(Topology):
             ranks = range(1 if isinstance(self.static, Circulant) else self.size)
             self._period = math.lcm(*(max(1, len(self._out_neighbors(rank))) for rank in ranks))
         return self._period
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        if isinstance(self.static, Circulant) or not self.is_column_stochastic():
+            return one_peer(self.static.resized(n, kept))
+        return super()._resized(n, kept)
 
     def _out_neighbors(self, rank: int) -> list[int]:
         if rank not in self._clockwise:
@@ -122,6 +129,10 @@ class OnePeerHypercube(_Matching):
     def _partner(self, rank: int, step: int) -> int:
         return rank ^ (1 << step % self.dimensions) if self.dimensions else rank
 
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        # As symmetric, one peer a round, and exact for every n; the same graph for powers of two.
+        return base_graph(n) if n & (n - 1) else one_peer_hypercube(n)
+
     def _matrix(self, step: int) -> Matrix:
         if not self.dimensions:
             return np.ones((1, 1))
@@ -154,6 +165,9 @@ class RandomMatching(_Matching):
         super().__init__(f"random_matching({size}, seed={seed})", size, None if size > 2 else 1)
         self.seed = seed
         self._partners: dict[int, npt.NDArray[np.int64]] = {}
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return random_matching(n, self.seed)
 
     def _partner(self, rank: int, step: int) -> int:
         return int(self._all_partners(step)[rank])
@@ -224,13 +238,18 @@ class Permuting(Topology):
 class InnerOuter(Permuting):
     """See `inner_outer_ring` and `inner_outer_exponential`; at least two machines of at least two ranks."""
 
-    def __init__(self, definition: str, machines: int, local: int, hops: Callable[[int], list[int]]) -> None:
+    def __init__(self, name: str, machines: int, local: int, hops: Callable[[int], list[int]]) -> None:
         self.machines = machines
         self.local = local
         self._outer = hops(machines)
         self._inner = hops(local - 1 if local > 2 else 2)
         period = 2 * len(self._outer) if local == 2 else math.lcm(local, len(self._outer), len(self._inner))
-        super().__init__(definition, machines * local, period)
+        super().__init__(f"{name}({machines}, {local})", machines * local, period)
+        self._hops = hops
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        left = machines_left(n, kept, self.local)
+        return super()._resized(n, kept) if left is None else _inner_outer(self.name, *left, self._hops)
 
     def _peers(self, rank: int, step: int) -> tuple[int, int]:
         machine, own = divmod(rank, self.local)
@@ -284,11 +303,15 @@ def inner_outer_exponential(machines: int, local: int) -> Topology:
 
 def _inner_outer(name: str, machines: int, local: int, hops: Callable[[int], list[int]]) -> Topology:
     machines, local = whole(machines, "machines"), whole(local, "local")
-    definition = f"{name}({machines}, {local})"
     if machines == 1 or local == 1:
         n = machines * local
-        return Circulant(definition, n, [{hop: 0.5} for hop in hops(n)] if n > 1 else [{}])
-    return InnerOuter(definition, machines, local, hops)
+        rounds = [{hop: 0.5} for hop in hops(n)] if n > 1 else [{}]
+        return Circulant(f"{name}({machines}, {local})", n, rounds, partial(_on_one_circle, name, hops, machines == 1))
+    return InnerOuter(name, machines, local, hops)
+
+
+def _on_one_circle(name: str, hops: Callable[[int], list[int]], one_machine: bool, n: int) -> Topology:
+    return _inner_outer(name, *((1, n) if one_machine else (n, 1)), hops)
 
 
 def _ring_hops(members: int) -> list[int]:

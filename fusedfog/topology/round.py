@@ -14,6 +14,9 @@ Matrix = npt.NDArray[np.float64]
 SUM_TOLERANCE = 1e-6
 """How far a row or column sum may be from 1: wide enough for weights that were once float32."""
 
+LONGEST_PERIOD = 4096
+"""Rounds that are looked at one by one, where all of a period are."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -46,6 +49,20 @@ class RoundSequence(Protocol):
         """Rounds after which it repeats; None for an endless sequence."""
         ...
 
+    @property
+    def is_static(self) -> bool:
+        """Whether every round is the same."""
+        ...
+
+    @property
+    def _exact_after(self) -> int | None:
+        """Rounds to the exact average, where that is known."""
+        ...
+
+    def is_symmetric(self) -> bool:
+        """Whether every round's matrix is symmetric."""
+        ...
+
     def finite_period(self, wanted_for: str) -> int:
         """The period; ValueError for an endless sequence."""
         ...
@@ -76,6 +93,17 @@ def whole(value: SupportsIndex, what: str, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{what} must be at least {least}, got {number}")
     return number
+
+
+def checked_step(step: int) -> int:
+    """``step``, the number of a round.
+
+    Raises:
+        ValueError: if it is negative.
+    """
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}")
+    return step
 
 
 def ascending(weights: dict[int, float]) -> dict[int, float]:

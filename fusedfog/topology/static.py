@@ -50,6 +50,11 @@ class Star(SymmetricStatic):
             return {self.center: 1 / self.size}
         return {leaf: 1 / self.size for leaf in range(self.size) if leaf != self.center}
 
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        if kept is None:
+            return star(n, self.center)
+        return star(n, kept.index(self.center) if self.center in kept else 0)
+
     def _matrix(self, step: int) -> Matrix:
         weights = np.diag(np.full(self.size, 1 - 1 / self.size))
         weights[self.center, :] = weights[:, self.center] = 1 / self.size
@@ -95,6 +100,9 @@ class Grid(SymmetricStatic):
         near = self._neighbors(rank)
         return {peer: 1 / (1 + max(len(near), len(self._neighbors(peer)))) for peer in near}
 
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return grid(n)
+
     @property
     def max_degree(self) -> int:
         """Four inside, fewer on narrow grids."""
@@ -132,6 +140,9 @@ class Hypercube(SymmetricStatic):
     def neighbor_weights(self, rank: int) -> dict[int, float]:
         """The ranks that differ in one bit."""
         return {rank ^ (1 << bit): 1 / (self.dimensions + 1) for bit in range(self.dimensions)}
+
+    def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
+        return hypercube(n) if kept is None or not n & (n - 1) else super()._resized(n, kept)
 
     def _matrix(self, step: int) -> Matrix:
         edges: Matrix = np.zeros((1, 1))
