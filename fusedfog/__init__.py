@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedfog import ops, topology
 from fusedfog.algorithm import Outer
+from fusedfog.comm.elastic.run import Change
 from fusedfog.comm.group import is_main, rank, world_size
 from fusedfog.comm.join import init
 from fusedfog.comm.subgroup import new_group
@@ -15,6 +16,7 @@ from fusedfog.errors import (
     ExchangeError,
     ForeignCheckpointWarning,
     LaunchError,
+    Minority,
     MismatchError,
     MismatchWarning,
     NonFiniteError,
@@ -22,6 +24,7 @@ from fusedfog.errors import (
     PeerTimeout,
     RankLeft,
     StorageReplacedError,
+    StoreLost,
     TornMessageWarning,
     UnsupportedEnvironment,
 )
@@ -54,6 +57,7 @@ __all__ = [
     "AccumAdamW",
     "Adam",
     "AdamW",
+    "Change",
     "CheckpointError",
     "Decentralized",
     "DecentralizedOptimizer",
@@ -61,6 +65,7 @@ __all__ = [
     "ExchangeError",
     "ForeignCheckpointWarning",
     "LaunchError",
+    "Minority",
     "MismatchError",
     "MismatchWarning",
     "Monitor",
@@ -70,6 +75,7 @@ __all__ = [
     "PeerTimeout",
     "RankLeft",
     "StorageReplacedError",
+    "StoreLost",
     "Topology",
     "TornMessageWarning",
     "UnsupportedEnvironment",

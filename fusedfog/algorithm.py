@@ -65,6 +65,7 @@ class Algorithm:
         deposits: it makes them, and sends shares of a mass beside estimates: asynchronous push-sum.
         takes_outer: `outer=` may run over its steps.
         outer: an `Outer` does: the state "outer_param" is where the last exchange left the parameters.
+        restarts: states that carry sums over the ranks, and begin with zero when the ranks change.
         begins_with: state -> (the inner optimizer's state that it is after data-parallel steps, whether times lr); others
             begin with zero.
         refuses: option -> (why, what to use instead), for options outside the theory; `compatibility` reads it.
@@ -88,6 +89,7 @@ class Algorithm:
     deposits: bool = False
     takes_outer: bool = False
     outer: bool = False
+    restarts: tuple[str, ...] = ()
     begins_with: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
     refuses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 

@@ -182,6 +182,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             graph="symmetric",
             lazy=True,
             conserves=True,
+            restarts=("dual",),
             refuses=_STATIC,
         ),
         Algorithm(
@@ -190,6 +191,7 @@ def _sgd_family() -> dict[str, Algorithm]:
             Stage("extra", _plain(sgd_hyper), lambda group: ("dual", *_sgd_states(group)), "zero", differences=True),
             graph="symmetric",
             conserves=True,
+            restarts=("dual",),
             refuses=_STATIC,
         ),
         *_tracking_sgd(),
@@ -211,6 +213,7 @@ def _tracking_sgd() -> list[Algorithm]:
             tracking,
             messages=("param", "tracker"),
             conserves=True,
+            restarts=("tracker", "tracked"),
             refuses={"momentum": ("it has none", "use algorithm='momentum_tracking'")} | _NO_NESTEROV,
         ),
         Algorithm(
@@ -219,6 +222,7 @@ def _tracking_sgd() -> list[Algorithm]:
             tracking,
             messages=("param", "tracker"),
             conserves=True,
+            restarts=("tracker", "tracked"),
             begins_with={"tracker": ("momentum_buffer", False), "tracked": ("momentum_buffer", False)},
             refuses=_NO_NESTEROV,
         ),
@@ -264,6 +268,7 @@ def _adam_family() -> dict[str, Algorithm]:
             ),
             messages=("param", "tracker"),
             conserves=True,
+            restarts=("tracker", "tracked"),
         ),
     ]
     return _common(INNER["Adam"]) | {row.name: row for row in rows}

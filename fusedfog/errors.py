@@ -61,6 +61,17 @@ class RankLeft(ExchangeError):
         return str(self.args[0])
 
 
+class StoreLost(RuntimeError):
+    """No store of an elastic run answers, and members are to change: training goes on, but nobody can leave or come."""
+
+
+class Minority(RuntimeError):
+    """This process is on the smaller side of a broken network, or is none of the members any more; the others train on.
+
+    Its parameters and states are what they were. Restarted, it joins the others again.
+    """
+
+
 class StorageReplacedError(RuntimeError):
     """A parameter was given another shape, dtype or device than it had when the optimizer was built; names the parameter."""
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
 from types import TracebackType
@@ -330,6 +330,12 @@ def enter_world(timeout: float) -> None:
         if _Here.watch is None:
             _Here.watch = Listener(*whereabouts.listen(store), _answer, _look_at_own_call, lambda: log_after() / 4)
         _Here.world = whereabouts.new_world(group, store, _Here.watch.port, _Here.watch.ip, _Here.hear)
+
+
+def oversee(overseer: Callable[[Mapping[int, State]], tuple[int, str] | None]) -> None:
+    """See `World.overseer`; in the world that was entered last, which exists."""
+    assert _Here.world is not None
+    _Here.world.overseer = overseer
 
 
 def remember_addresses(view: Ranks) -> None:

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.batches import batches
+from fusedfog.comm.elastic.epoch import claim_connections
 from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
 from fusedfog.comm.membership import Membership
@@ -78,14 +79,17 @@ class Communicator:
         if self.on_gpu:
             check_one_rank_per_gpu(view, place, self.timeout)
         options = nccl_options(view, place, self.timeout, comm_sms) if self.on_gpu else None
-        self._sockets = Sockets()
-        self._group: dist.ProcessGroup | None = dedicated_group(view.ranks, self.timeout, options)
-        self._sockets.take_new()
+        # In an elastic run, the default group is gone with its epoch, as this communicator is.
+        claimed = claim_connections(view.size)
+        self._sockets, self._group = claimed or Sockets(), view.group if claimed is not None else None
+        if self._group is None:
+            self._group = dedicated_group(view.ranks, self.timeout, options)
+            self._sockets.take_new()
         self._ended: Exception | None = None
         self._told: Origin | None = None
         self.name = next_agreement(view)
         self.membership = Membership(view, self.name, self.timeout)
-        self._channels = 0
+        self._channels = 0 if claimed is None else 1  # Tags of channel 0 are those that users give.
         self._world = dist.distributed_c10d._get_default_group()
         self._all.add(self)
         self._abandoned: list[Transfer] = []
@@ -385,7 +389,7 @@ class Communicator:
         self._abandoned.clear()
         if self._shared is not None:
             self._shared.close()
-        if self._group in dist.distributed_c10d._world.pg_map:
+        if self._group is not self.view.group and self._group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(self._group)
         self._group = None
 

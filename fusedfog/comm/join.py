@@ -7,12 +7,16 @@ import contextlib
 import dataclasses
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from fusedfog.comm.calls import enter_world
+from fusedfog.comm.elastic.identity import read_identity
+from fusedfog.comm.elastic.run import Change, Run
 from fusedfog.comm.group import find_group, store_timeout
 from fusedfog.comm.launchers import Launch, read_launch
 from fusedfog.errors import LaunchError, UnsupportedEnvironment
@@ -22,7 +26,14 @@ _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def init(
-    backend: str | None = None, timeout: timedelta | float | None = None, init_method: str | None = None
+    backend: str | None = None,
+    timeout: timedelta | float | None = None,
+    init_method: str | None = None,
+    *,
+    elastic: bool = False,
+    min_ranks: int = 1,
+    dead_after: float = 30.0,
+    on_membership_change: Callable[[Change], object] | None = None,
 ) -> torch.device:
     """Join the world that torchrun, mpirun, srun or another launcher started, and pick this rank's device.
 
@@ -35,6 +46,13 @@ def init(
         timeout: how long an operation waits for its peers, as a timedelta or in seconds; None is torch's default.
         init_method: where the ranks meet, as in `torch.distributed.init_process_group`: "tcp://host:port", "file:///path"; None
             takes MASTER_ADDR and MASTER_PORT, and without them what the launcher says (`fusedfog.comm.launchers`).
+        elastic: join a run whose members may change: the others train on when a process dies, and it is admitted again when it
+            is restarted. See "Survive" in fusedfog/optim/README.md. The process group is that of the current members, and is
+            replaced when they change: ranks count from 0 to their number - 1.
+        min_ranks: in an elastic run, with how many members training goes on; fewer wait for others.
+        dead_after: seconds after which a member counts as lost that neither answers nor is known to have ended.
+        on_membership_change: called, in the thread that trains, with a `Change` (epoch, members, left, joined, cause) when the
+            members have changed, once at the beginning, and in a newcomer when it has been admitted.
 
     Returns:
         `cuda:LOCAL_RANK` (made the current device) where a GPU is there for every local rank and gloo was not asked for, or
@@ -49,6 +67,8 @@ def init(
     Warns:
         RuntimeWarning: a process group with another timeout exists already.
     """
+    if elastic:
+        return _join_elastic(backend, timeout, init_method, min_ranks, dead_after, on_membership_change)
     if isinstance(timeout, (int, float)):
         timeout = timedelta(seconds=timeout)
     if timeout is not None and timeout <= timedelta(0):
@@ -78,6 +98,34 @@ def init(
         # From now on a rank that ends is missed, whether it has built anything or not.
         enter_world(store_timeout(find_group()).total_seconds())
     return device
+
+
+def _join_elastic(
+    backend: str | None,
+    timeout: timedelta | float | None,
+    init_method: str | None,
+    min_ranks: int,
+    dead_after: float,
+    on_change: Callable[[Change], object] | None,
+) -> torch.device:
+    if backend not in (None, "gloo") or (backend is None and torch.cuda.is_available()) or init_method is not None:
+        raise ValueError(
+            f"init(elastic=True) makes groups of gloo, for tensors on CPUs, and finds the others by FUSEDFOG_STORES, or by "
+            f"MASTER_ADDR and MASTER_PORT: take backend 'gloo', and leave init_method out; got {backend!r} and {init_method!r}"
+        )
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    seconds = default_pg_timeout.total_seconds() if seconds is None else seconds
+    if not (seconds > 0 and dead_after > 0 and min_ranks >= 1):
+        raise ValueError(
+            f"timeout and dead_after are seconds, and min_ranks is at least 1; got {timeout}, {dead_after}, {min_ranks}"
+        )
+    if dist.is_initialized() or Run.current() is not None:
+        raise ValueError("init(elastic=True): a process group exists already, and an elastic run makes its own")
+    run = Run(
+        read_identity(os.environ), timeout=seconds, min_ranks=min_ranks, dead_after=dead_after, on_change=on_change
+    )
+    run.begin()
+    return torch.device("cpu")
 
 
 def _read_launch(joined: bool) -> Launch | None:

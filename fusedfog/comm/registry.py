@@ -7,21 +7,31 @@ import atexit
 import torch
 import torch.distributed as dist
 
+from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.calls import current_call
 from fusedfog.comm.communicator import LAST_MOMENT, Communicator
+from fusedfog.comm.failures import Origin
 from fusedfog.comm.group import GroupView, group_timeout
 from fusedfog.comm.membership import CannotGoOn
 from fusedfog.kernels import device
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all(patience: float = LAST_MOMENT) -> None:
+    """Close all communicators of the current world; what is in flight gets `patience` seconds."""
     if _Registry.default is not None:
         for communicator in _Registry.communicators.values():
-            communicator.close()
+            communicator.close(patience)
         _Registry.communicators.clear()
         _Registry.default = None
+
+
+def hear_all(origin: Origin) -> None:
+    """No exchange of the current world will be complete: whoever waits in one wakes, and the next call raises; for any thread."""
+    for communicator in list(_Registry.communicators.values()) if _Registry.default is not None else ():
+        calls.note_ended(communicator.name, origin)
+        communicator.hear(origin)
 
 
 class _Registry:

@@ -109,6 +109,8 @@ class World:
         hear: called with a rank's state when it says, unasked, what it has given up.
         reached: ranks that have answered, so that no firewall is what refuses connections to them.
         refused: ranks whose port refused when they were last asked.
+        overseer: told of states that were asked for, (global rank or -1, words) if a wait is in vain by reasons of its own; of
+            an elastic run.
     """
 
     group: dist.ProcessGroup
@@ -119,6 +121,7 @@ class World:
     notes: dict[int, State] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
+    overseer: Callable[[Mapping[int, State]], tuple[int, str] | None] | None = None
 
     def is_gone(self, rank: int) -> bool:
         """Whether this rank's process has ended for certain, when it was last asked."""

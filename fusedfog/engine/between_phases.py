@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fusedfog.engine.hand_over import hand_over
 from fusedfog.engine.hooks import BackwardHooks
 from fusedfog.engine.phases import Phase, Phases
 from fusedfog.engine.rank_weights import part_of_node, parts
+from fusedfog.engine.same_numbers import SameNumbers
 from fusedfog.gossip.buckets import BucketState
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.gossip.compression import CompressedChannels
@@ -26,6 +28,16 @@ from fusedfog.gossip.delivery import ExchangeStats
 from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
+
+
+class Members(Protocol):
+    """Who the ranks are in an elastic run, as far as steps are concerned."""
+
+    def before_step(self) -> None:
+        """If the members have changed, go over to those that there are now; see `change_members`."""
+
+    def lost(self, error: Exception) -> None:
+        """An exchange has failed, and its step mixes nothing."""
 
 
 class BetweenPhases(BetweenSteps):
@@ -42,6 +54,8 @@ class BetweenPhases(BetweenSteps):
     place: torch.device
     weight: float = 1.0
     weight_of_gradients: Tensor | None = None
+    members: Members | None = None
+    _same_numbers: SameNumbers | None
     _channel: int
     _mean_bytes: int
     _by_segment: bool
@@ -93,6 +107,8 @@ class BetweenPhases(BetweenSteps):
         self.exchanges = Exchanges(self.segments, phase, self.communicator, self._channel, self.clock, self.stats)
         if before is not None:
             self.exchanges.go_on_from(before)
+        if self.members is not None:
+            self.exchanges.on_loss = self.members.lost
         self.channels, self.means = self.exchanges.channels, None
         over = self.communicator if phase.data_parallel else gradients
         if over is not None:
@@ -187,6 +203,37 @@ class BetweenPhases(BetweenSteps):
         if self.channels is not None:
             self.channels.start_replicas()  # A checkpoint of this moment has them.
         self.buckets.bump_versions()
+
+    def change_members(self, communicator: Communicator | None, phase: Phase, fresh: Collection[int], exchange: int) -> None:
+        """Exchange with other ranks from now on, as this phase says, which is the same but for its topology.
+
+        Parameters and states stay this rank's own. Those that carry sums over the ranks that there were begin with zero.
+
+        Args:
+            communicator: of the ranks that there are; None for one that is alone.
+            fresh: ranks whose values are another one's; see `Exchanges.admit`.
+            exchange: the number of the next one.
+        """
+        self.discard()
+        self.hooks.detach()
+        for segment in self.segments:
+            for name in phase.algorithm.restarts:
+                if name in segment.states:
+                    segment.states[name].zero_()
+        self.communicator, self._channel = communicator, 0 if communicator is None else communicator.open_channel()
+        self.phases = self.phases.with_last(phase)
+        self.enter(phase)
+        self.compare_numbers()
+        if communicator is not None:
+            self.exchanges.admit(fresh, exchange)
+            self.exchanges.open_connections()
+
+    def compare_numbers(self) -> None:
+        """Compare hyper-parameters with the ranks that there are now, from time to time."""
+        communicator = self.communicator
+        # Asynchronous ranks are at different steps of their schedules at any moment.
+        compares = communicator is not None and not self.phases.last.schedule.asynchronous
+        self._same_numbers = SameNumbers(communicator, self._channel) if communicator is not None and compares else None
 
     def _drop_states(self) -> None:
         """Free the states of phases that are over."""

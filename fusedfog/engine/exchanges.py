@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.engine.clock import Clock
 from fusedfog.engine.phases import Phase
 from fusedfog.engine.rhythm import pauses
+from fusedfog.errors import ExchangeError, PeerTimeout
 from fusedfog.gossip.buckets import EMPTY, BucketState, Inbox, PassGroup
 from fusedfog.gossip.by_machine import ByMachine
 from fusedfog.gossip.codes_by_machine import CodesByMachine
@@ -24,6 +25,7 @@ from fusedfog.gossip.samples import Samples
 from fusedfog.gossip.window_delivery import WindowDelivery, WindowMailbox, rate
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
+from fusedfog.topology.admission import Admission
 
 
 class Exchanges:
@@ -36,6 +38,8 @@ class Exchanges:
         quarantine: what becomes of values that are not finite; None where they spread.
         windows: of an asynchronous optimizer.
         rate: a factor on learning rates, of asynchronous push-sum.
+        on_loss: in an elastic run, called with the failure of an exchange, instead of which the step mixes nothing.
+        skipped: a step that mixes nothing, since the other members have made it already.
     """
 
     def __init__(
@@ -49,13 +53,16 @@ class Exchanges:
     ) -> None:
         algorithm, schedule, hierarchy = phase.algorithm, phase.schedule, phase.hierarchy
         self.communicator, self.schedule, self._algorithm = communicator, schedule, algorithm
-        self.hierarchy, self.clock, self.stats = hierarchy, clock, stats
+        self.hierarchy, self.clock, self.stats, self._segments = hierarchy, clock, stats, segments
         self.topology: Topology | None = None
         self.mailbox: Mailbox | None = None
         self.channels: CompressedChannels | None = None
         self.quarantine: Quarantine | None = None
         self.windows: WindowDelivery | None = None
         self.rate = 1.0
+        self.on_loss: Callable[[Exception], None] | None = None
+        self.skipped: int | None = None
+        self._admission: Admission | None = None
         self._push_sum: PushSum | None = None
         self._shares: Shares | None = None
         if communicator is None:
@@ -128,6 +135,24 @@ class Exchanges:
             if old is not None:
                 self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
 
+    def admit(self, fresh: Collection[int], exchange: int) -> None:
+        """Have these ranks take their neighbours' mean in the exchange of this number, and the others nothing of theirs."""
+        assert self.topology is not None
+        if fresh:
+            self._admission = Admission(self.topology, fresh, exchange)
+            self.use_topology(self._admission)
+
+    def _end_admission(self, admission: Admission) -> None:
+        self._admission = None
+        self.use_topology(admission.inner)
+        # Its matrix is not doubly stochastic, so what was added up of differences to neighbours does not sum to zero. Sums that
+        # travel were zero in it, and remain exact.
+        restarts = self._algorithm.restarts
+        if not set(restarts) & set(self._algorithm.messages):
+            for segment in self._segments:
+                for name in restarts:
+                    segment.state(name).zero_()
+
     @property
     def samples(self) -> Samples | None:
         """See `Mailbox`."""
@@ -186,14 +211,16 @@ class Exchanges:
 
     def due(self, step: int) -> bool:
         """Whether anything is exchanged for this step."""
-        return self.topology is not None and self.communicator is not None and self.schedule.exchanges(step)
+        if self.topology is None or self.communicator is None or step == self.skipped:
+            return False
+        return self.schedule.exchanges(step)
 
     def following(self) -> tuple[int, int] | None:
         """The next step and the number of its exchange, if it has one."""
         step = self.clock.steps
         if not self.due(step + 1):
             return None
-        return step + 1, self.clock.exchanges + self.schedule.is_gossip_step(step)
+        return step + 1, self.clock.exchanges + (self.schedule.is_gossip_step(step) and step != self.skipped)
 
     def end_step(self, rates: list[float], mixed: int) -> None:
         """The step is over, at these learning rates of the groups, of which number `mixed` is the first that is mixed."""
@@ -201,7 +228,9 @@ class Exchanges:
             self.samples.keep()
         self._shares_of_step()  # Push-sum's scalars move on where this rank has nothing to pass over, too.
         self.clock.tick(self.schedule, self.due(self.clock.steps), rates, mixed)
-        self._shares = None
+        self._shares = self.skipped = None
+        if self._admission is not None and self.clock.exchanges > self._admission.at:
+            self._end_admission(self._admission)
         if self.channels is not None and self.channels.segments:
             self.channels.report()
 
@@ -209,7 +238,9 @@ class Exchanges:
 
     def start(self, buckets: Iterable[BucketState], step: int, exchange: int) -> None:
         """Start the exchange of buckets that step `step` will use."""
-        assert self.mailbox is not None
+        assert self.mailbox is not None and self.communicator is not None
+        if self.on_loss is not None and self.communicator.ended is not None:
+            return  # The epoch is over, and the next step begins another one.
         to_all = self.schedule.is_global_average_step(step)
         for bucket in buckets:
             if bucket.segment.layout.mix:
@@ -233,14 +264,24 @@ class Exchanges:
             return EMPTY
         inbox = EMPTY
         if self.due(self.clock.steps):
-            assert self.mailbox is not None
+            inbox = self._received(pass_group, passes_alone_write)
+        shares = self._shares_of_step()
+        return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
+
+    def _received(self, pass_group: PassGroup, passes_alone_write: bool) -> Inbox:
+        assert self.mailbox is not None
+        try:
             inbox, *others = [
                 self.mailbox.receive(bucket, passes_alone_write=passes_alone_write) for bucket in pass_group.buckets
             ]
-            # Buckets of a segment travel in the same round, into the same flat buffers.
-            assert all(other.weights == inbox.weights for other in others)
-        shares = self._shares_of_step()
-        return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
+        except (PeerTimeout, ExchangeError) as error:
+            if self.on_loss is None:
+                raise
+            self.on_loss(error)
+            return EMPTY  # W = I.
+        # Buckets of a segment travel in the same round, into the same flat buffers.
+        assert all(other.weights == inbox.weights for other in others)
+        return inbox
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""

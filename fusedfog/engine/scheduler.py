@@ -39,7 +39,6 @@ from fusedfog.engine.gradient_scale import flag_of, own_multipliers
 from fusedfog.engine.mix_strength import first_mixed
 from fusedfog.engine.passes import StepInputs, pass_of, passes_to_warm, strength_of
 from fusedfog.engine.phases import Phases
-from fusedfog.engine.same_numbers import SameNumbers
 from fusedfog.gossip.buckets import EMPTY, Buckets, BucketState, Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
@@ -86,6 +85,7 @@ class Scheduler(BetweenPhases):
         clock, stats: how far it has come, in all phases together.
         adopt_edits: a weak method that is called before passes, for whoever shows states to a user.
         announce: another one, called before backward averages gradients over ranks.
+        members: who the other ranks are, in an elastic run.
     """
 
     channels: CompressedChannels | None
@@ -110,9 +110,7 @@ class Scheduler(BetweenPhases):
         self.blocked_by: str | None = None
         self.warned_of_buffers = False
         self.inputs, self.clock, self.stats = StepInputs(), Clock(), ExchangeStats()
-        # Asynchronous ranks are at different steps of their schedules at any moment.
-        compares = communicator is not None and not phases.last.schedule.asynchronous
-        self._same_numbers = SameNumbers(communicator, channel) if communicator is not None and compares else None
+        self.compare_numbers()
         self.buckets = Buckets(())
         self.enter(phases.at(0))
 
@@ -174,7 +172,9 @@ class Scheduler(BetweenPhases):
         """Raise if no step may be made; states of algorithms that go on without gradients count as begun."""
         if self.blocked_by is not None:
             raise RuntimeError(f"step() inside {self.blocked_by}: leave the with-block first")
-        if self.communicator is not None and self.communicator.ended is not None:
+        if self.members is not None:
+            self.members.before_step()
+        elif self.communicator is not None and self.communicator.ended is not None:
             raise self.communicator.ended
         self._ask_functions()
         self.take_back_moved()

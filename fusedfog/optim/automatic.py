@@ -163,6 +163,8 @@ def _why_flat(setup: Setup, options: Options, machines: Sequence[Sequence[int]],
     sizes = sorted({len(members) for members in machines})
     if setup.sharded:
         return "ranks with the same shard are nodes"
+    if setup.elastic:
+        return "ranks are nodes in an elastic run"
     if len(machines) == 1:
         return "all ranks are on one machine"
     if sizes == [1]:

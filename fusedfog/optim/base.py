@@ -27,6 +27,7 @@ from fusedfog.optim.controls import Controls
 from fusedfog.optim.description import announce
 from fusedfog.optim.lazy_states import make_states, wants_states_only
 from fusedfog.optim.options import Options
+from fusedfog.optim.recovery import build_scheduler
 from fusedfog.optim.state_dict import (
     carry_clock,
     clone_state,
@@ -169,7 +170,7 @@ class DecentralizedOptimizer(Controls):
         self._claim = claim = Claim(self._kind, self)
         try:
             with Call(f"{self._kind}()"):
-                self._scheduler = construction.build(self._kind, self.param_groups, self._family, self._options, claim)
+                self._scheduler = build_scheduler(self, claim)
         except BaseException:
             claim.drop()
             raise

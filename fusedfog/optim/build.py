@@ -16,6 +16,7 @@ from fusedfog.algorithms import algorithm_for, asynchronous
 from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.elastic.run import Run
 from fusedfog.comm.group import GroupView, check_backend, check_mesh, find_group, group_timeout
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.capture import CapturableScheduler
@@ -28,6 +29,7 @@ from fusedfog.kernels import device
 from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
+from fusedfog.optim.members import topology_of_members
 from fusedfog.optim.options import Options
 from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of, place_of
 from fusedfog.optim.phases import phases_of, weights_of
@@ -66,6 +68,7 @@ def setup_of(family: str, groups: Groups, options: Options, specs: Sequence[Para
         dtypes={spec.name: spec.dtype for spec in [*trained, *later]},
         place=place,
         lacking=missing_instructions(place, {**used, "states": options.state_dtype, "messages": options.codes}),
+        elastic=Run.current() is not None,
     )
 
 
@@ -82,7 +85,10 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     if options.mesh is not None:
         check_mesh(options.mesh, view)
     setup = dataclasses.replace(setup, options=vars(options), ranks=view.size)
-    topology = choose_topology(setup, options.topology, view.size if options.mesh is None else options.mesh.size(0))
+    if setup.elastic:
+        topology = topology_of_members(setup, options.topology)
+    else:
+        topology = choose_topology(setup, options.topology, view.size if options.mesh is None else options.mesh.size(0))
     algorithm = asynchronous(setup.running) if options.asynchronous else setup.running
     way = Way(topology)
     check_kernel(place)
@@ -111,7 +117,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     engine = _scheduler_for(family, options)(
         groups,
         segments,
-        phases_of(family, algorithm, way, options, hierarchy, weights, alone=communicator is None),
+        phases_of(family, algorithm, way, options, hierarchy, weights, alone=communicator is None and not setup.elastic),
         communicator,
         channel,
         int(options.bucket_mb * 2**20),

@@ -22,6 +22,7 @@ from fusedfog.optim.averaged import averaged, distance_of
 from fusedfog.optim.calls import announced, ranks_of
 from fusedfog.optim.description import brief, graph_of, without_clock
 from fusedfog.optim.export import save_averaged
+from fusedfog.optim.members import of_members
 from fusedfog.optim.options import Keywords
 from fusedfog.optim.swapped import Values, pairs_of, swapped
 from fusedfog.optim.switching import change_topology, switch, switched
@@ -85,6 +86,15 @@ class Controls(UnevenSteps):
         """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now. Collective."""
         return distance_of(self._engine, self._options)
 
+    @property
+    def steps(self) -> int:
+        """How many steps were made, those before the checkpoint that was loaded included: what an elastic run goes by.
+
+        There, data, schedules and the end of training are functions of it: a member that was behind comes out of a change of
+        members with the clock of the one ahead, and a newcomer begins with that of the others.
+        """
+        return self._engine.clock.steps
+
     def stats(self) -> dict[str, Any]:
         """Running totals of this rank since construction. Local, no synchronization.
 
@@ -97,6 +107,9 @@ class Controls(UnevenSteps):
         averages), and once there are some refused_from, {rank: how many}; healed, how often this rank's own values were
         replaced (`nonfinite="heal"`). On a GPU these begin to count some steps after the first such message. With ranks of
         different `weight`, share: this rank's over the sum of all.
+
+        In an elastic run also epoch, the number of the period that this is; members, by rank, each "slot.incarnation"; reforms
+        and reform_s, how many changes of members this process has lived through, and the seconds that it waited in them.
 
         With `measure=True` also, for the last step (this waits for the device): gradient_norm, of this rank's gradient as it
         was used, after unscaling, clipping and `weight`, not finite if a gradient is not; disagreement, ||(W X)_i - x_i|| over
@@ -118,6 +131,7 @@ class Controls(UnevenSteps):
             **engine.stats.plain(),
             **measured,
             **of_windows(engine),
+            **of_members(engine),
             **({"rank_steps": self._rank_steps, "total_steps": sum(self._rank_steps)} if self._rank_steps else {}),
         }
 

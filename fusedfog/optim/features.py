@@ -35,6 +35,7 @@ class Setup:
         data_parallel: they are in a DistributedDataParallel.
         dtypes: those of the parameters, by name.
         place: where the parameters are.
+        elastic: the run's members may change.
         lacking: what the GPU has no instructions for: (its dtype and use, why, what to use instead).
     """
 
@@ -49,11 +50,12 @@ class Setup:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     place: torch.device = _CPU
     lacking: tuple[str, str, str] | None = None
+    elastic: bool = False
 
     @property
     def running(self) -> Algorithm:
-        """The row whose passes are made: a rank that is alone makes the inner optimizer's own step."""
-        return self.algorithm if self.ranks > 1 else alone(self.family)
+        """The row whose passes are made: a rank that is alone, and stays so, makes the inner optimizer's own step."""
+        return self.algorithm if self.ranks > 1 or self.elastic else alone(self.family)
 
     def value(self, name: str) -> Any:
         """A keyword's or hyper-parameter's value; of param groups, the first that has one."""

@@ -1,0 +1,333 @@
+"""This process' part in an elastic run: what optimizers, and `fusedfog.init`, use of the rooms beside."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from fusedfog.comm import calls, whereabouts
+from fusedfog.comm.elastic import asking
+from fusedfog.comm.elastic.board import Board, open_store
+from fusedfog.comm.elastic.epoch import close_epoch, open_epoch
+from fusedfog.comm.elastic.forming import form
+from fusedfog.comm.elastic.handing import Hand
+from fusedfog.comm.elastic.identity import Identity
+from fusedfog.comm.elastic.record import Note, Position, Record, Seat, read_record
+from fusedfog.comm.elastic.watching import Watcher
+from fusedfog.comm.failures import Origin
+from fusedfog.comm.listener import Listener
+from fusedfog.comm.registry import close_all, hear_all
+from fusedfog.comm.whereabouts import State
+from fusedfog.errors import LaunchError, StoreLost
+from fusedfog.log import log
+
+_TOLD_EVERY = 0.3
+
+
+@dataclass(frozen=True)
+class Change:
+    """The members have changed.
+
+    Attributes:
+        epoch: the number of the period that begins.
+        members: all of them, by rank; each is "slot.incarnation".
+        left, joined: who is no member any more, and who has become one.
+        cause: why, for people.
+    """
+
+    epoch: int
+    members: tuple[str, ...]
+    left: tuple[str, ...]
+    joined: tuple[str, ...]
+    cause: str
+
+
+class Run:
+    """See the package.
+
+    Args:
+        timeout: seconds that a wait for a living member may last.
+        min_ranks: with how many members training goes on.
+        dead_after: seconds without an answer after which a member counts as lost.
+        on_change: called with each `Change`, in the program's thread.
+
+    Attributes:
+        record: of the epoch that this process is a member of; None before its first one.
+        called: others are ready for the next epoch.
+        over: why the current epoch is over, once it is; "" until then.
+        built: this process has an optimizer, whose state newcomers may have.
+        hand: where newcomers' wishes for it arrive.
+        reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
+    """
+
+    _current: ClassVar[Run | None] = None
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        timeout: float,
+        min_ranks: int,
+        dead_after: float,
+        on_change: Callable[[Change], object] | None,
+    ) -> None:
+        self.identity, self.timeout, self.min_ranks, self.dead_after = identity, timeout, min_ranks, dead_after
+        self._on_change = on_change
+        self._change: Change | None = None
+        self._hosted = _host(identity) if identity.hosts else None
+        prefix = f"fusedfog/{identity.run}/"
+        self.board = Board(identity.stores, prefix)
+        self._own_seat()
+        self.record: Record | None = None
+        self.called, self.over, self.built = False, "", False
+        self.hand = Hand()
+        self.reforms, self.reform_s = 0, 0.0
+        self._silent: dict[str, float] = {}
+        self._beats: dict[str, str | None] = {}
+        self._commits = 0
+        self._watcher = Watcher(self, Board(identity.stores, prefix))
+        atexit.register(self._end)
+
+    @classmethod
+    def current(cls) -> Run | None:
+        """This process', if it is in an elastic run."""
+        return cls._current
+
+    def _own_seat(self) -> None:
+        """Listen, and take this process' place in the run.
+
+        Raises:
+            LaunchError: another process has it.
+        """
+        identity = self.identity
+        listener = socket.create_server(("", 0), backlog=256)
+        ip = whereabouts.own_ip(open_store(*self._first_store()))
+        self._listener = Listener(listener, ip, self._answer, lambda: None, lambda: 1.0)
+        self.seat = Seat(identity.uid, socket.gethostname(), ip, self._listener.port, secrets.token_hex(8))
+        key, own = f"slot/{identity.slot}", json.dumps(vars(self.seat))
+        while True:
+            before = self.board.get(key)
+            known = Seat(**json.loads(before)) if before else None
+            if known is not None and known.incarnation >= identity.incarnation:
+                living = not asking.ask([known], whereabouts.PATIENCE)[known.uid].dead
+                if living or known.incarnation > identity.incarnation:
+                    self._listener.stop()
+                    raise LaunchError(
+                        f"slot {identity.slot} of run {identity.run!r} is taken by {known.uid} on {known.host}"
+                        f"{'' if living else ', which has ended'}: two launchers have started the same slot, or this process, "
+                        f"{identity.uid}, is an old one. Give each its own FUSEDFOG_SLOT, or each run its own FUSEDFOG_RUN_ID"
+                    )
+            if self.board.swap(key, before, own) == own:
+                return
+
+    def _first_store(self) -> tuple[str, int]:
+        with contextlib.suppress(StoreLost):
+            self.board.get("record")
+        if self.board.lost:
+            where = ", ".join(f"{host}:{port}" for host, port in self.identity.stores)
+            raise LaunchError(
+                f"slot {self.identity.slot}: no store answers at {where}: start the launcher, or see FUSEDFOG_STORES"
+            )
+        return self.board.address
+
+    # -- epochs ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Be a member of the first epoch; or, if others train already, a rank that is alone until `join`."""
+        base = read_record(self.board.get("record"))
+        if base is not None and self._lives(base):
+            self.stand_alone()
+            log.info("slot %d joins run %r, which is in epoch %d", self.identity.slot, self.identity.run, base.epoch)
+        else:
+            self._enter(Note(self.seat, "construction"), base)
+            self.tell()
+        Run._current = self
+
+    def stand_alone(self) -> None:
+        """Be no member, in a world of one."""
+        self.record = None
+        self._leave()
+        alone = Record(-1, (self.seat,))
+        open_epoch(alone, 0, HashStore(), timedelta(seconds=self.timeout), self.dead_after, lambda: "")
+
+    def newest(self) -> Record | None:
+        """The newest record; None if there is none, or none of its members lives."""
+        base = read_record(self.board.get("record"))
+        return base if base is not None and self._lives(base) else None
+
+    def _lives(self, record: Record) -> bool:
+        others = [seat for seat in record.seats if seat.uid != self.seat.uid and seat.slot != self.seat.slot]
+        return any(not heard.dead for heard in asking.ask(others, whereabouts.PATIENCE).values())
+
+    def reform(self, at: Position, steps: int, exchanges: int, cause: str) -> Record:
+        """Go over to the next epoch, from wherever the program stands.
+
+        Raises:
+            Minority, PeerTimeout: as `form`.
+        """
+        lost = tuple(uid for uid in self._silent if self.is_lost(uid, False))
+        note = Note(self.seat, at, steps, exchanges, self.built, lost, cause)
+        base = self.record if self.record is not None else self.newest()
+        return self._enter(note, base)
+
+    def _enter(self, note: Note, base: Record | None) -> Record:
+        """Leave the current epoch, and be in the next one."""
+        begin, before = time.monotonic(), self.record
+        self.record = None  # The watcher has nothing to look for.
+        record = form(self, note, base, self._leave)
+        self.called, self.over, self._commits = False, "", 0
+        self._silent.clear()
+        if len(record.seats) > 1:
+            calls.enter_world(self.timeout)
+            calls.oversee(self._oversee)
+        self.record = record
+        taken = time.monotonic() - begin
+        if before is not None or note.at == "join":
+            self.reforms, self.reform_s = self.reforms + 1, self.reform_s + taken
+        self._log(before or base, record, taken)
+        return record
+
+    def _leave(self) -> None:
+        """Let go of the epoch that is over. Not before all are ready: somebody may still take what was sent to it."""
+        close_all(0.0)
+        close_epoch()
+
+    def _log(self, before: Record | None, record: Record, taken: float) -> None:
+        old = before.uids if before is not None else ()
+        left = tuple(uid for uid in old if uid not in record.uids)
+        joined = tuple(uid for uid in record.uids if uid not in old)
+        self._change = Change(record.epoch, record.uids, left, joined, record.cause)
+        parts = [f"without {', '.join(left)}" if left else "", f"with {', '.join(joined)}" if joined and old else ""]
+        log.info(
+            "slot %d: epoch %d has %d members%s, from step %d on (%s), after %.2f s",
+            self.identity.slot,
+            record.epoch,
+            len(record.seats),
+            "".join(f", {part}" for part in parts if part),
+            record.steps,
+            record.cause or "no member has changed",
+            taken,
+        )
+
+    def tell(self) -> None:
+        """Call the user's function, once this process is ready to train in the new epoch."""
+        if self._on_change is not None and self._change is not None:
+            change, self._change = self._change, None
+            self._on_change(change)
+
+    # -- while an epoch lasts ----------------------------------------------------------------------------------------
+
+    def wake(self, words: str) -> None:
+        """The epoch is over: whoever waits in it need not. For any thread."""
+        self.over = self.over or words
+        hear_all(Origin(-1, words))
+
+    def _oversee(self, states: Mapping[int, State]) -> tuple[int, str] | None:
+        """See `World.overseer`."""
+        record = self.record
+        if self.over or record is None:
+            return -1, self.over or "the epoch is over"
+        for rank, state in states.items():
+            uid = record.uids[rank]
+            if uid != self.seat.uid and self.is_lost(uid, state.fate != whereabouts.SILENT):
+                return rank, f"has not answered for {self.dead_after:g} s"
+        return None
+
+    def is_lost(self, uid: str, answered: bool) -> bool:
+        """See `forming.Forms`. A process whose launcher counts on is not lost, as in a long call that holds Python's lock."""
+        now = time.monotonic()
+        if answered:
+            self._silent.pop(uid, None)
+            return False
+        since = self._silent.setdefault(uid, now)
+        with contextlib.suppress(StoreLost):
+            beat = self.board.get(f"beat/{uid}")
+            if beat != self._beats.setdefault(uid, beat):
+                self._beats[uid], self._silent[uid] = beat, now
+                return False
+        return now - since >= self.dead_after
+
+    def commit(self) -> bool:
+        """Whether every member has completed the call that this one has; if not, all of them repeat it."""
+        record = self.record
+        if record is None or len(record.seats) == 1:
+            return record is not None
+        self._commits += 1
+        key = f"done/{record.epoch}/{self._commits}"
+        if self.board.count(key, 1) == len(record.seats):
+            self.board.swap(f"{key}/verdict", None, "done")
+        others = [seat for seat in record.seats if seat.uid != self.seat.uid]
+        looked = time.monotonic()
+        while (verdict := self.board.get(f"{key}/verdict")) is None:
+            ended = self.over
+            if not ended and time.monotonic() - looked > _TOLD_EVERY:
+                heard, looked = asking.ask(others, whereabouts.QUICKLY), time.monotonic()
+                lost = [uid for uid, one in heard.items() if one.dead or self.is_lost(uid, one.said is not None)]
+                ended = f"{lost[0]} has ended" if lost else ""
+            if ended:
+                self.over = ended
+                verdict = self.board.swap(f"{key}/verdict", None, "again")
+                break
+            time.sleep(0.005)
+        return verdict == "done"
+
+    def fetch(self, into: Path) -> tuple[int, int] | None:
+        """Have a member hand over its state into a file; its size and checksum, or None if no member has one yet.
+
+        Raises:
+            OSError: it has ended on the way.
+        """
+        base = self.newest()
+        for seat in base.seats if base is not None else ():
+            found = asking.fetch(seat, into, self.timeout) if seat.uid != self.seat.uid else None
+            if found is not None:
+                return found
+        return None
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _answer(self, connection: socket.socket) -> None:
+        """Answer one question; a thread hands over a state."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            connection.settimeout(0.2)
+            question: Any = json.loads(connection.recv(4096))
+            if question["token"] == self.seat.token and question["ask"] == "state":
+                threading.Thread(target=self._hand_over, args=(connection,), daemon=True, name="fusedfog-hand").start()
+                return
+            uid = self.seat.uid if question["token"] == self.seat.token else ""
+            connection.sendall(json.dumps({"uid": uid, "pid": os.getpid()}).encode())
+        connection.close()
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            self.hand.send(connection, self.built)
+
+    def _end(self) -> None:
+        """The process ends."""
+        self._watcher.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._listener.stop()
+
+
+def _host(identity: Identity) -> TCPStore | None:
+    """A store in this process, where no launcher has one; None if one is there already."""
+    host, port = identity.stores[0]
+    try:
+        return TCPStore(host, port, is_master=True, wait_for_workers=False)
+    except RuntimeError:
+        return None

@@ -1,0 +1,280 @@
+"""An optimizer in an elastic run: how it is built, by the first members or by a newcomer, and how it goes over to others.
+
+    before each step    a newcomer wishes for the state: it is written      the epoch is over: go over to the next one
+    in other calls      one that the end of the epoch has interrupted is made again, by all members or by none
+
+`comm.elastic` has the protocol; here is what it means for parameters, states, topology and clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedfog.comm.agreement import differences
+from fusedfog.comm.elastic.forming import Dropped
+from fusedfog.comm.elastic.record import Position, Record
+from fusedfog.comm.elastic.run import Run
+from fusedfog.comm.group import find_group
+from fusedfog.comm.registry import communicator_for
+from fusedfog.engine.scheduler import Scheduler
+from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StoreLost
+from fusedfog.log import log
+from fusedfog.optim import build as construction
+from fusedfog.optim.checkpoint_file import TensorFile, Written, write
+from fusedfog.optim.members import topology_of_members
+from fusedfog.optim.options import Options
+from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of
+from fusedfog.optim.plain_data import decode, encode
+from fusedfog.optim.shared import shared_with_model
+from fusedfog.params.owners import Claim
+
+R = TypeVar("R")
+
+_INTERRUPTED = (PeerTimeout, ExchangeError, StoreLost)
+_ASK_AGAIN = 0.3
+
+
+class Recovering(Protocol):
+    """What is needed of an optimizer."""
+
+    param_groups: Groups
+    _options: Options
+    _family: str
+    _scheduler: Scheduler | None
+
+    @property
+    def _kind(self) -> str: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its states and clock."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them."""
+        ...
+
+
+def build_scheduler(opt: Recovering, claim: Claim) -> Scheduler:
+    """See `construction.build`; in an elastic run with the other members, or as a newcomer to them, which is not collective.
+
+    Raises:
+        ValueError: this process of an elastic run has an optimizer already; and as `construction.build`.
+        MismatchError: a newcomer's model or options are not those of the run; names the field.
+        Minority, PeerTimeout: as `Run.reform`.
+    """
+    run = Run.current()
+    if run is None:
+        return construction.build(opt._kind, opt.param_groups, opt._family, opt._options, claim)
+    if run.built:
+        raise ValueError(
+            f"{opt._kind}: this process has an optimizer in its elastic run already, and a second one is none of the run's: "
+            f"give both models' parameters to one optimizer, as param groups, or start without elastic=True"
+        )
+    while True:
+        engine = _with_others(opt, run, claim) if run.record is not None else _as_newcomer(opt, run, claim)
+        if engine is not None:
+            run.built = True
+            return engine
+        claim.drop()
+
+
+def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
+    """Built by all members together; None if they have changed meanwhile, and it is to be done again."""
+    cause = "an optimizer was being built"
+    try:
+        engine = construction.build(opt._kind, opt.param_groups, opt._family, opt._options, claim)
+        if run.commit():
+            engine.members = Recovery(opt, run)
+            engine.exchanges.on_loss = engine.members.lost
+            return engine
+    except _INTERRUPTED as error:
+        cause = _brief(error)
+    try:
+        run.reform("construction", 0, 0, cause)
+        run.tell()
+    except Dropped:
+        run.stand_alone()
+    return None
+
+
+def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
+    """Built alone, then with a member's parameters, states and clock, and admitted; None if there is nobody any more to join."""
+    engine = construction.build(opt._kind, opt.param_groups, opt._family, opt._options, claim)
+    opt._scheduler = engine
+    if not _fetch(opt, engine, run):
+        opt._scheduler = None
+        run.reform("construction", 0, 0, "all members have ended")
+        run.tell()
+        return None
+    run.built = True
+    engine.members = recovery = Recovery(opt, run)
+    recovery.go_over("join", f"slot {run.identity.slot} came")
+    return engine
+
+
+def _fetch(opt: Recovering, engine: Scheduler, run: Run) -> bool:
+    """Take over what a member has; False if there is no member any more."""
+    deadline = time.monotonic() + run.timeout
+    with tempfile.TemporaryDirectory(prefix="fusedfog-") as folder:
+        path = Path(folder) / "state"
+        while run.newest() is not None:
+            found = None
+            with contextlib.suppress(OSError, StoreLost):
+                found = run.fetch(path)
+            if found is not None:
+                _load(opt, engine, path, Written(*found))
+                return True
+            if time.monotonic() > deadline:
+                raise PeerTimeout(f"slot {run.identity.slot}: no member has handed over its state in {run.timeout:g} s")
+            time.sleep(_ASK_AGAIN)
+    return False
+
+
+def _load(opt: Recovering, engine: Scheduler, path: Path, written: Written) -> None:
+    file = TensorFile(path, written)
+    try:
+        said = decode(file.data, file.read)
+    finally:
+        file.close()
+    found = differences([said["fields"], _fields(opt)])
+    if found:
+        raise MismatchError(
+            f"{opt._kind}: this process joins a run of another model, or with other options (rank 0 is a member of it, rank 1 "
+            f"this process): {found}"
+        )
+    with torch.no_grad():
+        for own, theirs in zip(_tensors(opt), said["tensors"], strict=True):
+            own.copy_(theirs)
+    opt.load_state_dict(said["optimizer"])
+    engine.buckets.bump_versions()
+
+
+def _fields(opt: Recovering) -> dict[str, str]:
+    """What members agree on at construction, and a newcomer with them. Learning rates and their like may have changed since."""
+    specs = describe(opt.param_groups, 0, opt._options.model)
+    fields = fields_of(opt._kind, opt.param_groups, specs, opt._options)
+    return {name: value for name, value in fields.items() if " of group " not in name or name.startswith("parameter ")}
+
+
+def _tensors(opt: Recovering) -> list[Tensor]:
+    """What members have in common beside states: parameters, and what else the model has."""
+    beside = shared_with_model(opt._options.model, opt.param_groups) if opt._options.model is not None else {}
+    return [tensor.detach() for tensor in (*parameters_of(opt.param_groups), *beside.values())]
+
+
+class Recovery:
+    """See `engine.between_phases.Members`; of one optimizer."""
+
+    def __init__(self, opt: Recovering, run: Run) -> None:
+        self._opt, self.run = weakref.ref(opt), run
+        self._cause = ""
+
+    @property
+    def _engine(self) -> Scheduler:
+        opt = self._opt()
+        assert opt is not None and opt._scheduler is not None
+        return opt._scheduler
+
+    def lost(self, error: Exception) -> None:
+        """See `Members`."""
+        if not self._cause:
+            self._cause = _brief(error)
+            log.info("slot %d: this step mixes nothing: %s", self.run.identity.slot, self._cause)
+
+    def before_step(self) -> None:
+        """See `Members`."""
+        if self.run.hand.wanted:
+            self.run.hand.give(self._write)
+        if self._is_over():
+            self._begin_behind(self.go_over("begin", self._cause))
+
+    def _is_over(self) -> bool:
+        communicator = self._engine.communicator
+        ended = communicator is not None and communicator.ended is not None
+        return ended or self.run.called or bool(self.run.over)
+
+    def go_over(self, at: Position, cause: str) -> Record:
+        """Be a member of the next epoch, with its topology.
+
+        Raises:
+            Minority, PeerTimeout: as `Run.reform`.
+        """
+        run, engine = self.run, self._engine
+        while True:
+            record = run.reform(at, engine.clock.steps, engine.clock.exchanges, cause)
+            self._cause = ""
+            try:
+                self._adopt(record)
+                break
+            except _INTERRUPTED as error:
+                cause = _brief(error)
+        run.tell()
+        return record
+
+    def _adopt(self, record: Record) -> None:
+        opt, engine, last = self._opt(), self._engine, self._engine.phases.last
+        assert opt is not None
+        communicator, topology = None, None
+        if len(record.seats) > 1:
+            communicator = communicator_for(find_group(), engine.place)
+            setup = construction.setup_of(opt._family, engine.groups, opt._options, [], sharded=False)
+            topology = topology_of_members(setup, opt._options.topology)
+        fresh = [record.uids.index(uid) for uid in record.fresh]
+        phase = dataclasses.replace(last, topology=topology)
+        engine.change_members(communicator, phase, fresh, record.exchanges)
+        if self.run.seat.uid in record.fresh:
+            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
+
+    def _begin_behind(self, record: Record) -> None:
+        """Begin the step that the others begin; one that was behind makes its own first, for itself."""
+        engine = self._engine
+        behind = engine.clock.steps < record.steps
+        if behind:
+            engine.clock.steps = record.steps - 1
+            engine.exchanges.skipped = engine.clock.steps
+        engine.clock.exchanges = record.exchanges
+
+    def make_again(self, call: Callable[[], R]) -> R:
+        """What a call returns that all members make together, once all of them have completed it."""
+        while True:
+            cause = ""
+            try:
+                if not self._is_over_now():
+                    result = call()
+                    if self.run.commit():
+                        return result
+            except _INTERRUPTED as error:
+                cause = _brief(error)
+            record = self.go_over("call", cause or self._cause)
+            # Who was behind has nothing to make up for here: its next step is that of the others.
+            self._engine.clock.steps, self._engine.clock.exchanges = record.steps, record.exchanges
+
+    def _is_over_now(self) -> bool:
+        """Whether the epoch is over for a call; newcomers wait until its end."""
+        communicator = self._engine.communicator
+        return bool(self.run.over) or (communicator is not None and communicator.ended is not None)
+
+    def _write(self, path: Path) -> int:
+        """Write what a newcomer needs; returns the checksum."""
+        opt = self._opt()
+        assert opt is not None
+        tensors: dict[str, Tensor] = {}
+        said = {"optimizer": opt.state_dict(), "tensors": _tensors(opt), "fields": _fields(opt)}
+        data = encode(said, "state", tensors)
+        return write(path, tensors, data).crc32
+
+
+def _brief(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error)
+    return text[: text.find(" Who is where:")] if " Who is where:" in text else text
