@@ -216,13 +216,10 @@ class BetweenPhases(BetweenSteps):
         """
         self.discard()
         self.hooks.detach()
-        for segment in self.segments:
-            for name in phase.algorithm.restarts:
-                if name in segment.states:
-                    segment.states[name].zero_()
         self.communicator, self._channel = communicator, 0 if communicator is None else communicator.open_channel()
         self.phases = self.phases.with_last(phase)
         self.enter(phase)
+        self.exchanges.restart()
         self.compare_numbers()
         if communicator is not None:
             self.exchanges.admit(fresh, exchange)

@@ -147,11 +147,15 @@ class Exchanges:
         self.use_topology(admission.inner)
         # Its matrix is not doubly stochastic, so what was added up of differences to neighbours does not sum to zero. Sums that
         # travel were zero in it, and remain exact.
-        restarts = self._algorithm.restarts
-        if not set(restarts) & set(self._algorithm.messages):
-            for segment in self._segments:
-                for name in restarts:
-                    segment.state(name).zero_()
+        if not set(self._algorithm.restarts) & set(self._algorithm.messages):
+            self.restart()
+
+    def restart(self) -> None:
+        """Have states that carry sums over the ranks begin with zero."""
+        for segment in self._segments:
+            for name in self._algorithm.restarts:
+                if name in segment.states:
+                    segment.states[name].zero_()
 
     @property
     def samples(self) -> Samples | None:
@@ -218,9 +222,9 @@ class Exchanges:
     def following(self) -> tuple[int, int] | None:
         """The next step and the number of its exchange, if it has one."""
         step = self.clock.steps
-        if not self.due(step + 1):
+        if not self.due(step + 1) or step == self.skipped:
             return None
-        return step + 1, self.clock.exchanges + (self.schedule.is_gossip_step(step) and step != self.skipped)
+        return step + 1, self.clock.exchanges + self.schedule.is_gossip_step(step)
 
     def end_step(self, rates: list[float], mixed: int) -> None:
         """The step is over, at these learning rates of the groups, of which number `mixed` is the first that is mixed."""
@@ -228,7 +232,11 @@ class Exchanges:
             self.samples.keep()
         self._shares_of_step()  # Push-sum's scalars move on where this rank has nothing to pass over, too.
         self.clock.tick(self.schedule, self.due(self.clock.steps), rates, mixed)
-        self._shares = self.skipped = None
+        self._shares = None
+        if self.skipped is not None:
+            # What the others begin with is zero: a sum of what they do not know would be mixed by weights that do not keep it.
+            self.skipped = None
+            self.restart()
         if self._admission is not None and self.clock.exchanges > self._admission.at:
             self._end_admission(self._admission)
         if self.channels is not None and self.channels.segments:

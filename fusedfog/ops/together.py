@@ -14,6 +14,7 @@ from fusedfog.comm.agreement import agree as agree_on_fields
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.averaging import average_in_place
 from fusedfog.comm.calls import collective
+from fusedfog.comm.elastic.again import made_again
 from fusedfog.comm.group import find_group, group_timeout, store_timeout
 from fusedfog.ops.neighbors import open_communicator
 from fusedfog.ops.tensors import check_dense, describe
@@ -23,6 +24,7 @@ from fusedfog.ops.tensors import check_dense, describe
 def mean(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor: ...
 @overload
 def mean(x: float, group: dist.ProcessGroup | None = None) -> float: ...
+@made_again
 @collective("mean()")
 @torch.no_grad()
 def mean(x: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor | float:
@@ -65,6 +67,7 @@ def mean(x: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor | 
     return result
 
 
+@made_again
 @collective("agree()")
 def agree(flag: bool | Tensor, group: dist.ProcessGroup | None = None) -> bool:
     """Whether `flag` is true on any rank, the same answer on each. Collective; every rank waits for all others.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fusedfog.comm.averaging import average_in_place, consensus_distance
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.elastic.again import together
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
@@ -46,30 +47,41 @@ def averaged(engine: Scheduler, options: Options, model: torch.nn.Module | None)
     if model is None and not engine.warned_of_buffers:
         _warn_of_buffers(engine)
     tensors = [*_mixed(engine), *buffers]  # Parameters elsewhere would not be the average inside.
-    with Call("averaged()", ranks_of(engine)):
-        communicator = _meet(engine, options, "averaged()")
-        engine.drain(keep_failures=True)
-    edits = engine.buckets.count_edits()
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        with torch.no_grad(), Call("averaged()", ranks_of(engine)):
-            average_in_place(tensors, communicator, finite=options.nonfinite != "propagate")
+
+    def average() -> ExitStack:
+        """Put the average in the place of the tensors; closing what is returned puts them back."""
+        with Call("averaged()", ranks_of(engine)):
+            communicator = _meet(engine, options, "averaged()")
+            engine.drain(keep_failures=True)
+        with ExitStack() as undo:
+            undo.callback(_put_back, engine, tensors, [tensor.clone() for tensor in tensors], engine.buckets.count_edits())
+            with torch.no_grad(), Call("averaged()", ranks_of(engine)):
+                average_in_place(tensors, communicator, finite=options.nonfinite != "propagate")
+            return undo.pop_all()
+
+    with together(average, ExitStack.close):
         engine.buckets.bump_versions()
         with engine.block_steps("averaged()"):
             yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
-        engine.buckets.bump_versions()
-        engine.buckets.forget_edits(edits)
+
+
+def _put_back(engine: Scheduler, tensors: list[Tensor], before: list[Tensor], edits: list[int]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    engine.buckets.bump_versions()
+    engine.buckets.forget_edits(edits)
 
 
 def distance_of(engine: Scheduler, options: Options) -> float:
     """Root mean square over ranks of ||x_i - mean||, over all mixed parameters, measured now."""
     flats = _mixed(engine)
-    communicator = _meet(engine, options, "consensus_distance()")
-    distance = consensus_distance(flats, communicator, finite=options.nonfinite != "propagate")
+
+    def measure() -> float:
+        communicator = _meet(engine, options, "consensus_distance()")
+        return consensus_distance(flats, communicator, finite=options.nonfinite != "propagate")
+
+    distance = together(measure)
     if engine.sharding is not None:
         own = torch.tensor(distance, dtype=torch.float64, device=engine.place)
         distance = engine.sharding.norm(own).item()

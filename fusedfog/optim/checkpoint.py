@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusedfog.comm.calls import collective
+from fusedfog.comm.elastic.again import made_again
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.guard import guarded
 from fusedfog.comm.outcome import Outcome
@@ -49,6 +50,7 @@ class _Runs:
     warned: ClassVar[set[Path]] = set()
 
 
+@made_again
 @collective("save_checkpoint()")
 def save_checkpoint(
     path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, *, keep: int | None = None, **extra: Any
@@ -152,6 +154,7 @@ def _tidy(final: Path, run: str, keep: int | None) -> None:
         )
 
 
+@made_again
 @collective("load_checkpoint()")
 def load_checkpoint(
     path: str | Path, model: nn.Module, opt: DecentralizedOptimizer, *, trusted: bool = False

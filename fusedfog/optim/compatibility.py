@@ -270,6 +270,27 @@ ROWS: tuple[Refusal, ...] = (
         "some ranks would lose all mass to others",
         "use a graph in which every rank reaches every other one",
     ),
+    *(
+        Refusal("elastic", option, why, instead)
+        for option, why, instead in (
+            ("weighs", "its scalars follow from the rounds of all ranks that there were", "use algorithm='awc' or 'atc'"),
+            ("mixes nothing", "every rank would need all others, or none", "use awc, atc or another algorithm that mixes"),
+            ("mesh", "members are ranks, and no machines yet", "use a topology of ranks"),
+            ("FSDP2", "a member needs all shards of its parameters", "leave it out"),
+            ("DistributedDataParallel", "its process group ends with an epoch", "train the bare module (ddp.module)"),
+            ("group", "the process group is that of the members, and is another one when they change", "leave it out"),
+            ("unmixed groups", "a newcomer would take what belongs to another rank", "give them a torch.optim optimizer"),
+            ("wire_dtype", "replicas of the ranks that there were would have to begin anew", "use exact messages"),
+            ("outer", "what has gathered since the last exchange would have to be cut off", "use communicate_every"),
+            ("asynchronous", "windows have the same neighbours for as long as they live", _ONE_OF_THEM),
+            ("data_parallel_steps", "every rank needs all others in these steps", "leave it out"),
+            ("weight", "shares would have to be agreed on anew", "leave it out"),
+            ("fused_backward", "a step begins in backward, where it cannot wait for other members", "leave it out"),
+            ("capturable", "a recorded step knows the neighbours that it was recorded with", "leave it out"),
+            ("cpu_compile", "a newcomer may come without a compiler", "leave it out"),
+            ("GPU", "NCCL's communicators cannot be left and made anew in this way yet", "train on CPUs"),
+        )
+    ),
     Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
     Refusal("GPU", "instructions that lack", "{lacking}", "use {replacement}"),
 )

@@ -243,6 +243,15 @@ FEATURES: dict[str, Feature] = {
     # Seen by the first step: frameworks wrap the model after the optimizer is built.
     "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),
     "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
+    "elastic": Feature(lambda setup: setup.elastic, "an elastic run", lambda setup: "init(elastic=True)"),
+    "weighs": _algorithm(lambda setup: setup.algorithm.weighs, "`push_sum`"),
+    "mixes nothing": _algorithm(
+        lambda setup: setup.algorithm.exchanges != "parameters", "an algorithm that mixes no parameters"
+    ),
+    "group": Feature(lambda setup: setup.value("group") is not None, "`group`", lambda setup: "group="),
+    "unmixed groups": Feature(
+        lambda setup: any(not group.get("mix", True) for group in setup.groups), "a param group with `mix=False`"
+    ),
     "no learning rate": Feature(
         lambda setup: setup.family == "wrapped" and any("lr" not in group for group in setup.groups),
         "an optimizer whose param groups have no `lr`",

@@ -42,6 +42,8 @@ R = TypeVar("R")
 
 _INTERRUPTED = (PeerTimeout, ExchangeError, StoreLost)
 _ASK_AGAIN = 0.3
+_REASON = "given to the run"
+"""Of a newcomer's topology, which nobody has told it."""
 
 
 class Recovering(Protocol):
@@ -98,7 +100,7 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
             engine.exchanges.on_loss = engine.members.lost
             return engine
     except _INTERRUPTED as error:
-        cause = _brief(error)
+        cause = brief(error, run)
     try:
         run.reform("construction", 0, 0, cause)
         run.tell()
@@ -177,6 +179,7 @@ class Recovery:
 
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
+        run.again = self.make_again
         self._cause = ""
 
     @property
@@ -188,8 +191,10 @@ class Recovery:
     def lost(self, error: Exception) -> None:
         """See `Members`."""
         if not self._cause:
-            self._cause = _brief(error)
-            log.info("slot %d: this step mixes nothing: %s", self.run.identity.slot, self._cause)
+            self._cause = brief(error, self.run)
+            log.info(
+                "slot %d: step %d mixes nothing: %s", self.run.identity.slot, self._engine.clock.steps, self._cause
+            )
 
     def before_step(self) -> None:
         """See `Members`."""
@@ -217,7 +222,7 @@ class Recovery:
                 self._adopt(record)
                 break
             except _INTERRUPTED as error:
-                cause = _brief(error)
+                cause = brief(error, run)
         run.tell()
         return record
 
@@ -230,7 +235,7 @@ class Recovery:
             setup = construction.setup_of(opt._family, engine.groups, opt._options, [], sharded=False)
             topology = topology_of_members(setup, opt._options.topology)
         fresh = [record.uids.index(uid) for uid in record.fresh]
-        phase = dataclasses.replace(last, topology=topology)
+        phase = dataclasses.replace(last, topology=topology, reason=last.reason or _REASON)
         engine.change_members(communicator, phase, fresh, record.exchanges)
         if self.run.seat.uid in record.fresh:
             engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
@@ -244,8 +249,8 @@ class Recovery:
             engine.exchanges.skipped = engine.clock.steps
         engine.clock.exchanges = record.exchanges
 
-    def make_again(self, call: Callable[[], R]) -> R:
-        """What a call returns that all members make together, once all of them have completed it."""
+    def make_again(self, call: Callable[[], R], undo: Callable[[R], object]) -> R:
+        """See `comm.elastic.again.together`."""
         while True:
             cause = ""
             try:
@@ -253,8 +258,9 @@ class Recovery:
                     result = call()
                     if self.run.commit():
                         return result
+                    undo(result)
             except _INTERRUPTED as error:
-                cause = _brief(error)
+                cause = brief(error, self.run)
             record = self.go_over("call", cause or self._cause)
             # Who was behind has nothing to make up for here: its next step is that of the others.
             self._engine.clock.steps, self._engine.clock.exchanges = record.steps, record.exchanges
@@ -274,7 +280,9 @@ class Recovery:
         return write(path, tensors, data).crc32
 
 
-def _brief(error: Exception) -> str:
-    """An error in one line."""
-    text = str(error)
-    return text[: text.find(" Who is where:")] if " Who is where:" in text else text
+def brief(error: Exception, run: Run) -> str:
+    """Why an epoch is over, for people who know slots: "slot 2 has ended"."""
+    origin, record = getattr(error, "origin", None), run.record
+    if origin is not None and record is not None and origin < len(record.seats):
+        return f"slot {record.seats[origin].slot} {getattr(error, 'origin_words', '')}"
+    return run.over or str(error).partition(" Who is where:")[0]

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from support.elastic import Members, say
 
@@ -16,20 +17,27 @@ import fusedfog
 SLOTS, SIZE = 4, 5
 
 
-def target(slot: int) -> torch.Tensor:
-    """Where a member's own loss is least."""
-    return torch.linspace(-1, 1, SIZE, dtype=torch.float64) * (slot + 1) + 3 * (slot == 2)
-
-
-def curvature(slot: int) -> torch.Tensor:
-    return 1.0 + torch.arange(SIZE, dtype=torch.float64) * (slot + 1) / 8
+def numbers(slot: int) -> tuple[np.ndarray, np.ndarray]:
+    """A member's own loss is h (x - c)^2 / 2 in each coordinate; here are h and c."""
+    return 1.0 + np.arange(SIZE) * (slot + 1) / 8, np.linspace(-1, 1, SIZE) * (slot + 1) + 3 * (slot == 2)
 
 
 def optimum(slots: list[int]) -> np.ndarray:
-    """Where the sum of these members' losses is least; by numpy alone."""
-    hs = np.array([1.0 + np.arange(SIZE) * (slot + 1) / 8 for slot in slots])
-    cs = np.array([np.linspace(-1, 1, SIZE) * (slot + 1) + 3 * (slot == 2) for slot in slots])
+    """Where the sum of these members' losses is least."""
+    hs, cs = map(np.array, zip(*map(numbers, slots), strict=True))
     return (hs * cs).sum(0) / hs.sum(0)
+
+
+def rest_of_ring(slots: list[int], lr: float, *, adapt_first: bool) -> np.ndarray:
+    """Where members on a ring of three come to rest: X = W X - lr g(X), or X = W (X - lr g(X)). [members, SIZE]."""
+    hs, cs = map(np.array, zip(*map(numbers, slots), strict=True))
+    n, found = len(slots), np.empty((len(slots), SIZE))
+    mixing = np.full((n, n), 1 / 3)
+    for k in range(SIZE):
+        pull = lr * np.diag(hs[:, k])
+        left = np.eye(n) - mixing @ (np.eye(n) - pull) if adapt_first else np.eye(n) - mixing + pull
+        found[:, k] = np.linalg.solve(left, (mixing @ pull if adapt_first else pull) @ cs[:, k])
+    return found
 
 
 class Plan:
@@ -57,15 +65,15 @@ def build(plan: Plan) -> tuple[torch.nn.Linear, Any]:
     model = torch.nn.Linear(SIZE, 1, bias=False).double()
     keywords = {"lr": 0.05, **plan.keywords}
     if plan.kind == "Decentralized":
-        algorithm = keywords.pop("algorithm", "awc")
-        return model, fusedfog.Decentralized(torch.optim.SGD(model.parameters(), **keywords), algorithm=algorithm)
+        inner = torch.optim.SGD(model.parameters(), lr=keywords.pop("lr"))
+        return model, fusedfog.Decentralized(inner, **keywords)
     return model, getattr(fusedfog, plan.kind)(model.parameters(), **keywords)
 
 
 def one_step(model: torch.nn.Linear, opt: Any) -> None:
-    slot = own_slot()
+    h, c = map(torch.from_numpy, numbers(own_slot()))
     opt.zero_grad()
-    (curvature(slot) * (model.weight[0] - target(slot)) ** 2).sum().mul(0.5).backward()
+    (h * (model.weight[0] - c) ** 2).sum().mul(0.5).backward()
     opt.step()
 
 
@@ -74,11 +82,12 @@ def train(plan: Plan) -> dict[str, Any]:
     fusedfog.init(elastic=True, timeout=60, dead_after=5.0, on_membership_change=changes.append)
     model, opt = build(plan)
     began = opt.steps
-    first = os.environ["FUSEDFOG_INCARNATION"] == "0"
+    first, calls = os.environ["FUSEDFOG_INCARNATION"] == "0", 0
     while opt.steps < plan.steps:
         if first and opt.steps == plan.at and own_slot() == plan.victim:
             os.kill(os.getpid(), signal.SIGKILL)
         one_step(model, opt)
+        calls += 1
         if opt.steps % 10 == 0:
             say(opt.steps)
         time.sleep(plan.pause)
@@ -89,7 +98,8 @@ def train(plan: Plan) -> dict[str, Any]:
         "changes": changes,
         "stats": opt.stats(),
         "rank": fusedfog.rank(),
-        "updates": {name: float(state["step"]) for name, state in enumerate(opt.state.values()) if "step" in state},
+        "calls": calls,
+        "updates": [int(state["step"]) for state in opt.state.values() if "step" in state],
     }
 
 
@@ -103,8 +113,97 @@ def test_three_of_four_train_on_when_one_is_killed() -> None:
         first, second = result["changes"]
         assert first.members == ("0.0", "1.0", "2.0", "3.0") and first.epoch == 0
         assert second.members == ("0.0", "1.0", "3.0") and second.epoch == 1
-        assert second.left == ("2.0",) and second.joined == () and "rank 2" in second.cause
+        assert second.left == ("2.0",) and second.joined == () and second.cause == "slot 2 has ended"
         stats = result["stats"]
         assert (stats["epoch"], stats["members"], stats["reforms"]) == (1, ("0.0", "1.0", "3.0"), 1)
         assert 0 < stats["reform_s"] < 60
     assert len({result["stats"]["exchanges"] for result in results.values()}) == 1
+
+
+SLOW = pytest.mark.slow
+METHODS = [
+    pytest.param("SGD", {"algorithm": "awc"}, False),
+    pytest.param("SGD", {"algorithm": "atc"}, True, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "decentlam", "momentum": 0.5}, True, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "quasi_global", "momentum": 0.5}, True, marks=SLOW),
+    pytest.param("Decentralized", {"algorithm": "awc"}, False, marks=SLOW),
+    pytest.param("Decentralized", {"algorithm": "atc"}, True, marks=SLOW),
+]
+EXACT = [
+    pytest.param({"algorithm": "exact_diffusion"}),
+    pytest.param({"algorithm": "extra"}, marks=SLOW),
+    pytest.param({"algorithm": "gradient_tracking", "lr": 0.05}, marks=SLOW),
+    pytest.param({"algorithm": "momentum_tracking", "lr": 0.02, "momentum": 0.5}, marks=SLOW),
+]
+LEFT = [0, 1, 3]
+
+
+@pytest.mark.parametrize(("kind", "keywords", "adapt_first"), METHODS)
+def test_survivors_come_to_rest_where_their_own_graph_has_it(
+    kind: str, keywords: dict[str, Any], adapt_first: bool
+) -> None:
+    with Members(SLOTS) as members:
+        members.start(train, Plan(400, victim=2, at=20, kind=kind, lr=0.1, topology="ring", **keywords))
+        results = members.results()
+    found = np.array([result["x"] for result in results.values()])
+    np.testing.assert_allclose(found, rest_of_ring(LEFT, 0.1, adapt_first=adapt_first), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("keywords", EXACT)
+def test_exact_methods_reach_the_optimum_of_those_that_are_left(keywords: dict[str, Any]) -> None:
+    with Members(SLOTS) as members:
+        members.start(train, Plan(900, victim=2, at=20, **{"lr": 0.1, "topology": "ring", **keywords}))
+        results = members.results()
+    assert len(results) == 3
+    for result in results.values():
+        np.testing.assert_allclose(result["x"], optimum(LEFT), rtol=0, atol=1e-10)
+
+
+def with_newcomer(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What all processes return of a run in which the victim is started again."""
+    with Members(SLOTS) as members:
+        members.start(train, plan)
+        members.processes[f"{plan.victim}.0"].join()
+        members.start_again(plan.victim, train, plan)
+        return members.results()
+
+
+@pytest.mark.parametrize("keywords", EXACT)
+def test_exact_methods_reach_everybodys_optimum_once_the_killed_one_is_back(keywords: dict[str, Any]) -> None:
+    options = {"lr": 0.1, "topology": "ring", **keywords}
+    results = with_newcomer(Plan(1500, victim=2, at=20, pause=0.002, **options))
+    assert list(results) == ["0.0", "1.0", "3.0", "2.1"]
+    began = results["2.1"]["began"]
+    assert 20 < began < 1200, "it has not begun anew, nor when all was over"
+    for uid, result in results.items():
+        assert result["steps"] == 1500
+        np.testing.assert_allclose(result["x"], optimum([0, 1, 2, 3]), rtol=0, atol=1e-10)
+        last = result["changes"][-1]
+        assert last.members == ("0.0", "1.0", "2.1", "3.0") and last.joined == ("2.1",)
+        assert result["rank"] == int(uid[0])
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"kind": "AdamW"},
+    "AdamW dag": {"kind": "AdamW", "algorithm": "dag"},
+    "AdamW quasi_global": {"kind": "AdamW", "algorithm": "quasi_global"},
+    "AdamW gradient_tracking": {"kind": "AdamW", "algorithm": "gradient_tracking"},
+    "AccumAdamW": {"kind": "AccumAdamW", "accum_steps": 2},
+    "atc with momentum, clipped": {"algorithm": "atc", "momentum": 0.9, "max_grad_norm": 1.0},
+    "seldom, and averages": {"communicate_every": 3, "global_average_every": 7, "measure": True},
+    "heals": {"nonfinite": "heal", "mix_strength": 0.5},
+    "small buckets": {"bucket_mb": 1e-5, "algorithm": "atc"},
+}
+
+
+@pytest.mark.parametrize("name", [name if name == "AdamW" else pytest.param(name, marks=SLOW) for name in OTHERS])
+def test_each_gradient_is_used_once_whatever_the_method(name: str) -> None:
+    options = {"lr": 0.01, **OTHERS[name]}
+    results = with_newcomer(Plan(400, victim=2, at=20, pause=0.002, **options))
+    assert len(results) == 4
+    for uid, result in results.items():
+        assert result["steps"] == 400 and np.isfinite(result["x"]).all()
+        if result["updates"] and uid != "2.1":
+            assert result["updates"] == [result["calls"]], "torch counts the updates of a parameter"
+    spread = np.array([result["x"] for result in results.values()]).std(0).max()
+    assert spread < 0.5, "they have mixed"

@@ -70,6 +70,7 @@ class Run:
         called: others are ready for the next epoch.
         over: why the current epoch is over, once it is; "" until then.
         built: this process has an optimizer, whose state newcomers may have.
+        again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
         hand: where newcomers' wishes for it arrive.
         reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
     """
@@ -94,6 +95,7 @@ class Run:
         self._own_seat()
         self.record: Record | None = None
         self.called, self.over, self.built = False, "", False
+        self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.reforms, self.reform_s = 0, 0.0
         self._silent: dict[str, float] = {}

@@ -1,0 +1,165 @@
+"""Calls that all members make together, in which one of them is killed: the others complete them, over those that are left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.elastic import Members
+
+import fusedfog
+from fusedfog.comm.elastic.run import Run
+
+SIZE = 6
+VICTIM = 2
+
+
+def own_slot() -> int:
+    return int(os.environ["FUSEDFOG_SLOT"])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin(**keywords: Any) -> tuple[torch.nn.Linear, Any]:
+    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    model = torch.nn.Linear(SIZE, 1, bias=False).double()
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", **keywords)
+    model.weight.grad = torch.full_like(model.weight, 1.0 + own_slot())
+    opt.step()
+    return model, opt
+
+
+def average(model: Any, opt: Any, folder: str) -> Any:
+    own = model.weight.detach().clone()
+    with opt.averaged():
+        mean = model.weight.detach().clone().numpy()
+    assert torch.equal(model.weight.detach(), own)
+    return mean, own.numpy()
+
+
+def distance(model: Any, opt: Any, folder: str) -> Any:
+    return opt.consensus_distance(), model.weight.detach().clone().numpy()
+
+
+def save(model: Any, opt: Any, folder: str) -> Any:
+    path = fusedfog.save_checkpoint(folder, model, opt)
+    model.weight.data.zero_()
+    fusedfog.load_checkpoint(folder, model, opt)
+    return path.name, model.weight.detach().clone().numpy()
+
+
+def mean(model: Any, opt: Any, folder: str) -> Any:
+    return fusedfog.mean(float(own_slot())), model.weight.detach().clone().numpy()
+
+
+CALLS: dict[str, Callable[..., Any]] = {"averaged": average, "distance": distance, "save": save, "mean": mean}
+
+
+def without_one(name: str, folder: str) -> tuple[Any, int, int]:
+    """The victim is killed as the others are in the call; afterwards these make steps."""
+    model, opt = begin()
+    if own_slot() == VICTIM:
+        die()
+    found = CALLS[name](model, opt, folder)
+    for _ in range(3):
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+    return found, opt.steps, opt.stats()["epoch"]
+
+
+@pytest.mark.parametrize(
+    "name", ["averaged", *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name != "averaged")]
+)
+def test_a_call_is_completed_by_those_that_are_left(name: str, tmp_path: Path) -> None:
+    with Members(4) as members:
+        members.start(without_one, name, str(tmp_path))
+        results = members.results()
+    assert list(results) == ["0.0", "1.0", "3.0"]
+    found = [result[0] for result in results.values()]
+    assert {result[1:] for result in results.values()} == {(4, 1)}
+    own = np.array([one[1] for one in found])
+    if name == "averaged":
+        for one in found:
+            np.testing.assert_allclose(one[0], own.mean(0), rtol=0, atol=1e-14)
+    elif name == "distance":
+        expected = np.sqrt(((own - own.mean(0)) ** 2).sum((1, 2)).mean())
+        np.testing.assert_allclose([one[0] for one in found], expected, rtol=1e-12)
+    elif name == "mean":
+        assert [one[0] for one in found] == [4 / 3] * 3
+    else:
+        assert len({one[0] for one in found}) == 1 and np.isfinite(own).all() and (own != 0).any()
+
+
+def at_the_end(folder: str) -> Any:
+    """The victim is killed when it has the average, so that one member at least has it too, and not all know of it."""
+    model, opt = begin()
+    run: Any = Run.current()
+    if own_slot() == VICTIM:
+        run.commit = die
+    return average(model, opt, folder)
+
+
+def test_who_has_completed_a_call_makes_it_again_if_another_one_has_not(tmp_path: Path) -> None:
+    with Members(4) as members:
+        members.start(at_the_end, str(tmp_path))
+        results = members.results()
+    own = np.array([result[1] for result in results.values()])
+    for mean, _ in results.values():
+        np.testing.assert_allclose(mean, own.mean(0), rtol=0, atol=1e-14)
+
+
+def build_late() -> tuple[int, tuple[str, ...]]:
+    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    if own_slot() == VICTIM:
+        die()
+    model = torch.nn.Linear(SIZE, 1, bias=False)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1)
+    model.weight.grad = torch.ones_like(model.weight)
+    opt.step()
+    return opt.steps, opt.stats()["members"]
+
+
+@pytest.mark.slow
+def test_an_optimizer_is_built_by_those_that_are_left() -> None:
+    with Members(4) as members:
+        members.start(build_late)
+        results = members.results()
+    assert list(results.values()) == [(1, ("0.0", "1.0", "3.0"))] * 3
+
+
+ROWS = {
+    "push_sum": ({"algorithm": "push_sum"}, "push_sum"),
+    "allreduce": ({"algorithm": "allreduce"}, "or none"),
+    "wire": ({"wire_dtype": "int8"}, "replicas"),
+    "fused": ({"fused_backward": True}, "fused_backward"),
+    "first data-parallel": ({"data_parallel_steps": 3}, "data_parallel_steps"),
+    "weight": ({"weight": 2.0}, "shares"),
+}
+
+
+def all_refused() -> dict[str, str]:
+    fusedfog.init(elastic=True, timeout=30)
+    found = {}
+    for name, (keywords, _) in ROWS.items():
+        model = torch.nn.Linear(SIZE, 1, bias=False)
+        try:
+            fusedfog.SGD(model.parameters(), lr=0.1, **keywords)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_what_does_not_work_with_members_that_change_is_refused_before_anything_is_sent() -> None:
+    with Members(1) as members:
+        members.start(all_refused)
+        (found,) = members.results().values()
+    for name, (_, words) in ROWS.items():
+        assert "init(elastic=True)" in found[name] and words in found[name], found.get(name)
