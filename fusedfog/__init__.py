@@ -46,6 +46,7 @@ from fusedfog.optim.checkpoint import load_checkpoint, save_checkpoint
 from fusedfog.optim.ddp import local_gradients
 from fusedfog.optim.optimizers import SGD, AccumAdamW, Adam, AdamW
 from fusedfog.optim.wrapper import Decentralized
+from fusedfog.sampling import elastic_sampler
 from fusedfog.topology import Topology
 from fusedfog.watch import Monitor, monitor
 
@@ -85,6 +86,7 @@ __all__ = [
     "allreduce_parameters",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "elastic_sampler",
     "hierarchical_neighbor_allreduce",
     "init",
     "is_main",

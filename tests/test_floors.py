@@ -19,7 +19,7 @@ FLOORS = [
     ("gossip",),
     ("engine",),
     ("optim",),
-    ("simulate", "plan", "watch", "testing", "transformers", "accelerate", "lightning"),
+    ("simulate", "plan", "watch", "testing", "sampling", "transformers", "accelerate", "lightning"),
     ("cli",),
     ("examples",),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.pool import Pool
 from torch import nn
 
 import fusedfog
-from fusedfog.testing import HOWS, InjectedFailure, fail_at
+from fusedfog.testing import HOWS, InjectedFailure, cut_off, fail_at
 
 STEP = 2
 
@@ -65,6 +66,38 @@ def test_a_stopped_rank_is_named_when_the_timeout_is_over(ranks: Pool) -> None:
         assert "It began with rank 1, which does not answer (stopped, or cut off)" in outcomes[rank].message
 
 
+def test_a_rank_that_is_cut_off_for_a_while_keeps_the_others_waiting_and_loses_nothing(ranks: Pool) -> None:
+    results = ranks.run(3, fail, "partition", pg_timeout=300)
+    assert all(finite for finite, _ in results) and all(seconds > 0.5 for _, seconds in results)
+
+
+def test_nothing_reaches_a_process_that_is_cut_off_until_it_is_over() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        socket.create_connection(listener.getsockname()) as there,
+        listener.accept()[0] as here,
+    ):
+        cut_off(1.5)
+        with pytest.raises(ValueError, match="cut off already"):
+            cut_off(1.0)
+        there.sendall(b"late")
+        here.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            here.recv(4)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(other.getsockname(), 0.2)
+        here.settimeout(60)
+        assert here.recv(4) == b"late"
+        wait_until_over()
+        socket.create_connection(other.getsockname(), 60).close()
+
+
+def wait_until_over() -> None:
+    while "connect" in vars(socket.socket):
+        time.sleep(0.01)
+
+
 def test_it_raises_once_at_its_step_and_leaves_nothing_behind() -> None:
     with fail_at(0, STEP, "raise"), pytest.raises(InjectedFailure, match=f"rank 0: injected at step {STEP}"):
         train(5)
@@ -89,4 +122,6 @@ def test_nonsense_is_refused(arguments: tuple[Any, ...], text: str) -> None:
         fail_at(*arguments)
     with pytest.raises(ValueError, match="seconds must be positive"):
         fail_at(0, 0, "slow", seconds=0.0)
+    with pytest.raises(ValueError, match="seconds must be positive"):
+        cut_off(-1.0)
     assert "kill" in HOWS

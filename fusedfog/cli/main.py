@@ -1,4 +1,4 @@
-"""The command line: ``fusedfog topology``, ``topologies``, ``plan``, ``calibrate``, ``trace``, ``watch``; ``--version``."""
+"""Commands: ``fusedfog run``, ``topology``, ``topologies``, ``plan``, ``calibrate``, ``trace``, ``watch``, ``--version``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from fusedfog import __version__
 from fusedfog.cli.calibrate import add_calibrate
 from fusedfog.cli.plan import add_plan
+from fusedfog.cli.run import add_run
 from fusedfog.cli.topology import add_topologies, add_topology
 from fusedfog.cli.trace import add_trace
 from fusedfog.cli.watch import add_watch
 
 COMMANDS: list[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None]] = [
+    add_run,
     add_topology,
     add_topologies,
     add_plan,
