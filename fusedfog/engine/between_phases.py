@@ -133,17 +133,20 @@ class BetweenPhases(BetweenSteps):
         assert self.communicator is not None
         return [self.communicator.view.ranks.index(rank) for rank in part.view.ranks]
 
-    def replace_topology(self, topology: Topology | None, reason: str, hierarchy: Hierarchy | None) -> None:
+    def replace_topology(
+        self, topology: Topology | None, reason: str, hierarchy: Hierarchy | None, codes: torch.dtype | None
+    ) -> None:
         """Exchange along another topology from the next step on, or once the phase begins that has exchanges.
 
         Args:
             topology: between the machines of `hierarchy`, if there is one.
             reason: why, for people.
             hierarchy: the one that there is; None where ranks are nodes from now on.
+            codes: dtype of compressed messages from now on; None for exact ones.
         """
         last = self.phases.last
         ahead, nodes_change = self.phase is not last, hierarchy is not last.hierarchy
-        phase = replace(last, topology=topology, reason=reason)
+        phase = replace(last, topology=topology, reason=reason, codes=codes)
         if nodes_change:
             phase = replace(
                 phase, hierarchy=hierarchy, gradients=hierarchy.gradients if hierarchy is not None else None
@@ -151,7 +154,7 @@ class BetweenPhases(BetweenSteps):
         self.phases = self.phases.with_last(phase)
         if ahead:
             return
-        if nodes_change:
+        if nodes_change or codes != last.codes:
             self.take_edits()
             self.change_phase(phase)
         else:

@@ -294,7 +294,7 @@ def choose_topology(setup: Setup, given: Topology | str | None, size: int) -> To
     Raises:
         ValueError: as `check` and `resolve_topology`.
     """
-    chosen = resolve_topology(setup.algorithm, given, size, static=bool(setup.value("wire_dtype") or setup.value("asynchronous")))
+    chosen = resolve_topology(setup.algorithm, given, size, static=setup.compresses or bool(setup.value("asynchronous")))
     check(replace(setup, topology=chosen))
     return chosen.lazy() if chosen is not None and setup.algorithm.lazy else chosen
 

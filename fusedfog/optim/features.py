@@ -55,6 +55,11 @@ class Setup:
         """The row whose passes are made: a rank that is alone makes the inner optimizer's own step."""
         return self.algorithm if self.ranks > 1 else alone(self.family)
 
+    @property
+    def compresses(self) -> bool:
+        """Whether messages are compressed."""
+        return self.value("wire_dtype") not in (None, "exact")
+
     def value(self, name: str) -> Any:
         """A keyword's or hyper-parameter's value; of param groups, the first that has one."""
         given = self.options.get(name)
@@ -180,7 +185,7 @@ FEATURES: dict[str, Feature] = {
         lambda setup: _changes(setup), "`mix_strength` as a function", lambda setup: "mix_strength=a function"
     ),
     "fused_backward": _keyword("fused_backward"),
-    "wire_dtype": _keyword("wire_dtype"),
+    "wire_dtype": _keyword("wire_dtype", "exact"),
     "low_precision": _keyword("low_precision"),
     "state_dtype": _keyword("state_dtype", torch.float32),
     "max_grad_norm": _keyword("max_grad_norm"),
@@ -279,7 +284,7 @@ FEATURES: dict[str, Feature] = {
     ),
     "replicas that change": Feature(
         lambda setup: (
-            bool(setup.value("wire_dtype"))
+            setup.compresses
             and setup.ranks > 1
             and setup.topology is not None
             and not (setup.topology.is_static and not _pauses(setup))
