@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedfog.algorithm import Algorithm
 from fusedfog.comm.communicator import Communicator
+from fusedfog.engine.adapt import Adaptation
 from fusedfog.engine.between_steps import BetweenSteps
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
@@ -40,6 +41,7 @@ class BetweenPhases(BetweenSteps):
     stats: ExchangeStats
     channels: CompressedChannels | None
     place: torch.device
+    adaptation: Adaptation | None = None
     weight: float = 1.0
     weight_of_gradients: Tensor | None = None
     _channel: int
@@ -154,6 +156,7 @@ class BetweenPhases(BetweenSteps):
         self.phases = self.phases.with_last(phase)
         if ahead:
             return
+        self.clock.intervals = None
         if nodes_change or codes != last.codes:
             self.take_edits()
             self.change_phase(phase)
@@ -174,6 +177,8 @@ class BetweenPhases(BetweenSteps):
             if self.means is not None:
                 self.means.detach()
             self.enter(phase)
+        elif self.adaptation is not None:
+            self.use_topology(phase.topology)
         self.exchanges.set_clock(saved)
         if self.means is not None:
             self.means.squares = self.clock.gradient_squares or []
@@ -185,6 +190,7 @@ class BetweenPhases(BetweenSteps):
         if self.means is not None:
             self.means.detach()
         hand_over(self, self.phase, phase)
+        self.clock.intervals = None  # Of other rounds.
         self.enter(phase)
         self.exchanges.open_connections()
         if self.channels is not None:

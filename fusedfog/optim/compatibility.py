@@ -270,6 +270,21 @@ ROWS: tuple[Refusal, ...] = (
         "some ranks would lose all mass to others",
         "use a graph in which every rank reaches every other one",
     ),
+    *(
+        Refusal("adapt", option, why, instead)
+        for option, why, instead in (
+            ("no free order of rounds", "it changes how often rounds come", "use awc, atc, dag or a tracking method"),
+            ("one round", "a static graph has no other round", "use 'one_peer_exponential' or another periodic sequence"),
+            ("endless", "its rounds do not come again", "use 'one_peer_exponential' or another periodic sequence"),
+            ("asynchronous", "asynchronous ranks wait for no edge", _ONE_OF_THEM),
+            ("wire_dtype", "compressed messages have replicas for each round, in its place of the sequence", _ONE_OF_THEM),
+            ("global_average_every", "an average over all ranks takes every slow edge", _ONE_OF_THEM),
+            ("mesh", "who waited for which machine is not known rank by rank", _ONE_OF_THEM),
+            ("FSDP2", "ranks with other shards would choose other rounds", _ONE_OF_THEM),
+            ("capturable", "which round comes is looked up by the host in every step", _ONE_OF_THEM),
+            ("GPU", "a GPU waits in its streams, where the host does not see it", "leave it out"),
+        )
+    ),
     Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
     Refusal("GPU", "instructions that lack", "{lacking}", "use {replacement}"),
 )
@@ -347,6 +362,7 @@ _COLUMNS: dict[str, Mapping[str, Any]] = {
     "`state_dtype` bf16": {"state_dtype": torch.bfloat16},
     "`capturable`": {"capturable": True},
     "`asynchronous`": {"asynchronous": True},
+    "`adapt`": {"adapt": 50},
 }
 _ALGORITHMS = {name for name, _, _ in ROWS_OF_ALGORITHMS}
 _GRAPHS = {"doubly_stochastic": "doubly stochastic", "symmetric": "static symmetric", "any": "any directed"}

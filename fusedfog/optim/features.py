@@ -207,6 +207,15 @@ FEATURES: dict[str, Feature] = {
     "not strongly connected": _topology(
         lambda topology: topology.is_static and not _connected(topology), "a topology in which some ranks never reach others"
     ),
+    "adapt": _keyword("adapt"),
+    "no free order of rounds": _algorithm(
+        lambda setup: setup.algorithm.exchanges != "parameters" or setup.algorithm.graph != "doubly_stochastic",
+        "an algorithm that does not take any order of doubly stochastic rounds",
+    ),
+    # Two ranks have one edge, whatever the graph is called.
+    "one round": _topology(
+        lambda topology: topology.is_static and topology.size > 2, "a static topology of more than two ranks"
+    ),
     "heals": Feature(
         lambda setup: setup.value("nonfinite") == "heal", "`nonfinite='heal'`", lambda setup: "nonfinite='heal'"
     ),

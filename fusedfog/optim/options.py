@@ -65,6 +65,7 @@ class Keywords(TypedDict, total=False):
     weight: float | torch.Tensor | None
     asynchronous: bool
     max_lag: int | None
+    adapt: int | None
     comm_sms: int | None
     links: Links | Network | str | PathLike[str] | None
     model: torch.nn.Module | None
@@ -102,6 +103,7 @@ class Options:
     weight: float | None = None
     asynchronous: bool = False
     max_lag: int | None = None
+    adapt: int | None = None
     comm_sms: int | None = None
     links: Links | Network | str | PathLike[str] | None = None
     model: torch.nn.Module | None = None
@@ -162,6 +164,9 @@ class Options:
             raise ValueError(
                 f"max_lag={lag} bounds asynchronous steps, and these wait for each other: asynchronous=True"
             )
+        adapt = options.adapt
+        if adapt is not None and (not isinstance(adapt, int) or isinstance(adapt, bool) or adapt < 1):
+            raise ValueError(f"adapt must be a whole number of exchanges from one plan to the next, or None, got {adapt!r}")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")

@@ -83,4 +83,5 @@ def _schedule(options: Options) -> StepSchedule:
         mix_strength=options.strength,
         asynchronous=options.asynchronous,
         max_lag=options.max_lag,
+        adapt=options.adapt,
     )
