@@ -87,6 +87,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "measure": {"measure": True},
     "heals": {"nonfinite": "heal"},
     "asynchronous": {"asynchronous": True},
+    "adapt": {"adapt": 2},
     "cpu_compile": {"cpu_compile": True},
     "mix_strength": {"mix_strength": 0.5},
     "weight": {"weight": None},

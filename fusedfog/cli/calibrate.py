@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ from fusedfog.comm.join import init
 from fusedfog.comm.machines import by_machine, this_machine
 from fusedfog.cost.links import Links
 from fusedfog.cost.network import Link, Network, allreduce_seconds
-from fusedfog.plan.units import show_bytes, show_rate, show_time
+from fusedfog.cost.units import show_bytes, show_rate, show_time
 
 SIZES = tuple(4 << 10 << (2 * k) for k in range(7))
 """Bytes: 4 KiB to 16 MiB."""
@@ -54,6 +54,12 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser("calibrate", help="measure links between ranks, under torchrun, for `fusedfog plan`")
     parser.add_argument("--out", default="links.json", metavar="FILE.json", help="default links.json")
     parser.add_argument("--backend", choices=("gloo", "nccl"), help="default: nccl on GPUs, else gloo")
+    parser.add_argument(
+        "--step-ms",
+        type=float,
+        metavar="MS",
+        help="a training step of one rank alone, noted in the file: what messages are weighed against",
+    )
     parser.set_defaults(run=run_calibrate)
 
 
@@ -61,9 +67,11 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """Measure; rank 0 prints and writes the file. Returns the exit status.
 
     Raises:
-        ValueError: fewer than two ranks, or machines with different numbers of ranks.
+        ValueError: fewer than two ranks, machines with different numbers of ranks, or --step-ms that is not positive.
         PeerTimeout, ExchangeError: a rank did not come, or has gone.
     """
+    step_s = None if options.step_ms is None else options.step_ms / 1e3
+    Links(1, None, None, 0.0, step_s)  # Raises before anything is measured.
     device = init(options.backend)
     world = find_group()
     if world.group is not None:
@@ -72,6 +80,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         links, samples = calibrate(device)
     if find_group().rank == 0:
         report(links, samples)
+        links = replace(links, step_s=step_s)
         links.write(options.out, backend=dist.get_backend(), measured=[asdict(sample) for sample in samples])
         print(
             f"\nwritten to {options.out}; now: fusedfog plan --links {options.out} --params ... --step-ms ... --ranks ..."

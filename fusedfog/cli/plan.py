@@ -12,14 +12,13 @@ from typing import TypeVar
 
 from fusedfog.cost.links import INSIDE, Links, read_links
 from fusedfog.cost.network import Link, Network
+from fusedfog.cost.prices import Price, best, fastest
+from fusedfog.cost.units import parse_count, parse_rate, parse_time, show_bytes, show_rate, show_time
 from fusedfog.cost.workload import DEFAULT_BUCKET_MB, OPTIMIZER_TENSORS, PROFILES, Workload, read_layers
 from fusedfog.plan.auto import explain_auto
 from fusedfog.plan.methods import Method
 from fusedfog.plan.report import (
-    Price,
-    best,
     draw,
-    fastest,
     predict_all,
     prices,
     scaling,
@@ -28,7 +27,6 @@ from fusedfog.plan.report import (
     table,
     wire_advice,
 )
-from fusedfog.plan.units import parse_count, parse_rate, parse_time, show_bytes, show_rate, show_time
 from fusedfog.topology import Topology
 from fusedfog.topology.names import BY_MACHINES, BY_SIZE
 
@@ -55,7 +53,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     work.add_argument(
         "--params", type=_typed(parse_count), metavar="COUNT", help="parameters, for instance 25.6e6 or 7B"
     )
-    work.add_argument("--step-ms", type=float, metavar="MS", help="milliseconds of a step without communication")
+    work.add_argument(
+        "--step-ms", type=float, metavar="MS", help="milliseconds of a step without communication (default: of --links)"
+    )
     work.add_argument("--profile", choices=PROFILES, default="even", help="how both are shared among layers")
     work.add_argument("--layers", metavar="FILE.json", help="layers instead: [{params, forward_ms, backward_ms}, ...]")
     work.add_argument("--param-bytes", type=int, choices=(2, 4, 8), default=4, help="bytes of a parameter (default 4)")
@@ -95,15 +95,21 @@ def run_plan(options: argparse.Namespace) -> int:
     """
     links = read_links(options.links) if options.links else None
     network, workload = _network(options, links), _workload(options, links)
-    methods = _methods(options, network)
+    methods, optimizer = _methods(options, network), "AdamW" if options.optimizer == "adam" else "SGD"
+    explained, auto = explain_auto(workload, network, options.algorithm, optimizer)
+    names = [method.name for method in methods]
+    if auto is not None and auto.name not in names:
+        methods.append(auto)
+        names.append(auto.name)
     predictions = predict_all(workload, network, methods, sigma=options.sigma)
-    found = prices(methods, predictions, network, "AdamW" if options.optimizer == "adam" else "SGD")
+    found = prices(methods, predictions, network, optimizer)
+    taken = found[names.index(auto.name)] if auto is not None else None
     print(_heading(workload, network, options.sigma))
-    print(table(found, machines=network.local > 1))
-    for line in filter(None, (wire_advice(found, methods), explain_auto(workload, network, options.algorithm))):
+    print(table(found, taken, machines=network.local > 1))
+    for line in filter(None, (wire_advice(found, methods), explained)):
         print(line)
     if options.json:
-        _write(Path(options.json), found, options)
+        _write(Path(options.json), found, taken, options)
     if options.plot:
         _plot(workload, network, options)
         print(f"drawing: {options.plot}")
@@ -143,14 +149,16 @@ def _workload(options: argparse.Namespace, links: Links | None) -> Workload:
     memory = options.memory_bandwidth or (links.memory_bandwidth if links else math.inf)
     tensors = OPTIMIZER_TENSORS[options.optimizer]
     if options.layers:
-        if options.params or options.step_ms:
+        if options.params or options.step_ms is not None:
             raise ValueError("--layers holds parameters and times: leave --params and --step-ms out")
         return Workload(read_layers(options.layers, options.param_bytes), tensors, memory)
-    if options.params is None or options.step_ms is None:
+    measured = links.step_s if links else None
+    step_s = options.step_ms / 1e3 if options.step_ms is not None else measured
+    if options.params is None or step_s is None:
         raise ValueError("what does a step compute? give --params and --step-ms, or --layers FILE.json")
-    if not 0 < options.step_ms < math.inf:
+    if not 0 < step_s < math.inf:
         raise ValueError(f"--step-ms must be positive, got {options.step_ms}")
-    size, step_s = options.params * options.param_bytes, options.step_ms / 1e3
+    size = options.params * options.param_bytes
     shares = PROFILES[options.profile]()
     return Workload.profiled(shares, size, step_s, optimizer_tensors=tensors, memory_bandwidth=memory)
 
@@ -199,7 +207,7 @@ def _heading(workload: Workload, network: Network, sigma: float) -> str:
     return "\n".join(lines)
 
 
-def _write(path: Path, found: Sequence[Price], options: argparse.Namespace) -> None:
+def _write(path: Path, found: Sequence[Price], auto: Price | None, options: argparse.Namespace) -> None:
     asked = {key: value for key, value in vars(options).items() if key not in ("run", "json", "plot")}
     rows = [
         {
@@ -208,9 +216,11 @@ def _write(path: Path, found: Sequence[Price], options: argparse.Namespace) -> N
             "efficiency": price.prediction.efficiency,
             "loss_above_percent": price.loss.above if price.loss is not None else None,
             "loss_measured_on": price.loss.ranks if price.loss is not None else None,
+            "loss_is_its_own": price.own,
             "time_to_ddp_loss": price.time,
             "best": price is best(found),
             "fastest": price is fastest(found),
+            "auto": price is auto,
         }
         for price in found
     ]

@@ -27,12 +27,21 @@ class Links:
         local: ranks per machine.
         inside, across: links between ranks of one machine, and between machines; None where there was none to measure.
         memory_bandwidth: bytes per second of a copy, reads and writes together.
+        step_s: seconds that a step of one rank alone takes, optimizer included; None if nobody has said.
+
+    Raises:
+        ValueError: `step_s` is not positive.
     """
 
     local: int
     inside: Link | None
     across: Link | None
     memory_bandwidth: float
+    step_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_s is not None and not 0 < self.step_s < math.inf:
+            raise ValueError(f"a step takes a positive number of seconds, got {self.step_s!r}")
 
     def write(self, path: str | PathLike[str], **more: Any) -> None:
         """Write the file; `more` goes beside the links, for people."""
@@ -49,7 +58,10 @@ def read_links(path: str | PathLike[str]) -> Links:
     try:
         found = json.loads(Path(path).read_text())
         local, memory = int(found["local"]), float(found["memory_bandwidth"])
-        links = Links(local, _link(found["inside"]), _link(found["across"]), memory)
+        step = found.get("step_s")
+        links = Links(
+            local, _link(found["inside"]), _link(found["across"]), memory, None if step is None else float(step)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file that `fusedfog calibrate` writes: {error!r}") from None
     if links.inside is None and links.across is None:

@@ -15,8 +15,13 @@ def step_ratio(one: Scheme, other: Scheme, network: Network, size: float) -> flo
 
     There `other` just hides what it can hide. With less to compute the ratio is that of messages; with more it goes to 1.
     """
-    compute = _step(other, network, size, _INSTANT)
+    compute = messages_alone(other, network, size)
     return _step(one, network, size, compute) / _step(other, network, size, compute)
+
+
+def messages_alone(scheme: Scheme, network: Network, size: float) -> float:
+    """Seconds of a step of this scheme that computes nothing."""
+    return _step(scheme, network, size, _INSTANT)
 
 
 def _step(scheme: Scheme, network: Network, size: float, compute: float) -> float:

@@ -38,6 +38,7 @@ from fusedfog.cost.network import (
     meeting,
 )
 from fusedfog.cost.workload import Bucket, Workload
+from fusedfog.kernels.wire import ELEMENTS_PER_SCALE, FORMATS, wire_format
 from fusedfog.topology import Topology
 
 PACKING = 2
@@ -45,6 +46,10 @@ PACKING = 2
 
 ENCODING = 4
 """Tensors of the model's size in fp32 that a pass with lossy messages reads and writes besides: 16 bytes an element."""
+
+ENCODING_ON_CPU = 22
+"""The same where torch's own operations encode, on a CPU without `cpu_compile`. An int8 step of 25 million parameters takes 226
+ms more than an exact one (bench/results/wires-cpu.md), in which a copy reads and writes 2.2 GB."""
 
 ENDLESS = 32
 """Rounds of an endless sequence that stand for all."""
@@ -67,6 +72,7 @@ class Scheme:
         collective: how an all-reduce is done.
         inside: machines are nodes, and average this inside; None where ranks are nodes.
         wire_bytes: of an fp32 element in a message.
+        encoding: `ENCODING`, or `ENCODING_ON_CPU`.
         ddp: it is torch's DistributedDataParallel, with its buckets.
     """
 
@@ -78,6 +84,7 @@ class Scheme:
     inside: Inside | None = None
     bucket_mb: float = 25
     wire_bytes: float = 4
+    encoding: float = ENCODING
     ddp: bool = False
 
     @property
@@ -91,6 +98,18 @@ class Scheme:
             return workload.ddp_buckets(self.bucket_mb)
         graded = self.fused_backward or self.reduces or self.row.before is not None
         return workload.buckets(self.bucket_mb, graded=graded)
+
+
+def wire_bytes(wire: str | None) -> float:
+    """Bytes of an fp32 element in messages of this format, its part of a scale included.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    codes = wire_format(wire)
+    if codes is None:
+        return 4.0
+    return codes.itemsize + (1 / ELEMENTS_PER_SCALE if FORMATS[codes] is not None else 0.0)
 
 
 @dataclass(frozen=True)
@@ -317,10 +336,15 @@ class _Run:
 
     def _inbox(self, t: int) -> Times | float:
         """Tensors of the model's size in fp32 that a pass moves for its neighbours' values, and to encode its own."""
-        if self.scheme.inside is not None:
+        if self.scheme.inside is not None and self.scheme.wire_bytes == 4:
             return float(len(self.row.messages))
-        encoding = ENCODING if self.scheme.wire_bytes != 4 else 0
-        return len(self.row.messages) * (self._round(t).incoming * self.scheme.wire_bytes / 4 + encoding)
+        encoding = self.scheme.encoding if self.scheme.wire_bytes != 4 else 0
+        incoming = self._round(t).incoming if self.scheme.inside is None else self._of_machines(self._round(t).incoming)
+        return len(self.row.messages) * (incoming * self.scheme.wire_bytes / 4 + encoding)
+
+    def _of_machines(self, values: Times) -> Times:
+        """One for each rank, of one for each machine."""
+        return np.repeat(values, self.network.local)
 
     def _pass(self, bucket: Bucket, tensors: Times | float) -> Times | float:
         return bucket.size * tensors / self.workload.memory_bandwidth

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedfog.algorithm import Algorithm
 from fusedfog.comm.communicator import Communicator
+from fusedfog.engine.adapt import Adaptation
 from fusedfog.engine.between_steps import BetweenSteps
 from fusedfog.engine.clock import Clock, StepSchedule
 from fusedfog.engine.exchanges import Exchanges
@@ -52,6 +53,7 @@ class BetweenPhases(BetweenSteps):
     stats: ExchangeStats
     channels: CompressedChannels | None
     place: torch.device
+    adaptation: Adaptation | None = None
     weight: float = 1.0
     weight_of_gradients: Tensor | None = None
     members: Members | None = None
@@ -149,17 +151,20 @@ class BetweenPhases(BetweenSteps):
         assert self.communicator is not None
         return [self.communicator.view.ranks.index(rank) for rank in part.view.ranks]
 
-    def replace_topology(self, topology: Topology | None, reason: str, hierarchy: Hierarchy | None) -> None:
+    def replace_topology(
+        self, topology: Topology | None, reason: str, hierarchy: Hierarchy | None, codes: torch.dtype | None
+    ) -> None:
         """Exchange along another topology from the next step on, or once the phase begins that has exchanges.
 
         Args:
             topology: between the machines of `hierarchy`, if there is one.
             reason: why, for people.
             hierarchy: the one that there is; None where ranks are nodes from now on.
+            codes: dtype of compressed messages from now on; None for exact ones.
         """
         last = self.phases.last
         ahead, nodes_change = self.phase is not last, hierarchy is not last.hierarchy
-        phase = replace(last, topology=topology, reason=reason)
+        phase = replace(last, topology=topology, reason=reason, codes=codes)
         if nodes_change:
             phase = replace(
                 phase, hierarchy=hierarchy, gradients=hierarchy.gradients if hierarchy is not None else None
@@ -167,7 +172,8 @@ class BetweenPhases(BetweenSteps):
         self.phases = self.phases.with_last(phase)
         if ahead:
             return
-        if nodes_change:
+        self.clock.intervals = None
+        if nodes_change or codes != last.codes:
             self.take_edits()
             self.change_phase(phase)
         else:
@@ -187,6 +193,8 @@ class BetweenPhases(BetweenSteps):
             if self.means is not None:
                 self.means.detach()
             self.enter(phase)
+        elif self.adaptation is not None:
+            self.use_topology(phase.topology)
         self.exchanges.set_clock(saved)
         if self.means is not None:
             self.means.squares = self.clock.gradient_squares or []
@@ -198,6 +206,7 @@ class BetweenPhases(BetweenSteps):
         if self.means is not None:
             self.means.detach()
         hand_over(self, self.phase, phase)
+        self.clock.intervals = None  # Of other rounds.
         self.enter(phase)
         self.exchanges.open_connections()
         if self.channels is not None:

@@ -22,6 +22,7 @@ class Clock:
         masses: this rank's, by segment, of asynchronous push-sum.
         encoded: the compressed messages of the next exchange are made already.
         gradient_squares: of data-parallel steps; see `GradientMeans.squares`.
+        intervals: the last two plans of `adapt=`: from which exchange on, and for each round, in every how many periods it comes.
     """
 
     steps: int = 0
@@ -32,6 +33,7 @@ class Clock:
     masses: list[float] | None = None
     encoded: bool = False
     gradient_squares: list[list[float]] | None = None
+    intervals: list[Any] | None = None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from saved fields; missing ones count from zero."""
@@ -54,7 +56,8 @@ class Clock:
 class StepSchedule:
     """Which steps exchange, how strongly they mix, when passes run, whether they measure, what becomes of NaNs and infinities.
 
-    `asynchronous` steps wait for nobody, or with `max_lag` for whoever is that many steps behind.
+    `asynchronous` steps wait for nobody, or with `max_lag` for whoever is that many steps behind. `adapt` exchanges after each
+    other, ranks agree on how often rounds are used.
     """
 
     communicate_every: Rhythm = 1
@@ -66,6 +69,7 @@ class StepSchedule:
     mix_strength: MixStrength = FULL
     asynchronous: bool = False
     max_lag: int | None = None
+    adapt: int | None = None
 
     @property
     def skips(self) -> bool:

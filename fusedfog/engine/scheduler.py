@@ -33,6 +33,7 @@ from fusedfog.algorithm import Stage
 from fusedfog.comm.calls import Call
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.profiling import span
+from fusedfog.engine.adapt import Adaptation
 from fusedfog.engine.between_phases import BetweenPhases
 from fusedfog.engine.clock import Clock
 from fusedfog.engine.gradient_scale import flag_of, own_multipliers
@@ -79,6 +80,7 @@ class Scheduler(BetweenPhases):
         phase: the one that the next step belongs to; `algorithm` and `schedule` are its.
         buckets: in their order, with what is in flight.
         exchanges: which steps exchange what.
+        adaptation: of the topology's rounds to what they cost, with `adapt`.
         means: the averages of gradients over ranks, in a phase that has them.
         inputs: what holds for the step that is being made.
         weight: n p of this rank, or of its machine, and as a tensor `weight_of_gradients`; see `rank_weights`.
@@ -111,7 +113,7 @@ class Scheduler(BetweenPhases):
         self.warned_of_buffers = False
         self.inputs, self.clock, self.stats = StepInputs(), Clock(), ExchangeStats()
         self.compare_numbers()
-        self.buckets = Buckets(())
+        self.buckets, self._adaptations = Buckets(()), 0
         self.enter(phases.at(0))
 
     @property
@@ -142,8 +144,17 @@ class Scheduler(BetweenPhases):
                 segment.state("outer_param").copy_(segment.param)
 
     def use_topology(self, topology: Topology | None) -> None:
-        """Exchange along `topology` from the next exchange on."""
-        self.exchanges.use_topology(topology)
+        """Exchange along `topology` from the next exchange on; with `adapt`, along its rounds in the order that was agreed."""
+        self.adaptation = self._adapts(topology)
+        self.exchanges.use_topology(topology if self.adaptation is None else self.adaptation.topology())
+
+    def _adapts(self, topology: Topology | None) -> Adaptation | None:
+        every, communicator = self.schedule.adapt, self.communicator
+        if every is None or communicator is None or topology is None or topology.is_static:
+            return None
+        self._adaptations += 1
+        prefix = f"{communicator.name}/adapt/{self._channel}/{self._adaptations}"
+        return Adaptation(communicator, prefix, self.clock, self.stats, every, topology)
 
     def warm_up(self) -> None:
         """On GPUs, compile the kernels of all rounds, so that none is compiled in mid-training."""
@@ -209,7 +220,12 @@ class Scheduler(BetweenPhases):
     def end_step(self) -> None:
         """The clock ticks."""
         rates = [float(group.get("lr") or 0.0) * self.phase.lr_scale for group in self.groups]
+        exchanges = self.clock.exchanges
         self.exchanges.end_step(rates, first_mixed(self.groups))
+        if self.adaptation is not None and self.clock.exchanges > exchanges:
+            topology = self.adaptation.end_exchange()
+            if topology is not None:
+                self.exchanges.use_topology(topology)
         if self._same_numbers is not None:
             clock = self.clock
             count = clock.steps if self.exchanges.topology is None else clock.exchanges

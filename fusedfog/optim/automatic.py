@@ -9,7 +9,8 @@ all ranks have told each other: the same on each of them.
                                                  of linear against 0.95, bench/results/network-machines.md)
     anything else                                ranks are nodes, and the reason is told
 
-With `links=` the two are compared by the predictor (`cost`), and ranks are nodes too where that is faster.
+With `links=` it weighs what there is to choose, nodes, graphs and formats of messages (`ways`), by step time, bytes and loss, and
+takes the least time to DistributedDataParallel's loss (`cost.prices`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 
@@ -26,19 +28,16 @@ from fusedfog.comm.machines import by_machine, this_machine
 from fusedfog.comm.two_level import machine_lines, mesh_lines
 from fusedfog.cost.links import network_of
 from fusedfog.cost.ratio import step_ratio
-from fusedfog.cost.timeline import Scheme
+from fusedfog.cost.workload import Workload
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.log import log
 from fusedfog.optim.compatibility import first_refusal, resolve_topology
 from fusedfog.optim.features import Setup
-from fusedfog.optim.options import Options
-from fusedfog.params.layout import is_trained
+from fusedfog.optim.options import EXACT, Options
+from fusedfog.optim.ways import Way, alternatives, bytes_of, cheapest, scheme_of
 from fusedfog.topology import Topology
 
 GIVEN = "given"
-
-CLOSE = 0.002
-"""Steps that differ by less than this are equally fast."""
 
 MUCH = 1.25
 """A given way whose steps are so many times as long as auto's is named."""
@@ -47,19 +46,8 @@ LARGEST = 512
 """Ranks up to which a given way is compared: on more, simulating it would be felt at construction."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """Where exchanges go.
-
-    Attributes:
-        topology: between ranks, or between machines; None where nothing goes to neighbours.
-        reason: why, for people; "given" for what the user has chosen.
-        machines: the ranks of each machine, where auto has made them nodes.
-    """
-
-    topology: Topology | None
-    reason: str = ""
-    machines: tuple[tuple[int, ...], ...] | None = None
+Find: TypeAlias = Callable[[], tuple[int, str]]
+"""Finds the place of the best of some ways, and says why."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +67,13 @@ class Calling:
     view: GroupView
     timeout: timedelta
 
-    def as_rank_0(self, own: bool) -> bool:
-        """What rank 0 of those that mix has found. Collective."""
+    def as_rank_0(self, find: Find) -> tuple[int, str]:
+        """What rank 0 of those that mix finds. Collective."""
+        # Predicted times might differ in the last bit where ranks have different processors.
+        own = find() if self.view.rank == 0 else None
         prefix = next_agreement(self.view)
-        return bool(confer(self.view, prefix, own, lambda values: values[0], self.timeout, self.what, self.call))
+        place, words = confer(self.view, prefix, own, lambda values: values[0], self.timeout, self.what, self.call)
+        return int(place), str(words)
 
 
 def agree_on_way(
@@ -117,9 +108,10 @@ def way_of(
     options: Options,
     topology: Topology | None,
     names: Sequence[str],
-    decide: Callable[[bool], bool],
+    decide: Callable[[Find], tuple[int, str]],
     *,
     apart: bool = False,
+    workload: Workload | None = None,
 ) -> Way:
     """The user's way, or the choice of auto.
 
@@ -128,8 +120,9 @@ def way_of(
         options: of the optimizer.
         topology: the given one, or the default of as many nodes as there are.
         names: of each rank's machine.
-        decide: makes what rank 0 has computed the answer of all ranks; called on all of them, or on none.
+        decide: makes what rank 0 finds the answer of all ranks; called on all of them, or on none.
         apart: the ranks of a machine have different parameters by now.
+        workload: as for `ways.cheapest`.
     """
     if topology is None:
         return Way(None)
@@ -138,24 +131,32 @@ def way_of(
     if options.mesh is not None and not setup.sharded:
         return Way(topology, "auto: the machines of mesh=")
     machines = by_machine(names)
+    plain = _without_links(setup, options, topology, machines, apart)
+    if options.links is None or setup.sharded or options.asynchronous or not predictable(machines):
+        return plain
+    ways = alternatives(setup, options, plain, topology)
+    network = network_of(options.known_links, len(names), len(machines[0]))
+    place, words = decide(lambda: cheapest(ways, setup, options, network, workload))
+    found = ways[place]
+    why = plain.reason if found.machines == plain.machines else "auto: ranks are nodes although they share machines"
+    return replace(found, reason=f"{why}; {words}")
+
+
+def _without_links(
+    setup: Setup, options: Options, topology: Topology, machines: tuple[tuple[int, ...], ...], apart: bool
+) -> Way:
+    """The choice between ranks and machines where nothing is known of links."""
     flat = _why_flat(setup, options, machines, apart)
     if flat:
         return Way(topology, f"auto: {flat}")
     trial = replace(setup, options={**setup.options, "mesh": machines})
-    between = resolve_topology(setup.algorithm, None, len(machines), static=bool(setup.value("wire_dtype")))
+    between = resolve_topology(setup.algorithm, None, len(machines), static=setup.compresses)
     refusal = first_refusal(replace(trial, topology=between))
     if refusal is not None:
         return Way(topology, f"auto: ranks are nodes although they share machines, since {refusal.reason(trial)}")
     assert between is not None
     between = between.lazy() if setup.algorithm.lazy else between
-    found = Way(between, "auto: the ranks of a machine share its link", machines)
-    if options.links is None or not _in_order(machines):
-        return found
-    # Predicted times might differ in the last bit where ranks have different processors.
-    ratio = _ratio(Way(topology), found, setup, options, machines)
-    if decide(ratio < 1 - CLOSE):
-        return Way(topology, "auto: ranks are nodes, since on the given links that is predicted to be faster")
-    return found
+    return Way(between, "auto: the ranks of a machine share its link", machines)
 
 
 def _why_flat(setup: Setup, options: Options, machines: Sequence[Sequence[int]], apart: bool) -> str:
@@ -184,8 +185,8 @@ def slower_than_auto(setup: Setup, options: Options, way: Way, names: Sequence[s
     It is known where the user gives links, or where ranks share machines: then ways differ whatever the links are.
     """
     machines = by_machine(names)
-    several = len({len(members) for members in machines}) == 1 and len(machines) > 1
-    if way.topology is None or not several or setup.sharded or len(names) > LARGEST or not _in_order(machines):
+    known = predictable(machines) and len(machines) > 1 and len(names) <= LARGEST
+    if way.topology is None or not known or setup.sharded:
         return ""
     if (options.links is None and len(machines[0]) == 1) or is_automatic(options.topology):
         return ""
@@ -193,52 +194,31 @@ def slower_than_auto(setup: Setup, options: Options, way: Way, names: Sequence[s
         if tuple(map(tuple, options.mesh.mesh.tolist())) != machines:
             return ""
         way = replace(way, machines=machines)
-    left_out = replace(options, topology=None, mesh=None)
+    # Of ways alone: smaller messages can be had on any.
+    left_out = replace(options, topology=None, mesh=None, wire_dtype=options.wire_dtype or EXACT)
     setup = replace(setup, options=vars(left_out))
-    flat = resolve_topology(setup.algorithm, None, len(names), static=bool(setup.value("wire_dtype")))
-    auto = way_of(setup, left_out, flat, names, bool)
+    flat = resolve_topology(setup.algorithm, None, len(names), static=setup.compresses)
+    auto = way_of(setup, left_out, flat, names, lambda find: find())
     ratio = _ratio(way, auto, setup, options, machines)
     if ratio <= MUCH:
         return ""
     return (
-        f"a step on {_named(way)} is predicted to take {ratio:.1f} times as long as on {_named(auto)}, which "
-        f"topology='auto' chooses here ({auto.reason.removeprefix('auto: ')}), if computing takes as long as auto's messages; "
+        f"a step on {way.name} is predicted to take {ratio:.1f} times as long as on {auto.name}, which topology='auto' "
+        f"chooses here ({auto.reason.removeprefix('auto: ')}), if computing takes as long as auto's messages; "
         f"`fusedfog plan` compares ways on your links"
     )
 
 
-def _named(way: Way) -> str:
-    assert way.topology is not None
-    return way.topology.name + (f" over {len(way.machines)} machines" if way.machines is not None else "")
-
-
-def _in_order(machines: Sequence[Sequence[int]]) -> bool:
-    """Whether ranks are numbered machine by machine, as simulated networks have them."""
+def predictable(machines: Sequence[Sequence[int]]) -> bool:
+    """Whether machines have equally many ranks, numbered machine by machine, as simulated networks have them."""
     ranks = [rank for members in machines for rank in members]
-    return ranks == sorted(ranks)
+    return ranks == sorted(ranks) and len({len(members) for members in machines}) == 1
 
 
 def _ratio(one: Way, other: Way, setup: Setup, options: Options, machines: Sequence[Sequence[int]]) -> float:
     """See `step_ratio`."""
     network = network_of(options.known_links, sum(map(len, machines)), len(machines[0]))
-    size = sum(
-        param.numel() * param.element_size()
-        for group in setup.groups
-        if group.get("mix", True)
-        for param in group["params"]
-        if is_trained(param)
-    )
-    return step_ratio(_scheme(one, setup, options), _scheme(other, setup, options), network, max(size, 1.0))
-
-
-def _scheme(way: Way, setup: Setup, options: Options) -> Scheme:
-    return Scheme(
-        setup.algorithm,
-        way.topology,
-        fused_backward=options.fused_backward,
-        inside=options.inside if way.machines is not None else None,
-        bucket_mb=options.bucket_mb,
-    )
+    return step_ratio(scheme_of(one, setup, options), scheme_of(other, setup, options), network, bytes_of(setup))
 
 
 def hierarchy_of(way: Way, options: Options, view: GroupView, place: torch.device) -> Hierarchy | None:

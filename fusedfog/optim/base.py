@@ -82,7 +82,7 @@ class DecentralizedOptimizer(Controls):
             are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
             Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
             period, 4 for checkpoints of awc and kin, and reads and writes 16; the default topology then is the symmetric
-            exponential graph, of one round.
+            exponential graph, of one round. "exact": as they are, also where auto would choose int8 by `links`.
         low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
             with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
             rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
@@ -103,11 +103,16 @@ class DecentralizedOptimizer(Controls):
             tensor for each neighbour of the round that has the most; on CPUs the results are the same to the last bit. Not
             for algorithms with an exchange in the middle of a step (atc and kin, allreduce, outer=), fused_backward,
             cpu_compile, or wire_dtype without a static topology and an exchange in every step.
+        adapt: N, for links that change: every N exchanges ranks agree, by how long each was blocked, how often each round of the
+            topology comes; one whose steps take k times the fastest's comes in every k-th period, k up to 8. Matrices stay
+            doubly stochastic, checkpoints keep the plan, ranks are nodes. See "Links that change" in the docs.
         comm_sms: how many blocks, and so SMs of the GPU, one NCCL kernel of this optimizer's messages may hold, 1 to 64; None
             is NCCL's own choice. A block that waits for its peer spins: it keeps its SM from your kernels as long as the
             peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
-        links: measured ones, for auto to predict with: the file of `fusedfog calibrate`, a `fusedfog.plan.Links` or `Network`. A
-            given topology that is much slower than auto's is named in the log; without links only where machines share links.
+        links: measured ones: the file of `fusedfog calibrate`, a `fusedfog.plan.Links` or `Network`. Auto then takes the nodes,
+            graph and, unless `wire_dtype` is given, format of messages with the least time to DistributedDataParallel's loss, by
+            step time, bytes and measured losses; `Links.step_s` tells how long a step computes. A given topology that is much
+            slower than auto's is named in the log; without links only where machines share links.
         measure: let the passes sum up, on their way, what `stats()` tells of the last step: gradient_norm and disagreement.
         data_parallel_steps: the first so many steps are data-parallel training, exactly as DistributedDataParallel with the
             namesake: backward averages gradients over all ranks, so that `.grad` is the mean when it returns, and all ranks

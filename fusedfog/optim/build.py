@@ -26,7 +26,7 @@ from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
 from fusedfog.errors import PeerTimeout
 from fusedfog.kernels import device
-from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
+from fusedfog.optim.automatic import Calling, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.members import topology_of_members
@@ -34,6 +34,7 @@ from fusedfog.optim.options import Options
 from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of, place_of
 from fusedfog.optim.phases import phases_of, weights_of
 from fusedfog.optim.shared import fields_of_shared, make_equal, shared_with_model
+from fusedfog.optim.ways import Way
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.layout import ParamSpec, Segment, build_layout, is_trained
 from fusedfog.params.owners import Claim
@@ -238,6 +239,7 @@ def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
+    options = dataclasses.replace(options, wire_dtype=options.wire_dtype or engine.phases.last.codes)  # Auto's, perhaps.
     setup = running_setup(family, engine, options)
     check(dataclasses.replace(setup, groups=groups, topology=engine.phases.last.topology))
 

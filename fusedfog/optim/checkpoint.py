@@ -260,7 +260,7 @@ def _means(sums: Sums, model: nn.Module, view: GroupView) -> dict[str, Tensor]:
             guarded(view, partial(dist.all_reduce, moved))
             sums.totals[name] = moved.cpu()
     clock = sums.others["optimizer"]["fusedfog"]
-    clock |= {"push_sum": None, "masses": None, "encoded": False}
+    clock |= {"push_sum": None, "masses": None, "encoded": False, "intervals": None}
     for key in origin.KEYS:
         clock.pop(key, None)
     return sums.means()

@@ -283,11 +283,27 @@ ROWS: tuple[Refusal, ...] = (
             ("outer", "what has gathered since the last exchange would have to be cut off", "use communicate_every"),
             ("asynchronous", "windows have the same neighbours for as long as they live", _ONE_OF_THEM),
             ("data_parallel_steps", "every rank needs all others in these steps", "leave it out"),
+            ("adapt", "which rounds were slow is known of the ranks that there were", "leave it out"),
             ("weight", "shares would have to be agreed on anew", "leave it out"),
             ("fused_backward", "a step begins in backward, where it cannot wait for other members", "leave it out"),
             ("capturable", "a recorded step knows the neighbours that it was recorded with", "leave it out"),
             ("cpu_compile", "a newcomer may come without a compiler", "leave it out"),
             ("GPU", "NCCL's communicators cannot be left and made anew in this way yet", "train on CPUs"),
+        )
+    ),
+    *(
+        Refusal("adapt", option, why, instead)
+        for option, why, instead in (
+            ("no free order of rounds", "it changes how often rounds come", "use awc, atc, dag or a tracking method"),
+            ("one round", "a static graph has no other round", "use 'one_peer_exponential' or another periodic sequence"),
+            ("endless", "its rounds do not come again", "use 'one_peer_exponential' or another periodic sequence"),
+            ("asynchronous", "asynchronous ranks wait for no edge", _ONE_OF_THEM),
+            ("wire_dtype", "compressed messages have replicas for each round, in its place of the sequence", _ONE_OF_THEM),
+            ("global_average_every", "an average over all ranks takes every slow edge", _ONE_OF_THEM),
+            ("mesh", "who waited for which machine is not known rank by rank", _ONE_OF_THEM),
+            ("FSDP2", "ranks with other shards would choose other rounds", _ONE_OF_THEM),
+            ("capturable", "which round comes is looked up by the host in every step", _ONE_OF_THEM),
+            ("GPU", "a GPU waits in its streams, where the host does not see it", "leave it out"),
         )
     ),
     Refusal("float64 parameters", "GPU", "the GPU kernel computes in float32", "use model.float()"),
@@ -314,7 +330,7 @@ def choose_topology(setup: Setup, given: Topology | str | None, size: int) -> To
     Raises:
         ValueError: as `check` and `resolve_topology`.
     """
-    chosen = resolve_topology(setup.algorithm, given, size, static=bool(setup.value("wire_dtype") or setup.value("asynchronous")))
+    chosen = resolve_topology(setup.algorithm, given, size, static=setup.compresses or bool(setup.value("asynchronous")))
     check(replace(setup, topology=chosen))
     return chosen.lazy() if chosen is not None and setup.algorithm.lazy else chosen
 
@@ -367,6 +383,7 @@ _COLUMNS: dict[str, Mapping[str, Any]] = {
     "`state_dtype` bf16": {"state_dtype": torch.bfloat16},
     "`capturable`": {"capturable": True},
     "`asynchronous`": {"asynchronous": True},
+    "`adapt`": {"adapt": 50},
 }
 _ALGORITHMS = {name for name, _, _ in ROWS_OF_ALGORITHMS}
 _GRAPHS = {"doubly_stochastic": "doubly stochastic", "symmetric": "static symmetric", "any": "any directed"}

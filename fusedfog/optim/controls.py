@@ -99,6 +99,7 @@ class Controls(UnevenSteps):
         """Running totals of this rank since construction. Local, no synchronization.
 
         topology, and topology_reason: "given", or "auto: " and why; both empty where nothing goes to neighbours.
+        With `adapt`, intervals: for each round of the topology, in every how many periods it is used.
         steps, exchanges; bytes_sent, bytes_received (an all-reduce counts as the ring's 2 (n-1)/n buffers); bytes_across,
         the part of bytes_sent that left for other machines of a mesh; blocked_s, the seconds the host waited for messages;
         torn_messages, buckets edited by the user while they were being sent (as version counters tell, and a sample of the
@@ -127,6 +128,7 @@ class Controls(UnevenSteps):
             "topology_reason": engine.phases.last.reason if engine.communicator is not None else "",
             "steps": engine.clock.steps,
             "exchanges": engine.clock.exchanges,
+            **({} if engine.adaptation is None else {"intervals": engine.adaptation.intervals}),
             **({} if weights is None else {"share": weights[engine.rank] / sum(weights)}),
             **engine.stats.plain(),
             **measured,

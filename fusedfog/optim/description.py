@@ -95,7 +95,8 @@ def _traffic(engine: Scheduler, options: Options) -> list[str]:
         return ["nothing is sent"]
     schedule = engine.phases.last.schedule
     every, average = schedule.communicate_every, schedule.global_average_every
-    words = [f"{str(options.codes).removeprefix('torch.')} messages"] if _codes_of(engine) is not None else []
+    codes = _codes_of(engine)
+    words = [f"{str(codes).removeprefix('torch.')} messages"] if codes is not None else []
     when = "in steps that exchange" if callable(every) else "a step" if every == 1 else f"every {every} steps"
     words.append(f"{_bytes(bytes_of_exchange(engine))} {when}")
     return words + ([f"an average over all ranks every {average} steps"] if average is not None else [])

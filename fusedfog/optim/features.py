@@ -57,6 +57,11 @@ class Setup:
         """The row whose passes are made: a rank that is alone, and stays so, makes the inner optimizer's own step."""
         return self.algorithm if self.ranks > 1 or self.elastic else alone(self.family)
 
+    @property
+    def compresses(self) -> bool:
+        """Whether messages are compressed."""
+        return self.value("wire_dtype") not in (None, "exact")
+
     def value(self, name: str) -> Any:
         """A keyword's or hyper-parameter's value; of param groups, the first that has one."""
         given = self.options.get(name)
@@ -182,7 +187,7 @@ FEATURES: dict[str, Feature] = {
         lambda setup: _changes(setup), "`mix_strength` as a function", lambda setup: "mix_strength=a function"
     ),
     "fused_backward": _keyword("fused_backward"),
-    "wire_dtype": _keyword("wire_dtype"),
+    "wire_dtype": _keyword("wire_dtype", "exact"),
     "low_precision": _keyword("low_precision"),
     "state_dtype": _keyword("state_dtype", torch.float32),
     "max_grad_norm": _keyword("max_grad_norm"),
@@ -203,6 +208,15 @@ FEATURES: dict[str, Feature] = {
     "changing": _topology(lambda topology: not topology.is_static, "a topology that changes"),
     "not strongly connected": _topology(
         lambda topology: topology.is_static and not _connected(topology), "a topology in which some ranks never reach others"
+    ),
+    "adapt": _keyword("adapt"),
+    "no free order of rounds": _algorithm(
+        lambda setup: setup.algorithm.exchanges != "parameters" or setup.algorithm.graph != "doubly_stochastic",
+        "an algorithm that does not take any order of doubly stochastic rounds",
+    ),
+    # Two ranks have one edge, whatever the graph is called.
+    "one round": _topology(
+        lambda topology: topology.is_static and topology.size > 2, "a static topology of more than two ranks"
     ),
     "heals": Feature(
         lambda setup: setup.value("nonfinite") == "heal", "`nonfinite='heal'`", lambda setup: "nonfinite='heal'"
@@ -290,7 +304,7 @@ FEATURES: dict[str, Feature] = {
     ),
     "replicas that change": Feature(
         lambda setup: (
-            bool(setup.value("wire_dtype"))
+            setup.compresses
             and setup.ranks > 1
             and setup.topology is not None
             and not (setup.topology.is_static and not _pauses(setup))

@@ -31,6 +31,9 @@ NonFinite: TypeAlias = Literal["contain", "skip", "heal", "propagate"]
 Inside: TypeAlias = Literal["gradients", "parameters"]
 """What the ranks of a machine average: their gradients, so that it is one node of the graph, or their parameters."""
 
+EXACT = "exact"
+"""A `wire_dtype` that asks for messages as they are, also where auto would choose smaller ones."""
+
 _WIRES = {"bfloat16": "bf16", "float8": "fp8", "e4m3": "fp8", "i8": "int8", "uint8": "int8"}
 
 
@@ -62,6 +65,7 @@ class Keywords(TypedDict, total=False):
     weight: float | torch.Tensor | None
     asynchronous: bool
     max_lag: int | None
+    adapt: int | None
     comm_sms: int | None
     links: Links | Network | str | PathLike[str] | None
     model: torch.nn.Module | None
@@ -99,6 +103,7 @@ class Options:
     weight: float | None = None
     asynchronous: bool = False
     max_lag: int | None = None
+    adapt: int | None = None
     comm_sms: int | None = None
     links: Links | Network | str | PathLike[str] | None = None
     model: torch.nn.Module | None = None
@@ -127,9 +132,11 @@ class Options:
             meant = did_you_mean(options.low_precision, WAYS)
             raise ValueError(f"low_precision is one of {ways}, or None, got {options.low_precision!r}{meant}")
         try:
-            wire_format(options.wire_dtype)
+            wire_format(None if options.wire_dtype == EXACT else options.wire_dtype)
         except ValueError as error:
-            raise ValueError(f"{error}{did_you_mean(options.wire_dtype, ('bf16', 'fp8', 'int8'), _WIRES)}") from None
+            raise ValueError(
+                f"{error}{did_you_mean(options.wire_dtype, ('bf16', 'fp8', 'int8', EXACT), _WIRES)}"
+            ) from None
         if options.state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype is torch.float32 or torch.bfloat16, got {options.state_dtype!r}")
         sms = options.comm_sms
@@ -154,7 +161,12 @@ class Options:
         if lag is not None and (not isinstance(lag, int) or isinstance(lag, bool) or lag < 0):
             raise ValueError(f"max_lag must be a whole number of steps, or None for any number, got {lag!r}")
         if lag is not None and not options.asynchronous:
-            raise ValueError(f"max_lag={lag} bounds asynchronous steps, and these wait for each other: asynchronous=True")
+            raise ValueError(
+                f"max_lag={lag} bounds asynchronous steps, and these wait for each other: asynchronous=True"
+            )
+        adapt = options.adapt
+        if adapt is not None and (not isinstance(adapt, int) or isinstance(adapt, bool) or adapt < 1):
+            raise ValueError(f"adapt must be a whole number of exchanges from one plan to the next, or None, got {adapt!r}")
         clip = options.max_grad_norm
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ValueError(f"max_grad_norm must be positive and finite, or None for no clipping, got {clip!r}")
@@ -168,7 +180,7 @@ class Options:
     @property
     def codes(self) -> torch.dtype | None:
         """dtype of compressed messages, or None; ValueError for formats that do not exist."""
-        return wire_format(self.wire_dtype)
+        return wire_format(None if self.wire_dtype == EXACT else self.wire_dtype)
 
     @property
     def strength(self) -> MixStrength:

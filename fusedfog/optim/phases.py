@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from datetime import timedelta
 
+import torch
+
 from fusedfog.algorithm import Algorithm
 from fusedfog.algorithms import data_parallel
 from fusedfog.comm.agreement import confer, next_agreement
@@ -13,8 +15,9 @@ from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.phases import Phase, Phases
 from fusedfog.engine.rank_weights import RankWeights, usable
 from fusedfog.gossip.by_machine import Hierarchy
-from fusedfog.optim.automatic import Way
+from fusedfog.kernels.wire import wire_format
 from fusedfog.optim.options import Options
+from fusedfog.optim.ways import Way
 
 
 def weights_of(view: GroupView, options: Options, timeout: timedelta, kind: str, call: str) -> RankWeights | None:
@@ -51,9 +54,22 @@ def phases_of(
     )
     gradients = hierarchy.gradients if hierarchy is not None else None
     last = Phase(
-        algorithm, way.topology, schedule, options.codes, hierarchy, options.lr_scale, gradients, way.reason, weights
+        algorithm,
+        way.topology,
+        schedule,
+        codes_of(way, options),
+        hierarchy,
+        options.lr_scale,
+        gradients,
+        way.reason,
+        weights,
     )
     return Phases.of(last, first, options.data_parallel_steps)
+
+
+def codes_of(way: Way, options: Options) -> torch.dtype | None:
+    """dtype of compressed messages, as the user or auto has chosen it; None for exact ones."""
+    return wire_format(way.wire) if way.wire is not None else options.codes
 
 
 def _schedule(options: Options) -> StepSchedule:
@@ -67,4 +83,5 @@ def _schedule(options: Options) -> StepSchedule:
         mix_strength=options.strength,
         asynchronous=options.asynchronous,
         max_lag=options.max_lag,
+        adapt=options.adapt,
     )

@@ -13,11 +13,12 @@ from fusedfog.engine.rhythm import described
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.by_machine import Hierarchy
 from fusedfog.optim import build as construction
-from fusedfog.optim.automatic import Calling, Way, agree_on_way, hierarchy_of, is_automatic
+from fusedfog.optim.automatic import Calling, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Keywords, Options
-from fusedfog.optim.phases import phases_of, weights_of
+from fusedfog.optim.phases import codes_of, phases_of, weights_of
+from fusedfog.optim.ways import Way
 
 
 def switched(options: Options, changes: Keywords) -> Options:
@@ -73,7 +74,7 @@ def change_topology(kind: str, family: str, engine: Scheduler, options: Options)
     way, hierarchy = _agree_on_way(
         kind, engine, construction.running_setup(family, engine, options), options, {}, "set_topology"
     )
-    engine.replace_topology(way.topology, way.reason, hierarchy)
+    engine.replace_topology(way.topology, way.reason, hierarchy, codes_of(way, options))
 
 
 def _agree_on_way(

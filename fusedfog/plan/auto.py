@@ -1,4 +1,4 @@
-"""What `topology="auto"` would choose on a network, in words: the optimizers' own choice, asked without ranks."""
+"""What `topology="auto"` would choose on a network: the optimizers' own choice, asked without ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ from fusedfog.optim.automatic import way_of
 from fusedfog.optim.compatibility import choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.optim.options import Options
+from fusedfog.plan.methods import Method
 
 
-def explain_auto(workload: Workload, network: Network, algorithm: str | None = None) -> str:
+def explain_auto(
+    workload: Workload, network: Network, algorithm: str | None = None, optimizer: str = "AdamW"
+) -> tuple[str, Method | None]:
     """Such as "topology='auto' takes one_peer_exponential over 4 machines of 2 ranks: ...", of AWC if no algorithm is named.
 
-    Nothing for algorithms without a topology.
+    Args:
+        optimizer: "AdamW" or "SGD", for the loss.
+
+    Returns:
+        The choice in words, and as a method; "" and None for algorithms without a topology.
     """
     name = "allreduce" if algorithm == "ddp" else algorithm or "awc"
-    family = next(family for family in ("SGD", "Adam") if name in TABLE[family])
+    families = ("SGD", "Adam") if optimizer == "SGD" else ("Adam", "SGD")
+    family = next(family for family in families if name in TABLE[family])
     options = Options(
         algorithm=name, links=Links(network.local, network.inside, network.across, workload.memory_bandwidth)
     )
@@ -28,8 +36,10 @@ def explain_auto(workload: Workload, network: Network, algorithm: str | None = N
     setup = Setup(family, TABLE[family][name], vars(options), [{"params": [model]}], ranks=network.ranks)
     flat = choose_topology(setup, None, network.ranks)
     machines = [str(rank // network.local) for rank in range(network.ranks)]
-    way = way_of(setup, options, flat, machines, bool)
+    way = way_of(setup, options, flat, machines, lambda find: find(), workload=workload)
     if way.topology is None:
-        return ""
+        return "", None
     over = f" over {network.machines} machines of {network.local} ranks" if way.machines is not None else ""
-    return f"topology='auto' takes {way.topology.name}{over}: {way.reason.removeprefix('auto: ')}"
+    wire = f", {way.wire} messages" if way.wire is not None else ""
+    method = Method(name, way.topology, mesh=way.machines is not None, wire=way.wire)
+    return f"topology='auto' takes {way.topology.name}{over}{wire}: {way.reason.removeprefix('auto: ')}", method

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from fusedfog.algorithm import Algorithm
 from fusedfog.algorithms import TABLE
 from fusedfog.cost import timeline
+from fusedfog.cost.loss import Way
 from fusedfog.cost.network import Collective, Network, Times
-from fusedfog.cost.timeline import Inside, Prediction, Scheme
+from fusedfog.cost.timeline import Inside, Prediction, Scheme, wire_bytes
 from fusedfog.cost.workload import Bucket, Workload
-from fusedfog.kernels.wire import ELEMENTS_PER_SCALE, FORMATS, wire_format
 from fusedfog.optim.compatibility import check, choose_topology
 from fusedfog.optim.features import Setup
 from fusedfog.topology import Topology
@@ -51,7 +51,7 @@ class Method:
             raise ValueError(f"communicate_every must be at least 1, got {self.communicate_every}")
         if not 0 <= self.start < 1:
             raise ValueError(f"start is a part of all steps, from 0 to less than 1, got {self.start}")
-        _wire_bytes(self.wire)
+        wire_bytes(self.wire)
         check(self._setup)
         if self.communicate_every > 1 and self.reduces:
             raise ValueError(f"{self.algorithm} reduces gradients in every step; communicate_every is for awc and atc")
@@ -110,9 +110,21 @@ class Method:
             communicate_every=self.communicate_every,
             inside=self.inside if self.mesh else None,
             bucket_mb=self.bucket_mb,
-            wire_bytes=_wire_bytes(self.wire),
+            wire_bytes=wire_bytes(self.wire),
             ddp=self.algorithm == "ddp",
         )
+
+    def loss_way(self, network: Network, optimizer: str = "AdamW") -> Way | None:
+        """What the loss depends on, with "AdamW" or "SGD"; None for methods whose loss is known, or not in the table's terms."""
+        graph = self.graph(network)
+        if (
+            self.communicate_every > 1
+            or graph is None
+            or network.ranks == 1
+            or (self.mesh and self.inside == "parameters")
+        ):
+            return None
+        return Way(optimizer, self.algorithm, graph.name, self.mesh, self.wire, self.start > 0)
 
     @property
     def _setup(self) -> Setup:
@@ -125,13 +137,6 @@ class Method:
             "data_parallel_steps": int(self.start > 0),
         }
         return Setup(family, TABLE[family][self.row.name], given, ranks=2)
-
-
-def _wire_bytes(wire: str | None) -> float:
-    codes = wire_format(wire)
-    if codes is None:
-        return 4.0
-    return codes.itemsize + (1 / ELEMENTS_PER_SCALE if FORMATS[codes] is not None else 0.0)
 
 
 def predict(workload: Workload, network: Network, method: Method, *, sigma: float = 0.0, seed: int = 0) -> Prediction:

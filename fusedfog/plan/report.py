@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+from fusedfog.cost.loss import NEAR
 from fusedfog.cost.network import Network
+from fusedfog.cost.prices import CLOSE, Price, best, fastest, of_data_parallel, price
 from fusedfog.cost.timeline import Prediction
+from fusedfog.cost.units import show_bytes
 from fusedfog.cost.workload import Workload
-from fusedfog.plan.loss import NEAR, Measured, Way, measured
 from fusedfog.plan.methods import Method, predict
-from fusedfog.plan.units import show_bytes
 from fusedfog.topology import inner_outer_exponential
-
-CLOSE = 0.002
-"""Steps that differ by less than this are equally fast."""
 
 
 def standard_methods(network: Network) -> list[Method]:
@@ -55,100 +53,47 @@ def predict_all(
     return [predict(workload, network, method, sigma=sigma, seed=seed) for method in methods]
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a method costs: time and bytes per step, and loss.
-
-    Attributes:
-        prediction: of time and bytes.
-        loss: the row that is nearest to it in the table of `plan.loss`; None where nobody has measured it.
-        time: until DistributedDataParallel's loss (`NEAR` percent above its final one), over the time that the fastest of its
-            collectives takes itself; None where it is not known, or never comes.
-    """
-
-    prediction: Prediction
-    loss: Measured | None
-    time: float | None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of a step."""
-        return self.prediction.step_s
-
-    @property
-    def known(self) -> bool:
-        """Whether the loss is."""
-        return self.loss is not None or self.time is not None
-
-
 def prices(
     methods: Sequence[Method], predictions: Sequence[Prediction], network: Network, optimizer: str = "AdamW"
 ) -> list[Price]:
     """The price of each method, whose predictions these are; `optimizer` is "AdamW" or "SGD", for the loss."""
     parallel = [one.step_s for way, one in zip(methods, predictions, strict=True) if way.reduces]
-    base, found = min(parallel, default=None), []
-    for method, one in zip(methods, predictions, strict=True):
-        loss = None if method.reduces else _loss(method, network, optimizer)
-        steps = 1.0 if method.reduces else loss.steps if loss is not None else None
-        found.append(Price(one, loss, one.step_s * steps / base if steps is not None and base is not None else None))
-    return found
+    base = min(parallel, default=None)
+    return [
+        of_data_parallel(one, base)
+        if method.reduces and base is not None
+        else price(one, method.loss_way(network, optimizer), base)
+        for method, one in zip(methods, predictions, strict=True)
+    ]
 
 
-def _loss(method: Method, network: Network, optimizer: str) -> Measured | None:
-    graph = method.graph(network)
-    if method.communicate_every > 1 or graph is None or network.ranks == 1 or method.inside == "parameters":
-        return None
-    way = Way(optimizer, method.algorithm, graph.name, method.mesh, method.wire, method.start > 0)
-    return measured(way, network.ranks)
+def table(found: Sequence[Price], auto: Price | None = None, *, machines: bool = False) -> str:
+    """One line per method with its three prices; with `machines`, also bytes that leave a machine per step.
 
-
-def fastest(found: Sequence[Price]) -> Price:
-    """The one with the shortest step; among equally fast ones (to 0.2 %) the first."""
-    limit = min(one.seconds for one in found) * (1 + CLOSE)
-    return next(one for one in found if one.seconds <= limit)
-
-
-def best(found: Sequence[Price]) -> Price:
-    """The one that takes the least time to DistributedDataParallel's loss, of those of which it is known; else the fastest."""
-    times = [one.time for one in found if one.time is not None]
-    if not times:
-        return fastest(found)
-    limit = min(times) * (1 + CLOSE)
-    return next(one for one in found if one.time is not None and one.time <= limit)
-
-
-def table(found: Sequence[Price], *, machines: bool = False) -> str:
-    """One line per method with its three prices; with `machines`, also bytes that leave a machine per step."""
+    `auto` is the one of them that `topology="auto"` takes.
+    """
     winner, quickest = best(found), fastest(found)
     width = max(len(one.prediction.method) for one in found) + 2
-    head = f"  {'method':<{width}}{'step':>11}{'exposed':>11}{'efficiency':>12}{'sent':>10}{'by machine':>12}"
+    head = f"    {'method':<{width}}{'step':>11}{'exposed':>11}{'efficiency':>12}{'sent':>10}{'by machine':>12}"
     lines = [(head if machines else head.removesuffix("  by machine")) + f"{'loss':>17}{'time':>9}"]
-    for price in found:
-        one, mark = price.prediction, "*" if price is winner else "+" if price is quickest else " "
+    for one_price in found:
+        one = one_price.prediction
+        marks = ">" * (one_price is auto) + "*" * (one_price is winner) + "+" * (one_price is quickest)
         line = (
-            f"{mark} {one.method:<{width}}{one.step_s * 1e3:>8.1f} ms{one.exposed_s * 1e3:>8.1f} ms"
+            f"{marks:<3} {one.method:<{width}}{one.step_s * 1e3:>8.1f} ms{one.exposed_s * 1e3:>8.1f} ms"
             f"{one.efficiency:>12.1%}{show_bytes(one.sent):>10}"
         )
         line += f"{show_bytes(one.sent_by_machine):>12}" * machines
-        lines.append(line + f"{_shown_loss(price):>17}{_shown_time(price):>9}")
-    return "\n".join([*lines, *_notes(winner is quickest)])
+        lines.append(line + f"{one_price.shown_loss():>17}{one_price.shown_time():>9}")
+    return "\n".join([*lines, *_notes(auto is not None)])
 
 
-def _shown_loss(price: Price) -> str:
-    if price.loss is None:
-        return "0" if price.time is not None else "-"
-    return f"{price.loss.above:+.1f}% n={price.loss.ranks}"
-
-
-def _shown_time(price: Price) -> str:
-    return f"{price.time:.2f}" if price.time is not None else "never" if price.loss is not None else "-"
-
-
-def _notes(same: bool) -> list[str]:
-    first = f"* least time to DDP's loss (within {NEAR} %), where that is known"
+def _notes(auto: bool) -> list[str]:
     return [
-        first + (", and shortest step" if same else "; + shortest step"),
-        "loss: above DDP's, each at its own best rate, measured on n ranks (byte models, bench/results/loss.md); - not measured",
+        f"* least time to DDP's loss (within {NEAR} %), where that is known; + shortest step"
+        + "; > what topology='auto' takes" * auto,
+        "loss: above DDP's, each at its own best rate, measured on n ranks (byte models, bench/results/loss.md); ~ of a like "
+        "method; - not measured",
         f"time: until within {NEAR} % of DDP's final loss, over DDP's own time; never: not in as many steps as its run",
     ]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fusedfog
 from fusedfog.comm.machines import by_machine, this_machine
+from fusedfog.cost.workload import OPTIMIZER_TENSORS, PROFILES
 from fusedfog.log import log
-from fusedfog.plan import Link, Links, Network
+from fusedfog.plan import Link, Links, Network, Workload
+from fusedfog.plan.auto import explain_auto
 from fusedfog.topology import one_peer_exponential
 
 TWO = "abab"
@@ -72,8 +77,9 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def chosen(machines: str, keywords: dict[str, Any]) -> tuple[str, str, str]:
     """What an optimizer says of its graph."""
+    keywords = dict(keywords)
     with on(machines):
-        opt = build(net().parameters(), **keywords)
+        opt = build(net(keywords.pop("width", 9)).parameters(), **keywords)
     told = opt.stats()
     return told["topology"], told["topology_reason"], repr(opt).partition("\n")[0]
 
@@ -134,19 +140,106 @@ def test_the_choice_and_its_reason(ranks: Pool, case: str) -> None:
 
 SLOW_INSIDE = Links(2, Link(1e-4, 1e7), Link(1e-5, 1e10), 1e10)
 SLOW_ACROSS = Links(2, Link(1e-6, 1e10), Link(1e-4, 1e7), 1e10)
-FASTER = "auto: ranks are nodes, since on the given links that is predicted to be faster"
 
 
-def test_given_links_decide_between_ranks_and_machines(ranks: Pool, tmp_path: Path) -> None:
+def in_words(count: int, time: str, loss: str) -> str:
+    """What follows the reason where links are known and DDP's loss is reached."""
+    return rf"; the least time to DDP's loss of {count} ways, {time} of DDP's: .* a step, loss {re.escape(loss)}"
+
+
+def test_given_links_decide_by_time_to_the_loss(ranks: Pool, tmp_path: Path) -> None:
+    """With AdamW ranks as nodes are not known to reach DDP's loss, however fast they are; with SGD they are."""
     SLOW_INSIDE.write(tmp_path / "links.json")
     network = Network(4, SLOW_ACROSS.across or Link(0, 1), 2, SLOW_ACROSS.inside)
-    for links, graph, reason in (
-        (str(tmp_path / "links.json"), FLAT, FASTER),
-        (SLOW_INSIDE, FLAT, FASTER),
-        (SLOW_ACROSS, NODES, SHARED),
-        (network, NODES, SHARED),
+    apart = "auto: ranks are nodes although they share machines"
+    unknown = ", if computing takes as long as these messages"
+    for links, kind, graph, reason in (
+        (str(tmp_path / "links.json"), "AdamW", NODES, SHARED + in_words(6, "1.05", "+0.5% n=16") + unknown),
+        (SLOW_INSIDE, "SGD", FLAT, apart + in_words(6, "0.42", "-0.3% n=4") + unknown),
+        (SLOW_ACROSS, "AdamW", NODES, SHARED + in_words(6, "0.40", "+0.5% n=16") + unknown),
+        (network, "AdamW", NODES, SHARED + in_words(6, "0.40", "+0.5% n=16") + unknown),
     ):
-        assert {(told, why) for told, why, _ in ranks.run(4, chosen, "aabb", {"links": links})} == {(graph, reason)}
+        for told, why, shown in ranks.run(4, chosen, "aabb", {"links": links, "kind": kind}):
+            assert told == graph
+            assert re.fullmatch(reason, why), why
+            assert why in shown
+
+
+TIGHT = Links(2, Link(1e-6, 1e10), Link(1e-6, 1e5), 1e10, step_s=1e-3)
+"""A message between machines takes several steps."""
+
+
+@pytest.mark.parametrize(
+    ("machines", "keywords", "graph", "wire"),
+    [
+        ("aabb", {}, NODES, "int8"),
+        ("abcd", {}, "one_peer_exponential", "int8"),
+        ("aabb", {"wire_dtype": "exact"}, NODES, None),
+        ("aabb", {"wire_dtype": "bf16"}, "symmetric_exponential over 2 machines of 2 ranks", "bf16"),
+        ("aabb", {"topology": "ring"}, "ring", None),
+        ("aabb", {"nonfinite": "heal"}, NODES, None),
+        ("aabb", {"kind": "Decentralized"}, NODES, None),
+        ("abcd", {"kind": "SGD", "algorithm": "extra"}, "symmetric_exponential", "int8"),
+    ],
+)
+def test_a_tight_link_gets_smaller_messages_unless_the_user_says_otherwise(
+    ranks: Pool, machines: str, keywords: dict[str, Any], graph: str, wire: str | None
+) -> None:
+    for told, codes in ranks.run(4, chosen_messages, machines, {"links": TIGHT, **keywords}):
+        assert (told, codes) == (graph, {"int8": "torch.int8", "bf16": "torch.bfloat16", None: "None"}[wire])
+
+
+def chosen_messages(machines: str, keywords: dict[str, Any]) -> tuple[str, str]:
+    with on(machines):
+        opt = build(net(50).parameters(), **keywords)
+    return opt.stats()["topology"], str(opt._engine.phases.last.codes)
+
+
+@pytest.mark.parametrize("machines", ["aabb", "abcd"])
+@pytest.mark.parametrize("links", [TIGHT, replace(TIGHT, across=Link(1e-6, 1e9)), SLOW_INSIDE])
+def test_optimizers_and_the_command_choose_alike(ranks: Pool, machines: str, links: Links) -> None:
+    local = 2 if machines == "aabb" else 1
+    size, step_s = sum(p.numel() for p in net(50).parameters()) * 4.0, 1e-3
+    links = replace(links, step_s=step_s, memory_bandwidth=math.inf)
+    network = Network(4, links.across or Link(0, 1), local, links.inside if local > 1 else None)
+    for kind, tensors in (("SGD", "momentum"), ("AdamW", "adam")):
+        workload = Workload.profiled(PROFILES["even"](), size, step_s, optimizer_tensors=OPTIMIZER_TENSORS[tensors])
+        words, _ = explain_auto(workload, network, optimizer=kind)
+        keywords = {"links": links, "kind": kind, "width": 50}
+        for told, why, _ in ranks.run(4, chosen, machines, keywords):
+            assert words.startswith(f"topology='auto' takes {told}")
+            assert words.endswith(f": {why.removeprefix('auto: ')}")
+
+
+def small_as_given() -> tuple[bool, bool, str, str]:
+    """Whether auto's messages train as given ones to the last bit, whether a resume goes on so, and what a given graph ends."""
+    one, other, third = net(50), net(50), net(50)
+    with on("aabb"):
+        automatic, again = (build(model.parameters(), links=TIGHT) for model in (one, third))
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    given = build(other.parameters(), mesh=mesh, topology="one_peer_exponential", wire_dtype="int8")
+    train(one, automatic, range(5))
+    train(other, given, range(5))
+    equal = same(values(one), values(other))
+    saved, weights = copy.deepcopy(automatic.state_dict()), values(one)
+    with again.paused(), torch.no_grad():
+        for p, value in zip(third.parameters(), weights, strict=True):
+            p.copy_(value)
+    again.load_state_dict(saved)
+    train(one, automatic, range(5, 9))
+    train(third, again, range(5, 9))
+    resumed = same(values(one), values(third))
+    automatic.set_topology("ring")
+    after = str(automatic._engine.phases.last.codes)
+    train(one, automatic, range(9, 12))
+    with on("aabb"):
+        again.switch(algorithm="atc")
+    train(third, again, range(9, 12))
+    return equal, resumed, after, str(again._engine.phases.last.codes)
+
+
+def test_autos_messages_are_those_of_wire_dtype_and_end_with_its_graph(ranks: Pool) -> None:
+    assert ranks.run(4, small_as_given) == [(True, True, "None", "torch.int8")] * 4
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import fusedfog.topology as ft
 from fusedfog.cli import calibrate
 from fusedfog.cli.main import main
 from fusedfog.cost.links import Links, read_links
+from fusedfog.cost.units import parse_count, parse_rate, parse_time
 from fusedfog.cost.workload import PROFILES, read_layers
 from fusedfog.params import layout
 from fusedfog.plan import (
@@ -37,7 +38,6 @@ from fusedfog.plan import (
     scaling,
     standard_methods,
 )
-from fusedfog.plan.units import parse_count, parse_rate, parse_time
 
 MB = 1e6
 SLOW = Link(latency_s=1e-3, bandwidth=1e8)
@@ -381,10 +381,13 @@ def test_plan_prints_its_table_and_marks_the_best(capsys: pytest.CaptureFixture[
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [row["method"] for row in rows] == [method.name for method in standard_methods(Network(16, SLOW))]
     (winner,) = [row for row in rows if row["best"]]
+    (taken,) = [row for row in rows if row["auto"]]
     (quickest,) = [row for row in rows if row["fastest"]]
     assert winner["time_to_ddp_loss"] == min(row["time_to_ddp_loss"] for row in rows if row["time_to_ddp_loss"])
     assert quickest["step_s"] == pytest.approx(min(row["step_s"] for row in rows))
-    assert f"\n* {winner['method']}  " in printed and f"\n+ {quickest['method']}  " in printed
+    for mark, row in (("*", winner), ("+", quickest), (">", taken)):
+        (line,) = [line for line in printed.splitlines() if line[3:].startswith(f" {row['method']}  ")]
+        assert mark in line[:3]
     assert "25 Gb/s (3.12 GB/s), 30 us" in printed and "102 MB" in printed
 
 
@@ -463,9 +466,10 @@ def calibrate_as(hosts: int, path: str) -> int:
     """Run the command on ranks that believe to be on `hosts` machines."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     small = {"SIZES": (4096, 65536, 1 << 20), "REPEATS": 2, "COPIED": 1 << 20}
+    step = ["--step-ms=100"] if hosts == 2 else []
     # Undone again: the pool's processes serve other tests, whose ranks are on one machine.
     with mock.patch.object(socket, "gethostname", lambda: f"host{rank * hosts // size}"), mock.patch.multiple(calibrate, **small):
-        return main(["calibrate", "--backend=gloo", f"--out={path}"])
+        return main(["calibrate", "--backend=gloo", f"--out={path}", *step])
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
@@ -479,13 +483,16 @@ def test_calibrate_writes_what_plan_reads(hosts: int, ranks: Pool, tmp_path: Pat
         assert 0 <= link.latency_s < 1 and 1e5 < link.bandwidth < 1e12
     kinds = {sample["what"].split(",")[0] for sample in json.loads(path.read_text())["measured"]}
     assert kinds == {"exchange inside", "all-reduce"} | ({"exchange across"} if hosts == 2 else set())
-    asked = ["plan", f"--links={path}", "--params=1e6", "--step-ms=100", "--ranks=4"]
+    assert links.step_s == (None if hosts == 1 else 0.1)
+    asked = ["plan", f"--links={path}", "--params=1e6", *(["--step-ms=100"] if hosts == 1 else []), "--ranks=4"]
     assert main(asked) == 0
 
 
 def test_calibrate_alone_says_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate"]) == 2
     assert "torchrun --nproc-per-node 2 -m fusedfog calibrate" in capsys.readouterr().err
+    assert main(["calibrate", "--step-ms=0"]) == 2
+    assert "a step takes a positive number of seconds, got 0.0" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

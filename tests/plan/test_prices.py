@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusedfog.cli.main import main
+from fusedfog.cost.loss import TABLE, Measured, Way, expected, measured
+from fusedfog.cost.prices import Price, best, fastest
 from fusedfog.cost.timeline import Prediction
 from fusedfog.plan import Layer, Link, Method, Network, Workload, predict, standard_methods
 from fusedfog.plan.auto import explain_auto
-from fusedfog.plan.loss import TABLE, Measured, Way, measured
-from fusedfog.plan.report import Price, best, fastest, predict_all, prices, table, wire_advice
+from fusedfog.plan.report import predict_all, prices, table, wire_advice
 
 MB = 1e6
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -59,6 +61,22 @@ def test_a_loss_is_that_of_the_nearest_number_of_ranks_and_of_the_worse_model() 
     assert machines is not None and machines.steps == pytest.approx(84 / 77)
 
 
+def test_what_was_not_measured_is_expected_to_do_as_the_like_of_it() -> None:
+    def way(graph: str, wire: str | None = None, starts: bool = False) -> Way:
+        return Way("AdamW", "awc", graph, wire=wire, starts=starts)
+
+    def above(one: Way) -> tuple[float, bool] | None:
+        found = expected(one, 16)
+        return (found[0].above, found[1]) if found else None
+
+    assert above(way("exponential", "int8")) == (1.8, True)
+    assert above(way("exponential", "bf16")) == (1.9, False)
+    assert above(way("one_peer_exponential", "int8")) == (3.7, False)
+    sgd = expected(Way("SGD", "atc", "exponential", wire="int8"), 16)
+    assert sgd is not None and (sgd[0].graph, sgd[0].ranks, sgd[1]) == ("one_peer_exponential", 4, False)
+    assert expected(way("ring", "int8"), 16) is None
+
+
 # -- prices ----------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +109,7 @@ def test_losses_are_those_of_the_optimizer() -> None:
 
 
 def price(seconds: float, time: float | None) -> Price:
-    return Price(Prediction("", 4, seconds, 0.1, 0.0, 0.0), None, time)
+    return Price(Prediction("", 4, seconds, 0.1, 0.0, 0.0), None, True, time)
 
 
 def test_the_best_is_the_soonest_where_that_is_known_and_the_fastest_where_not() -> None:
@@ -108,9 +126,9 @@ def test_a_line_shows_all_prices() -> None:
     found = priced(methods, MACHINES)
     lines = table(found, machines=True).splitlines()
     assert re.search(r"by machine +loss +time$", lines[0])
-    assert re.search(r"^  DDP .* 0 +1\.00$", lines[1])
-    assert re.search(r"^\* awc .* by machine .* \+0\.5% n=16 +0\.\d\d$", lines[2])
-    assert re.search(r"^  awc .* \+3\.7% n=16 +never$", lines[3])
+    assert re.search(r"^    DDP .* 0 +1\.00$", lines[1])
+    assert re.search(r"^\*\+? +awc .* by machine .* \+0\.5% n=16 +0\.\d\d$", lines[2])
+    assert re.search(r"^    awc .* \+3\.7% n=16 +never$", lines[3])
 
 
 # -- wires and starts ------------------------------------------------------------------------------------------------
@@ -168,23 +186,77 @@ def test_a_tight_network_is_advised_a_smaller_wire_and_a_wide_one_is_not() -> No
 # -- auto ------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_explains_autos_choice() -> None:
-    slow, quick = Link(1e-5, 1e7), Link(1e-6, 1e10)
-    for network, text in (
-        (Network(8, slow), "topology='auto' takes one_peer_exponential: every rank has a machine of its own"),
-        (Network(6, slow), "topology='auto' takes base_graph: every rank has a machine of its own"),
+ALONE, SHARED = "every rank has a machine of its own", "the ranks of a machine share its link"
+SHORTEST = "the shortest step of {} ways, none of which is known to reach DDP's loss: {} a step, loss {}"
+LEAST = "the least time to DDP's loss of {} ways, {} of DDP's: {} a step, loss {}"
+
+
+@pytest.mark.parametrize(
+    ("network", "taken", "why"),
+    [
+        # 4 MB in 50 ms of computing: at 10 MB/s no message hides, at 10 GB/s all do.
         (
-            Network(8, slow, 2, quick),
-            "topology='auto' takes one_peer_exponential over 4 machines of 2 ranks: the ranks of a machine share its link",
+            Network(8, Link(1e-5, 1e7)),
+            "exponential, int8 messages",
+            f"{ALONE}; {SHORTEST.format(3, '319 ms and 3.19 MB', '+1.8% n=16')}",
         ),
         (
-            Network(8, quick, 2, slow),
-            "topology='auto' takes one_peer_exponential: ranks are nodes, since on the given links that is predicted to be "
-            "faster",
+            Network(8, Link(1e-6, 1e10)),
+            "one_peer_exponential",
+            f"{ALONE}; {SHORTEST.format(3, '50 ms and 4 MB', '+2.3% n=8')}",
         ),
-    ):
-        assert explain_auto(MODEL, network) == text
-    assert explain_auto(MODEL, Network(8, slow), "ddp") == ""
+        # Of equally short steps that with the smaller loss.
+        (
+            Network(16, Link(1e-6, 1e10)),
+            "exponential",
+            f"{ALONE}; {SHORTEST.format(3, '50 ms and 16 MB', '+1.9% n=16')}",
+        ),
+        (
+            Network(16, Link(1e-5, 1e7), 8, Link(1e-6, 1e10)),
+            "one_peer_exponential over 2 machines of 8 ranks, int8 messages",
+            f"{SHARED}; {LEAST.format(5, '0.26', '106 ms and 8.06 MB', '~+0.5% n=16')}",
+        ),
+        (
+            Network(16, Link(1e-6, 1e10), 4, Link(1e-6, 1e11)),
+            "one_peer_exponential over 4 machines of 4 ranks",
+            f"{SHARED}; {LEAST.format(7, '1.08', '50.1 ms and 10 MB', '+0.5% n=16')}",
+        ),
+    ],
+)
+def test_plan_explains_autos_choice(network: Network, taken: str, why: str) -> None:
+    words, method = explain_auto(MODEL, network)
+    assert words == f"topology='auto' takes {taken}: {why}"
+    assert method is not None
+    assert (method.mesh, method.wire) == ("over" in taken, "int8" if "int8" in taken else None)
+
+
+def test_of_a_topology_that_nothing_needs_nothing_is_said() -> None:
+    assert explain_auto(MODEL, FLAT, "ddp") == ("", None)
+
+
+def test_autos_choice_is_the_best_of_what_there_is_to_choose() -> None:
+    """By brute force over the same ways as methods, priced by themselves."""
+    for rate in (1e7, 1e8, 1e9, 1e10):
+        for local in (1, 4):
+            network = Network(16, Link(1e-5, rate), local, Link(1e-6, 1e10))
+            _, taken = explain_auto(MODEL, network, optimizer="SGD")
+            graphs = [(False, "one_peer_exponential"), (False, "exponential")]
+            graphs += [(True, name) for _, name in graphs] * (local > 1)
+            ways = [Method("awc", graph, mesh=mesh) for mesh, graph in graphs]
+            ways += [
+                replace(way, wire="int8") for way in ways if way.topology == "exponential" or (way.mesh and local == 4)
+            ]
+            everything = [Method("ddp", collective="hierarchical"), Method("ddp", collective="ring"), *ways]
+            found = priced(everything, network, "SGD")[2:]
+            own = next(one for one, way in zip(found, ways, strict=True) if taken and _same(way, taken, network))
+            known = [one.time for one in found if one.time is not None]
+            assert own.time == pytest.approx(min(known), rel=0.002)
+
+
+def _same(one: Method, other: Method, network: Network) -> bool:
+    graphs = (way.graph(network) for way in (one, other))
+    names = {graph.name for graph in graphs if graph is not None}
+    return len(names) == 1 and (one.mesh, one.wire) == (other.mesh, other.wire)
 
 
 def test_the_command_prints_the_advice_and_the_choice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -199,9 +271,11 @@ def test_the_command_prints_the_advice_and_the_choice(capsys: pytest.CaptureFixt
     ]
     assert main([*asked, f"--json={tmp_path / 'p.json'}"]) == 0
     printed = capsys.readouterr().out
-    assert "topology='auto' takes one_peer_exponential over 4 machines of 4 ranks" in printed
+    assert "topology='auto' takes one_peer_exponential over 4 machines of 4 ranks, int8 messages" in printed
     rows = {row["method"]: row for row in json.loads((tmp_path / "p.json").read_text())["rows"]}
-    machines = rows["awc one_peer_exponential by machine"]
-    assert machines["best"] and machines["loss_above_percent"] == 0.5 and machines["loss_measured_on"] == 16
+    machines, small = rows["awc one_peer_exponential by machine"], rows["awc one_peer_exponential by machine int8"]
+    assert machines["loss_above_percent"] == 0.5 and machines["loss_measured_on"] == 16 and machines["loss_is_its_own"]
+    assert small["best"] and small["auto"] and small["loss_above_percent"] == 0.5 and not small["loss_is_its_own"]
+    assert re.search(r"\n>\*\+? +awc one_peer_exponential by machine int8 .* ~\+0\.5% n=16 +0\.\d\d\n", printed)
     assert main([*asked, "--algorithm=awc", "--wire=int8", "--topology=exponential", "--start=0.1"]) == 0
     assert "awc exponential int8 start 10%" in capsys.readouterr().out
