@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
 from fusedfog.algorithms import TABLE
-from fusedfog.optim.compatibility import markdown
+from fusedfog.optim.option_table import markdown
 from fusedfog.topology.guide import guide_table
 
 ROOT = Path(__file__).parents[1]
