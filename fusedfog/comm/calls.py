@@ -39,15 +39,13 @@ from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 
 log = logging.getLogger("fusedfog")
 
-_LOG_AFTER = 20.0
-_REMEMBERED = 8
+_LOG_AFTER, _REMEMBERED = 20.0, 8
 _NETWORK = re.compile(
     r"gloo|nccl|tcpstore|filestore|socket|connection (closed|reset|refused|was)|broken pipe|timed out|timeout"
     r"|failed to (recv|send)",
     re.IGNORECASE,
 )
 """What torch's texts about the network have in common; a call's own errors are of types of their own, or say other things."""
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -354,10 +352,9 @@ def reach(view: Ranks) -> None:
 
 def log_after() -> float:
     """Seconds after which a call is logged."""
-    try:
+    limit = _LOG_AFTER
+    with contextlib.suppress(ValueError):
         limit = float(os.environ.get("FUSEDFOG_WAIT_LOG_S", _LOG_AFTER))
-    except ValueError:
-        limit = _LOG_AFTER
     return min(limit, _Here.shortest / 2)
 
 

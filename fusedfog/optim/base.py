@@ -219,8 +219,6 @@ class DecentralizedOptimizer(Controls):
         if self._scheduler is not None:
             take_edits(self._kind, self._scheduler, self._states)
 
-    # -- torch.optim -------------------------------------------------------------------------------------------------
-
     # Not for a compiler to look into, as torch's own methods that change an optimizer: a graph would hold this step's inbox.
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -239,8 +237,7 @@ class DecentralizedOptimizer(Controls):
             MismatchError, PeerTimeout: parameters were unfrozen, but not the same on every rank before the same step.
             StorageReplacedError: a parameter was given another shape, dtype or device.
             ValueError: the value of `mix_strength` in this step is not from 0 to 1.
-            RuntimeError: the optimizer was released.
-            RuntimeError: inside a CUDA graph's capture without `capturable=True`, or without eager steps before it.
+            RuntimeError: the optimizer was released; a CUDA graph's capture without `capturable=True`, or eager steps before it.
         """
         with torch.set_grad_enabled(False):  # As no_grad(), in half its time.
             return self._make_step(closure)
@@ -331,9 +328,7 @@ class DecentralizedOptimizer(Controls):
         self._take_edits()
         clock = saved_clock(engine, self._options.algorithm)
         saved = super().state_dict()
-        saved["state"] = {
-            key: dict(state) if isinstance(state, dict) else state for key, state in saved["state"].items()
-        }
+        saved["state"] = {key: dict(state) if isinstance(state, dict) else state for key, state in saved["state"].items()}
         for state in saved["state"].values():
             if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()
@@ -381,12 +376,8 @@ class DecentralizedOptimizer(Controls):
         engine = self._scheduler
         clock = engine.read_clock() if engine else self._options.clock
         equal = engine.phases.last.hierarchy is not None if engine else self._options.equal_inside
-        own = {
-            "state": plain(self.state),
-            "_options": self._options.portable(clock, equal_inside=equal),
-            "_scheduler": None,
-            "_claim": None,
-        }
+        options = self._options.portable(clock, equal_inside=equal)
+        own = {"state": plain(self.state), "_options": options, "_scheduler": None, "_claim": None}
         return {**super().__getstate__(), **own}
 
     def _show_states(self) -> None:
