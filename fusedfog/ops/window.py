@@ -270,6 +270,7 @@ class Window:
         own, recv = self._arguments.update_weights(self_weight, recv_weights)
         target = self._own if out is None else _Own(self._arguments.same_kind(out, "out"))
         with self.lock, torch.no_grad():
+            self._endpoint.staging.follow()
             for link in self._endpoint.into.values():
                 link.inbox.take()
             if target is not self._own:

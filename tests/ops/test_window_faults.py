@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
-from support.windows import TRANSPORTS, held_by_process, transport
+from support.windows import TRANSPORTS, die_inside_lock, held_by_process, transport
 
 import fusedfog
 
@@ -107,8 +107,11 @@ def test_what_is_added_is_there_exactly_once(ranks: Pool, how: str, reads: bool)
     assert all(p >= 1 + 2 * 300 for _, _, p in found)
 
 
+INSIDE_LOCK = "SIGKILL inside the lock of an edge's memory"
+
+
 def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict[str, Any]:
-    """Rank 1 writes, adds, gets and takes the mutex until it is stopped or killed; the others go on."""
+    """Rank 1 writes, adds and takes the mutex until it is stopped, killed or kills itself; the others go on."""
     rank = dist.get_rank()
     x = torch.full((size,), float(rank), dtype=torch.float64)
     found: dict[str, Any] = {"torn": 0}
@@ -121,8 +124,10 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
         if os.fork() == 0:  # As a DataLoader worker that outlives it for a moment.
             time.sleep(delay + 1.0)
             os._exit(0)
-        number = 0
+        number, begin = 0, time.monotonic()
         while True:
+            if signal_name == INSIDE_LOCK and time.monotonic() > begin + delay:
+                die_inside_lock()
             number += 1
             x.fill_(float(number))
             window.put()
@@ -133,10 +138,11 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
     victim = int(store.get("pid"))
     if rank == 0:
         time.sleep(delay)
-        os.kill(victim, getattr(signal, signal_name))
+        if signal_name != INSIDE_LOCK:
+            os.kill(victim, getattr(signal, signal_name))
         tell("done")
     rounds = 0
-    while rounds < 30 or not told("done"):
+    while rounds < 30 or not told("done") or (signal_name == INSIDE_LOCK and window.alive[1]):
         rounds += 1
         window.put(weights=[2 - rank, 1])
         window.update(0.0, {1: 1.0})
@@ -148,7 +154,7 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
         window.fence(1.0)
     except RuntimeError as error:
         found["fence"] = f"{type(error).__name__}: {error}"
-    window.fence(20.0) if signal_name == "SIGKILL" else None
+    window.fence(20.0) if signal_name != "SIGSTOP" else None
     found["alive"] = window.alive
     tell(f"through/{rank}")
     wait_for_store("through/0"), wait_for_store("through/2")
@@ -160,13 +166,13 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
     return found
 
 
-@pytest.mark.parametrize("how", TRANSPORTS)
-def test_a_killed_rank_tears_nothing_and_holds_up_nobody(ranks: Pool, how: str) -> None:
-    kill_and_look(ranks, how, 0.05)
+@pytest.mark.parametrize(("how", "ending"), [("memory", "SIGKILL"), ("tcp", "SIGKILL"), ("memory", INSIDE_LOCK)])
+def test_a_killed_rank_tears_nothing_and_holds_up_nobody(ranks: Pool, how: str, ending: str) -> None:
+    kill_and_look(ranks, how, 0.05, 1000, ending)
 
 
-def kill_and_look(ranks: Pool, how: str, delay: float, size: int = 1000) -> None:
-    outcomes = ranks.outcomes(3, beside_a_victim, how, size, "SIGKILL", delay, timeout=120)
+def kill_and_look(ranks: Pool, how: str, delay: float, size: int, ending: str) -> None:
+    outcomes = ranks.outcomes(3, beside_a_victim, how, size, ending, delay, timeout=120)
     assert outcomes[1].error_type == "Died"
     for rank in (0, 2):
         found = outcomes[rank].value
@@ -181,7 +187,8 @@ def kill_and_look(ranks: Pool, how: str, delay: float, size: int = 1000) -> None
 def test_ranks_killed_at_fifty_random_moments_tear_nothing_and_hold_up_nobody(ranks: Pool, seed: int) -> None:
     chance = random.Random(seed)
     for number in range(50):
-        kill_and_look(ranks, TRANSPORTS[number % 4 == 3], chance.uniform(0.0, 0.1), chance.choice([10, 1000, 10**6]))
+        how, ending = TRANSPORTS[number % 4 == 3], INSIDE_LOCK if number % 4 == 2 else "SIGKILL"
+        kill_and_look(ranks, how, chance.uniform(0.0, 0.1), chance.choice([10, 1000, 10**6]), ending)
 
 
 @pytest.mark.parametrize("how", TRANSPORTS)

@@ -23,7 +23,7 @@ def check_windows(device: torch.device) -> None:
     try:
         for number in range(1, 20):
             values.fill_(float(number))
-            held = staging.hold(values, by_program=True)
+            held = staging.hold(values)
             sender.send(Message(Kind.PUT, held, 0.5, 1.0))
             sender.send(Message(Kind.ADD, held, 2.0, 1.0))
             values.fill_(-1.0)

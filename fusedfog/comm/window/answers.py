@@ -97,8 +97,9 @@ def answer(here: Here, link: OutLink) -> bool:
         return False
     if link.wanted and here.lock.acquire(blocking=False):
         try:
-            values, mass = here.source()
-            values = here.staging.hold(values, by_program=False)
+            with here.staging.as_program():
+                values, mass = here.source()
+                values = here.staging.hold(values)
             while link.wanted:
                 number, weight = link.wanted.pop(0)
                 link.send(Message(Kind.PUT, values, weight, mass * weight, answered=number))

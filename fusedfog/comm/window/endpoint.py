@@ -96,7 +96,8 @@ class Endpoint:
 
     def hold(self, values: Tensor) -> Tensor:
         """The values as they are now, to be sent, to several neighbours perhaps; for the window's user."""
-        return self.staging.hold(values, by_program=True)
+        self.staging.follow()
+        return self.staging.hold(values)
 
     def send(self, peer: int, message: Message) -> None:
         """Send what `hold` has returned to a neighbour; never waits for it."""

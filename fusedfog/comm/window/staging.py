@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
@@ -55,12 +56,14 @@ class Staging(Protocol):
     def incoming(self) -> Copies:
         """For an inbox: out of slots."""
 
-    def hold(self, values: Tensor, *, by_program: bool) -> Tensor:
-        """The values as they are now, for copies that are made later.
+    def hold(self, values: Tensor) -> Tensor:
+        """The values as they are on the current stream, for copies that are made later."""
 
-        Args:
-            by_program: called by the window's user, and not by the window's thread, for which the user's last stream counts.
-        """
+    def follow(self) -> None:
+        """The window's user works on the current stream."""
+
+    def as_program(self) -> AbstractContextManager[object]:
+        """Inside, the window's thread works on the stream on which its user last worked."""
 
     def pin(self, region: Region) -> None:
         """Have the device reach a region's slots, until the region is closed."""
@@ -95,9 +98,16 @@ class OnHost:
         """See `Staging`."""
         return AtOnce()
 
-    def hold(self, values: Tensor, *, by_program: bool) -> Tensor:
+    def hold(self, values: Tensor) -> Tensor:
         """See `Staging`; the values are copied before anybody can write to them."""
         return values
+
+    def follow(self) -> None:
+        """See `Staging`."""
+
+    def as_program(self) -> AbstractContextManager[object]:
+        """See `Staging`."""
+        return contextlib.nullcontext()
 
     def pin(self, region: Region) -> None:
         """See `Staging`."""
@@ -145,15 +155,20 @@ class OnDevice:
         """See `Staging`."""
         return OnStream(self._place, None)
 
-    def hold(self, values: Tensor, *, by_program: bool) -> Tensor:
+    def hold(self, values: Tensor) -> Tensor:
         """See `Staging`."""
-        if by_program:
-            self._program = torch.cuda.current_stream(self._place)
-        with torch.cuda.stream(self._program):
-            held = values.clone()
-        self._side.wait_stream(self._program)
+        held = values.clone()
+        self._side.wait_stream(torch.cuda.current_stream(self._place))
         held.record_stream(self._side)
         return held
+
+    def follow(self) -> None:
+        """See `Staging`."""
+        self._program = torch.cuda.current_stream(self._place)
+
+    def as_program(self) -> AbstractContextManager[object]:
+        """See `Staging`."""
+        return torch.cuda.stream(self._program)
 
     def pin(self, region: Region) -> None:
         """See `Staging`."""
