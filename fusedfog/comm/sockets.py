@@ -22,7 +22,7 @@ class Sockets:
     """
 
     def __init__(self) -> None:
-        self.port = 0
+        self.port, self._kept = 0, False
         self._known = _sockets()
         self._own: set[tuple[int, int]] = set()
 
@@ -35,11 +35,16 @@ class Sockets:
 
     def keep(self, ports: Iterable[int]) -> None:
         """Of these, keep the connections to or from ports where the group's ranks listen: threads open sockets, too."""
-        known = set(ports) - {0}
+        known, self._kept = set(ports) - {0}, True
         self._own = {one for one in self._own if known & set(_ends(one[0]))}
 
     def shut_down(self) -> None:
-        """End these connections, both ways; those that are closed already are left alone, whoever has their numbers now."""
+        """End these connections, both ways; those that are closed already are left alone, whoever has their numbers now.
+
+        Before `keep`, those that others have made to the group's own port: what else is new may be anybody's, or the port itself.
+        """
+        if not self._kept:
+            self.keep([self.port])
         for number, inode in self._own:
             with contextlib.suppress(OSError):
                 copy = os.dup(number)

@@ -28,11 +28,12 @@ DEADLINE = 5.0
 def open_store(host: str, port: int, timeout: timedelta = timedelta(seconds=DEADLINE)) -> TCPStore:
     """A connection of its own to the store of this address.
 
+    Few should be made: torch's server looks up the name of whoever connects, and answers nobody meanwhile, for five seconds where
+    no resolver answers.
+
     Raises:
-        OSError, RuntimeError: nobody answers there.
+        RuntimeError: nobody answers there.
     """
-    # The store's own client tries again until its timeout if nobody listens.
-    socket.create_connection((host, port), DEADLINE).close()
     return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
@@ -44,19 +45,20 @@ class Board:
         prefix: of all keys.
 
     Attributes:
+        store: the connection that is used now.
         lost: the last question was answered by none of them.
     """
 
     def __init__(self, stores: tuple[tuple[str, int], ...], prefix: str) -> None:
-        self._stores, self._prefix = stores, prefix
-        self._store: TCPStore | None = None
+        self.stores, self._prefix = stores, prefix
+        self.store: TCPStore | None = None
         self._at = 0
         self.lost = False
 
     @property
     def address(self) -> tuple[str, int]:
         """Of the store that is used now."""
-        return self._stores[self._at]
+        return self.stores[self._at]
 
     def get(self, key: str) -> str | None:
         """What was set last; None if nothing was."""
@@ -106,9 +108,9 @@ class Board:
             StoreLost: none does.
         """
         why = ""
-        for place in [self._at, *(place for place in range(len(self._stores)) if place != self._at)]:
-            if self._store is None or place != self._at:
-                self._store, self._at = None, place
+        for place in [self._at, *(place for place in range(len(self.stores)) if place != self._at)]:
+            if self.store is None or place != self._at:
+                self.store, self._at = None, place
             task = Task(lambda place=place: question(self._client(place)))  # type: ignore[misc]
             if task.over.wait(DEADLINE):
                 try:
@@ -120,14 +122,17 @@ class Board:
                     return answer
             else:
                 why = f"no answer within {DEADLINE:g} s"
-            self._store = None  # A thread may be blocked inside it.
+            self.store = None  # A thread may be blocked inside it.
         self._at, self.lost = 0, True
-        where = ", ".join(f"{host}:{port}" for host, port in self._stores)
+        where = ", ".join(f"{host}:{port}" for host, port in self.stores)
         raise StoreLost(f"no store of this run answers ({where}): {why}")
 
     def _client(self, place: int) -> TCPStore:
-        store = self._store
+        store = self.store
         if store is None:
-            store = open_store(*self._stores[place])
-            self._store = store
+            if self.lost:
+                # The store's own client tries again until its timeout if nobody listens.
+                socket.create_connection(self.stores[place], DEADLINE).close()
+            store = open_store(*self.stores[place])
+            self.store = store
         return store

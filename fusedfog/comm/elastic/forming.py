@@ -8,6 +8,8 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Protocol
 
+from torch._C._distributed_c10d import TCPStore
+
 from fusedfog.comm.elastic.asking import Heard, ask
 from fusedfog.comm.elastic.board import Board, open_store
 from fusedfog.comm.elastic.epoch import NotFormed, open_epoch
@@ -29,6 +31,7 @@ class Forms(Protocol):
     timeout: float
     dead_after: float
     min_ranks: int
+    epochs_store: tuple[tuple[str, int], TCPStore] | None
 
     def is_lost(self, uid: str, answered: bool) -> bool:
         """Take note of an answer, or of none; whether a member has not answered for too long."""
@@ -64,10 +67,12 @@ def form(run: Forms, note: Note, base: Record | None, leave: Callable[[], None])
 
 def _open(run: Forms, record: Record) -> None:
     """Connect with the other members of a record; raises NotFormed."""
-    try:
-        store = open_store(*run.board.address, timedelta(seconds=run.timeout))
-    except (OSError, RuntimeError) as error:
-        raise NotFormed(f"the store does not answer: {error}") from None
+    known, run.epochs_store = run.epochs_store, None
+    if known is None or known[0] != run.board.address:
+        try:
+            known = run.board.address, open_store(*run.board.address, timedelta(seconds=run.timeout))
+        except RuntimeError as error:
+            raise NotFormed(f"the store does not answer: {error}") from None
     others = [seat for seat in record.seats if seat.uid != run.identity.uid]
 
     def give_up() -> str:
@@ -80,7 +85,8 @@ def _open(run: Forms, record: Record) -> None:
         return f"{ended[0]} has ended" if ended else ""
 
     rank = record.uids.index(run.identity.uid)
-    open_epoch(record, rank, store, timedelta(seconds=run.timeout), run.dead_after, give_up)
+    open_epoch(record, rank, known[1], timedelta(seconds=run.timeout), run.dead_after, give_up)
+    run.epochs_store = known
 
 
 class _Forming:

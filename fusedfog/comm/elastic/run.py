@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from fusedfog.comm import calls, whereabouts
 from fusedfog.comm.elastic import asking
-from fusedfog.comm.elastic.board import Board, open_store
+from fusedfog.comm.elastic.board import Board
 from fusedfog.comm.elastic.epoch import close_epoch, open_epoch
 from fusedfog.comm.elastic.forming import form
 from fusedfog.comm.elastic.handing import Hand
@@ -72,6 +72,7 @@ class Run:
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
         hand: where newcomers' wishes for it arrive.
+        epochs_store: the connection that process groups use, and where to; made anew when a thread may be blocked in it.
         reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
     """
 
@@ -98,6 +99,7 @@ class Run:
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.reforms, self.reform_s = 0, 0.0
+        self.epochs_store: tuple[tuple[str, int], TCPStore] | None = None
         self._silent: dict[str, float] = {}
         self._beats: dict[str, str | None] = {}
         self._commits = 0
@@ -117,7 +119,7 @@ class Run:
         """
         identity = self.identity
         listener = socket.create_server(("", 0), backlog=256)
-        ip = whereabouts.own_ip(open_store(*self._first_store()))
+        ip = whereabouts.own_ip(self._first_store())
         self._listener = Listener(listener, ip, self._answer, lambda: None, lambda: 1.0)
         self.seat = Seat(identity.uid, socket.gethostname(), ip, self._listener.port, secrets.token_hex(8))
         key, own = f"slot/{identity.slot}", json.dumps(vars(self.seat))
@@ -136,15 +138,16 @@ class Run:
             if self.board.swap(key, before, own) == own:
                 return
 
-    def _first_store(self) -> tuple[str, int]:
+    def _first_store(self) -> Store:
+        """A store that answers."""
         with contextlib.suppress(StoreLost):
             self.board.get("record")
-        if self.board.lost:
+        if self.board.store is None:
             where = ", ".join(f"{host}:{port}" for host, port in self.identity.stores)
             raise LaunchError(
                 f"slot {self.identity.slot}: no store answers at {where}: start the launcher, or see FUSEDFOG_STORES"
             )
-        return self.board.address
+        return self.board.store
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
@@ -246,11 +249,14 @@ class Run:
         for rank, state in states.items():
             uid = record.uids[rank]
             if uid != self.seat.uid and self.is_lost(uid, state.fate != whereabouts.SILENT):
-                return rank, f"has not answered for {self.dead_after:g} s"
+                return rank, f"has ended, or has not answered for {self.dead_after:g} s"
         return None
 
     def is_lost(self, uid: str, answered: bool) -> bool:
-        """See `forming.Forms`. A process whose launcher counts on is not lost, as in a long call that holds Python's lock."""
+        """See `forming.Forms`; lost, too, is one of which the launcher says that it has ended.
+
+        A process whose launcher counts on is not lost, as in a long call that holds Python's lock.
+        """
         now = time.monotonic()
         if answered:
             self._silent.pop(uid, None)
@@ -261,6 +267,8 @@ class Run:
             if beat != self._beats.setdefault(uid, beat):
                 self._beats[uid], self._silent[uid] = beat, now
                 return False
+            if self.board.get(f"dead/{uid}") is not None:
+                return True
         return now - since >= self.dead_after
 
     def commit(self) -> bool:
