@@ -11,12 +11,16 @@ from typing import TypeAlias
 import torch.distributed as dist
 
 from fusedfog.comm.group import GroupView
+from fusedfog.comm.waiter import Task
 from fusedfog.errors import DivergedError, ExchangeError, NonFiniteError, PeerTimeout, RankLeft
 
 CannotGoOn: TypeAlias = NonFiniteError | DivergedError
 """What ends one rank and, since it exchanges nothing more, all others in their turn."""
 
 _KINDS: dict[str, type[CannotGoOn]] = {kind.__name__: kind for kind in (NonFiniteError, DivergedError)}
+
+_STORE_ANSWERS = 5.0
+"""Seconds in which a store answers; it does in a millisecond, or not at all."""
 
 
 def is_timeout(error: Exception) -> bool:
@@ -51,12 +55,17 @@ class Membership:
 
     def left(self) -> dict[int, str]:
         """Ranks that have left, their numbers of steps, and why if they had to. Asks the store: for what has failed already."""
-        # The store may have gone with the rank that hosted it.
-        with contextlib.suppress(RuntimeError):
-            store = dist.distributed_c10d._get_default_store()
-            keys = {rank: f"{self.prefix}/left/{rank}" for rank in range(self.view.size)}
-            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        task = Task(self._read_notes)
+        # The store may have gone with the rank that hosted it; one that is cut off would be waited for, for ever.
+        if task.over.wait(_STORE_ANSWERS):
+            with contextlib.suppress(RuntimeError):
+                return task.result()
         return {}
+
+    def _read_notes(self) -> dict[int, str]:
+        store = dist.distributed_c10d._get_default_store()
+        keys = {rank: f"{self.prefix}/left/{rank}" for rank in range(self.view.size)}
+        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 
     def failure(self, error: Exception, what: str) -> Exception:
         """The exception for an exchange that will never be complete; `what` names it and its peers."""
