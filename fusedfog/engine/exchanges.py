@@ -23,6 +23,7 @@ from fusedfog.gossip.push_sum import PushSum, Shares
 from fusedfog.gossip.quarantine import Quarantine
 from fusedfog.gossip.samples import Samples
 from fusedfog.gossip.window_delivery import WindowDelivery, WindowMailbox, rate
+from fusedfog.kernels import device
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 from fusedfog.topology.admission import Admission
@@ -290,6 +291,14 @@ class Exchanges:
         # Buckets of a segment travel in the same round, into the same flat buffers.
         assert all(other.weights == inbox.weights for other in others)
         return inbox
+
+    def come_together(self, pass_group: PassGroup) -> bool:
+        """Wait for the first message of a pass group of several buckets; whether the others have come by then.
+
+        Always so on GPUs, where the stream waits, and where nothing is waited for.
+        """
+        asks = pass_group.segment.layout.mix and not device.on_gpu(pass_group.segment.param)
+        return not asks or self.windows is not None or self.mailbox is None or self.mailbox.come_together(pass_group.buckets)
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""

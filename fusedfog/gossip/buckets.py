@@ -216,6 +216,10 @@ class Buckets:
             for s, own in members.items()
         ]
 
+    def parts(self, pass_group: PassGroup) -> list[PassGroup]:
+        """The pass groups over each bucket of this one, in the order in which they are sent."""
+        return [self.singles[bucket.place] for bucket in pass_group.buckets]
+
     def begin_step(self) -> None:
         """No bucket's edits have been counted in this step."""
         for bucket in self.all:

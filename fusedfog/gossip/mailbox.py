@@ -19,6 +19,9 @@ from fusedfog.gossip.samples import Samples
 from fusedfog.log import warn_user
 from fusedfog.topology import Topology
 
+_AT_ONCE = 1e-3
+"""Seconds in which a thread has noticed messages that had come when it was told to wait for them."""
+
 
 class Mailbox:
     """Sends and receives the buckets of one optimizer.
@@ -111,6 +114,23 @@ class Mailbox:
             bucket.noticed += 1
             self._report_torn(bucket)
         return bucket.inbox
+
+    def come_together(self, buckets: Sequence[BucketState]) -> bool:
+        """Wait for the first bucket's message; whether those of the others have come by then.
+
+        Raises:
+            PeerTimeout, ExchangeError: the first one did not come.
+        """
+        transfers = [bucket.transfer for bucket in buckets if bucket.transfer is not None]
+        for transfer in transfers:
+            transfer.done()  # Has a thread begin to wait.
+        self.wait(buckets[0])
+        deadline = time.perf_counter() + _AT_ONCE
+        while not all(transfer.done() for transfer in transfers):
+            if time.perf_counter() > deadline:
+                return False
+            time.sleep(_AT_ONCE / 10)
+        return True
 
     def find_edits(self) -> None:
         """Before any pass of a step: look for edits since the messages were sent that version counters do not show."""
