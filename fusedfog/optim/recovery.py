@@ -198,6 +198,10 @@ class Recovery:
 
     def before_step(self) -> None:
         """See `Members`."""
+        if self.run.left:
+            raise RuntimeError(
+                f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
+            )
         if self.run.hand.wanted:
             self.run.hand.give(self._write)
         if self._is_over():
@@ -249,8 +253,15 @@ class Recovery:
             engine.exchanges.skipped = engine.clock.steps
         engine.clock.exchanges = record.exchanges
 
+    def leave(self) -> None:
+        """See `Members`."""
+        self.run.left = True
+        self.run.record = None
+
     def make_again(self, call: Callable[[], R], undo: Callable[[R], object]) -> R:
         """See `comm.elastic.again.together`."""
+        if self._opt() is None or self.run.left:
+            return call()
         while True:
             cause = ""
             try:

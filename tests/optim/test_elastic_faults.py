@@ -302,3 +302,25 @@ def test_threads_descriptors_and_memory_stay_what_they_are_over_200_changes() ->
         first, last = figures[0], figures[-1]
         assert last[0] <= first[0] + 2 and last[1] <= first[1] + 4, figures
         assert last[2] <= first[2] + 24, f"MB: {figures}"
+
+
+def leaves(until: int) -> Any:
+    model, opt = begin()
+    steps(model, opt, 10)
+    if own_slot() == 1:
+        opt.leave()
+        with pytest.raises(RuntimeError, match="has left its elastic run"):
+            opt.step()
+        say("left")
+        time.sleep(8.0)
+        return "left"
+    steps(model, opt, until)
+    return outcome(opt)
+
+
+@SLOW
+def test_a_member_that_has_left_is_not_waited_for_while_its_process_lives() -> None:
+    with Members(3) as members:
+        members.start(leaves, 40)
+        results = members.results()
+    assert results == {"0.0": (40, ("0.0", "2.0")), "1.0": "left", "2.0": (40, ("0.0", "2.0"))}

@@ -68,6 +68,7 @@ class Run:
     Attributes:
         record: of the epoch that this process is a member of; None before its first one.
         called: others are ready for the next epoch.
+        left: this process has ended its part, and answers as one that is none of the members.
         over: why the current epoch is over, once it is; "" until then.
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
@@ -95,7 +96,7 @@ class Run:
         self.board = Board(identity.stores, prefix)
         self._own_seat()
         self.record: Record | None = None
-        self.called, self.over, self.built = False, "", False
+        self.called, self.over, self.built, self.left = False, "", False, False
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.reforms, self.reform_s = 0, 0.0
@@ -318,7 +319,7 @@ class Run:
             if question["token"] == self.seat.token and question["ask"] == "state":
                 threading.Thread(target=self._hand_over, args=(connection,), daemon=True, name="fusedfog-hand").start()
                 return
-            uid = self.seat.uid if question["token"] == self.seat.token else ""
+            uid = self.seat.uid if question["token"] == self.seat.token and not self.left else ""
             connection.sendall(json.dumps({"uid": uid, "pid": os.getpid()}).encode())
         connection.close()
 
