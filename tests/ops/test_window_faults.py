@@ -302,6 +302,39 @@ def processes_with(variable: str) -> list[str]:
     return found
 
 
+SMALL_SHM = """
+import os
+import torch
+import fusedfog
+
+fusedfog.init()
+room = os.statvfs("/dev/shm")
+assert room.f_blocks * room.f_frsize <= 65536
+x = torch.full((25 << 17,), float(fusedfog.rank()), dtype=torch.float64)
+with fusedfog.Window(x, "ring") as window:
+    assert all(link.courier is None for link in window._endpoint.links())
+    window.put()
+    window.fence()
+    torch.distributed.barrier()
+    assert window.update().unique().tolist() == [0.5]
+    torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_ranks_share_does_not_depend_on_dev_shm(tmp_path: Path) -> None:
+    """As in a container, where /dev/shm is small; a mount namespace of its own has one of 64 kB."""
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    script = tmp_path / "train.py"
+    script.write_text(SMALL_SHM)
+    launch = f"{small} && exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {script}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", launch], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def many_steps(how: str, steps: int) -> list[tuple[int, int, int]]:
     def resident() -> int:
         with open("/proc/self/statm") as file:

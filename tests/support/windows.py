@@ -58,6 +58,7 @@ class Slow(Late):
     def __init__(self) -> None:
         super().__init__()
         self._until = 0.0
+        self._one_at_a_time = threading.Lock()
 
     def start(self, copy: Callable[[], object]) -> None:
         """See `Copies`."""
@@ -66,14 +67,16 @@ class Slow(Late):
 
     def over(self) -> bool:
         """See `Copies`."""
-        if time.monotonic() >= self._until:
-            super().wait()
-        return super().over()
+        with self._one_at_a_time:
+            if time.monotonic() >= self._until:
+                super().wait()
+            return super().over()
 
     def wait(self) -> None:
         """See `Copies`."""
         time.sleep(max(0.0, self._until - time.monotonic()))
-        super().wait()
+        with self._one_at_a_time:
+            super().wait()
 
 
 @contextlib.contextmanager

@@ -109,11 +109,11 @@ class Sender:
     def send(self, message: Message) -> bool:
         """Send; False if the message waits. Returns within `region.PATIENCE` seconds and the time of a copy of the CPU, or of
         what the own GPU still has to do for the message before this one."""
+        self.copies.wait()  # Without the mutex: the window's thread, which calls `flush`, waits for nobody.
         with self._mutex:
             self.sent += 1
             self._puts += message.kind is Kind.PUT
             self._answered = max(self._answered, message.answered)
-            self.copies.wait()
             if not self._publish_waiting():
                 assert self._waiting is not None
                 slot, values, note = self._waiting
