@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+import fusedfog
+
 STEPS, ACCUMULATE, LR, CLIP = 8, 2, 1e-2, 0.5
 LENGTH, VOCABULARY = 12, 32
 
@@ -55,8 +57,9 @@ class Record:
         self.start: dict[str, Any] = {}
         self.inputs: list[dict[str, Any]] = []
         self.gradients: list[list[Tensor]] = []
+        self.rates: list[float] = []
         model.register_forward_pre_hook(self._fed, with_kwargs=True)
-        optimizer.register_step_post_hook(lambda *_: self.gradients.append(clones(p.grad for p in model.parameters())))
+        optimizer.register_step_post_hook(self._stepped)
 
     def _fed(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not model.training:
@@ -69,36 +72,41 @@ class Record:
             }
         self.inputs.append({name: kwargs[name] for name in ("input_ids", "labels")})
 
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        self.gradients.append(clones(p.grad for p in self.model.parameters()))
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
     def save(self, data: Any, evaluated: float, accumulate: int = ACCUMULATE, loss_of: Loss = call) -> None:
         """Write record-RANK.pt: what happened, with the averaged model's loss on `data`, and what should have."""
         values = clones(self.model.parameters())
         put(self.model.eval(), mean_of_ranks(values))
         with torch.no_grad():
             mean_loss = loss_of(self.model, **default_collate(data)).item()
+        fed = list(self.inputs)  # the training below is recorded too
         record = {
             "start": self.start["model"],
-            "fed": [kwargs["input_ids"] for kwargs in self.inputs],
+            "fed": [kwargs["input_ids"] for kwargs in fed],
             "gradients": self.gradients,
             "parameters": values,
             "evaluated": evaluated,
             "evaluated_by_hand": mean_loss,
-            "parameters_by_hand": self._by_hand(loss_of, accumulate),
+            "parameters_by_hand": self._by_hand(loss_of, accumulate, list(fed)),
+            "parameters_of_plain_loop": self._plain_loop(loss_of, accumulate, list(fed)),
         }
         torch.save(record, f"record-{dist.get_rank()}.pt")
 
     @torch.enable_grad()
-    def _by_hand(self, loss_of: Loss, accumulate: int) -> list[Tensor]:
+    def _by_hand(self, loss_of: Loss, accumulate: int, fed: list[dict[str, Any]]) -> list[Tensor]:
         """X+ = W X + (AdamW(X) - X) from the same start on the same data; between two ranks W is 1/2 everywhere."""
         model = self.model.train()
         put(model, self.start["model"])
         params = list(model.parameters())
         inner = torch.optim.AdamW([{"params": group["params"]} for group in self.optimizer.param_groups], lr=LR)
         inner.load_state_dict(self.start["optimizer"])
-        steps = len(self.inputs) // accumulate
-        for step in range(STEPS - steps, STEPS):
+        for step in range(STEPS - len(fed) // accumulate, STEPS):
             inner.zero_grad()
             for _ in range(accumulate):
-                (loss_of(model, **self.inputs.pop(0)) / accumulate).backward()
+                (loss_of(model, **fed.pop(0)) / accumulate).backward()
             nn.utils.clip_grad_norm_(params, CLIP)
             for group in inner.param_groups:
                 group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
@@ -108,6 +116,26 @@ class Record:
                 for param, old, mean in zip(params, before, mean_of_ranks(before), strict=True):
                     param += mean - old
         return clones(params)
+
+    @torch.enable_grad()
+    def _plain_loop(self, loss_of: Loss, accumulate: int, fed: list[dict[str, Any]]) -> list[Tensor]:
+        """fusedfog.AdamW in the loop of a script of one's own, with the learning rates that the framework's schedule gave."""
+        model = self.model.train()
+        groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
+        self.optimizer.release()
+        put(model, self.start["model"])
+        optimizer = fusedfog.AdamW(groups, lr=LR, topology="one_peer_exponential", sync_init=False)
+        optimizer.load_state_dict(self.start["optimizer"])
+        for rate in self.rates:
+            optimizer.zero_grad()
+            for _ in range(accumulate):
+                (loss_of(model, **fed.pop(0)) / accumulate).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        optimizer.drain()
+        return clones(model.parameters())
 
 
 def clones(tensors: Iterable[Tensor]) -> list[Tensor]:

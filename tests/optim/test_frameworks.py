@@ -1,12 +1,14 @@
-"""Trainer, accelerate, Lightning and plain torchrun train decentralized, resume and evaluate the average.
+"""Trainer, accelerate, Lightning and plain torchrun train decentralized, resume and evaluate the average; so does LoRA with peft.
 
 Two real ranks run each of `framework_scripts/` under torchrun. They record what the framework fed them, and train on that
-once more with torch.optim.AdamW and an average written by hand.
+once more: with torch.optim.AdamW and an average written by hand, and with fusedfog.AdamW in a loop of their own.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +103,12 @@ def test_gradients_stay_local_and_parameters_are_mixed(trained: tuple[str, Path,
     assert distance(one["start"], one["parameters"]) > 1e-2
 
 
+def test_it_is_the_loop_of_a_script_of_ones_own_bit_for_bit(trained: tuple[str, Path, Records]) -> None:
+    _, _, records = trained
+    for record in records:
+        assert all(map(torch.equal, record["parameters"], record["parameters_of_plain_loop"]))
+
+
 def test_every_rank_resumes_bit_for_bit(trained: tuple[str, Path, Records], tmp_path: Path) -> None:
     name, folder, whole = trained
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -147,6 +155,86 @@ def test_accelerates_scaler_skips_an_update_but_no_exchange(ranks: Pool) -> None
     (zero, _), (one, _) = ranks.run(2, scaled_steps)
     assert zero == [-1.0, -1.5 - 8.0]
     assert one == [-2.0, -1.5]
+
+
+def adapters_of_rank(folder: str) -> dict[str, Any]:
+    """Three steps of the LoRA recipe's model, and the same by hand: X+ = W X + (AdamW(X) - X)."""
+    from fusedfog.examples.recipes import lora
+
+    torch.set_num_threads(1)
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    model = lora.gpt2_with_adapters().eval()
+    adapters = lora.trained(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    drawn = torch.nn.utils.parameters_to_vector(frozen).clone()
+    optimizer = fusedfog.AdamW(adapters, lr=1e-2, model=model)
+    base = torch.nn.utils.parameters_to_vector(frozen).clone()
+    twin = copy.deepcopy(model)
+    by_torch = torch.optim.AdamW(lora.trained(twin), lr=1e-2)
+    for step in range(3):
+        windows = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(10 * rank + step))
+        for one, trainer in ((model, optimizer), (twin, by_torch)):
+            trainer.zero_grad()
+            lora.loss_of(one, windows).backward()
+        optimizer.step()
+        before = [p.detach().clone() for p in lora.trained(twin)]
+        by_torch.step()
+        with torch.no_grad():
+            for p, old in zip(lora.trained(twin), before, strict=True):
+                mean = old.clone()
+                torch.distributed.all_reduce(mean)
+                p += mean / 2 - old
+    with optimizer.averaged(model):
+        if rank == 0:
+            model.save_pretrained(folder)
+    return {
+        "drawn": drawn,
+        "base": (base, torch.nn.utils.parameters_to_vector(frozen).clone()),
+        "adapters": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
+        "by_hand": [p.detach().clone() for p in lora.trained(twin)],
+        "with_moments": len(optimizer.state) == len(adapters) == sum(p in optimizer.state for p in adapters),
+        "bytes": (optimizer.stats()["bytes_sent"] / 4, sum(p.nbytes for p in adapters), sum(p.nbytes for p in frozen)),
+    }
+
+
+def test_lora_sends_the_adapters_alone_and_makes_the_base_equal(ranks: Pool, tmp_path: Path) -> None:
+    need("transformers", "peft")
+    one, other = ranks.run(2, adapters_of_rank, str(tmp_path), timeout=240)
+    assert not torch.equal(one["drawn"], other["drawn"])
+    for rank in (one, other):
+        assert all(torch.equal(base, one["drawn"]) for base in rank["base"])
+        assert rank["with_moments"]
+        # An exchange before the first step, and one after each: 4 messages, and each adapter is padded to 64 elements.
+        sent, adapters, frozen = rank["bytes"]
+        assert adapters <= sent <= adapters + 4 * 64 * 4 and frozen > 20 * sent
+        assert distance(list(rank["adapters"].values()), rank["by_hand"]) < 2e-5
+    assert distance(one["by_hand"], other["by_hand"]) > 1e-3
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default", "") for name in one["adapters"]}
+    for name, mine in one["adapters"].items():
+        mean = (mine + other["adapters"][name]) / 2
+        torch.testing.assert_close(saved[name.replace(".default", "")], mean, rtol=1e-6, atol=1e-7)
+
+
+def test_the_lora_recipe_runs(tmp_path: Path) -> None:
+    need("transformers", "peft")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "fusedfog.examples.recipes.lora", "--steps=20"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    before, after = map(float, re.findall(r"[\d.]+(?= before|\ after)", done.stdout))
+    assert after < before
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
 
 
 def fit_in_bf16(clip: float | None, max_grad_norm: float | None, folder: str) -> float:
