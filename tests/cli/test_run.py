@@ -509,3 +509,18 @@ def test_a_script_that_knows_nothing_of_it_trains_as_under_torchrun(tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["sum 3.0 of 2"] * 2
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_as_its_command_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "fusedfog" / "cli" / "README.md").read_text()
+    assert "```bash\nfusedfog run --nproc-per-node 4 train.py\n```" in page
+    script = page.partition("```python\n")[2].partition("```")[0]
+    killed = script.replace("while sampler", "fusedfog.testing.fail_at(rank=1, step=20).__enter__()\nwhile sampler")
+    assert killed != script
+    (tmp_path / "train.py").write_text(killed)
+    command = [sys.executable, "-m", "fusedfog", "run", "--nproc-per-node", "2", str(tmp_path / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
+    assert "rank 1 (process " in done.stderr and "ended with signal SIGKILL" in done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.endswith("has made 48 steps")]
+    assert ends, done.stderr
