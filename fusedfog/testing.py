@@ -136,7 +136,7 @@ def cut_off(seconds: float) -> None:
         raise ValueError("this process is cut off already")
     known: dict[int, int] = {}
     _sweep(known)
-    socket.socket.connect, socket.socket.connect_ex = _connect, _connect_ex  # type: ignore[method-assign]
+    socket.socket.connect, socket.socket.connect_ex = _connect, _connect_ex  # type: ignore[method-assign, assignment]
     threading.Thread(target=_stay_cut_off, args=(seconds, known), daemon=True, name="fusedfog-cut-off").start()
 
 

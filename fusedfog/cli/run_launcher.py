@@ -6,7 +6,7 @@ What it says in the stores, under `fusedfog/RUN/`:
     beat/SLOT.INCARNATION   a counter, every second while the process lives and is not stopped. Python threads of a process do not
                             run while a call holds its lock, which a large save may do for long; this one runs elsewhere
     launcher/NODE, launcher-beat/NODE, finished/NODE       who runs a machine's places, that it still does, and that it is through
-    incarnations/SLOT       how many processes this place has had
+    incarnation/SLOT        that of the newest process of this place
     shape                   machines and ranks on each
     failed                  why all end, where ranks are not elastic
 
@@ -28,7 +28,8 @@ from types import FrameType
 from torch._C._distributed_c10d import Store
 
 from fusedfog.cli.run_rank import Plan, RankProcess, words
-from fusedfog.cli.run_stores import EVERY, Stores
+from fusedfog.cli.run_stores import EVERY, Address, Stores
+from fusedfog.comm.elastic.record import read_record
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import LaunchError
 
@@ -103,13 +104,17 @@ class Launcher:
             return found, holder
 
         deadline, answers = time.monotonic() + MEETING, self._stores.ask(claim)
-        while not answers:
+        # Ranks use the first store that answers: where some began before it does, they would begin a run of their own.
+        while self._stores.addresses[0] not in answers and not self._stores.read("record"):
             if time.monotonic() > deadline:
-                where = ", ".join(f"{host}:{port}" for host, port in plan.stores)
-                raise LaunchError(f"no store answers at {where}: is the launcher of that machine running?")
+                host, port = plan.stores[0]
+                raise LaunchError(
+                    f"no store answers at {host}:{port} within {MEETING:g} s: is the launcher of node 0 running, and can this "
+                    f"machine reach it?"
+                )
             time.sleep(EVERY)
             answers = self._stores.ask(claim)
-        for found, holder in answers:
+        for found, holder in answers.values():
             if found != shape:
                 raise LaunchError(
                     f"this is node {plan.node} of {shape}, but the run {plan.run!r} is one of {found}: give every launcher the "
@@ -120,6 +125,7 @@ class Launcher:
                     f"node {plan.node} of the run {plan.run!r} is run by {holder} already: two launchers for the same places. "
                     f"Give this one another --node-rank, or end that one first"
                 )
+        self._stores.state("shape", shape)
         self._stores.state(f"launcher/{plan.node}", own)
         for node in range(plan.nodes):
             for key in ("launcher-beat", "finished"):
@@ -130,13 +136,9 @@ class Launcher:
     def _beats_still(self) -> bool:
         """Whether another launcher of this machine's places is alive."""
         key = f"launcher-beat/{self._plan.node}"
-
-        def count(store: Store, prefix: str) -> bytes:
-            return bytes(store.get(prefix + key)) if store.check([prefix + key]) else b""
-
-        before = self._stores.ask(count)
+        before = self._stores.read(key)
         time.sleep(STILL)
-        return self._stores.ask(count) != before
+        return self._stores.read(key) != before
 
     def _is_elastic(self, slot: int) -> bool:
         """Whether the process of this place was in an elastic run; once one was, all are, whatever the stores can say."""
@@ -144,17 +146,23 @@ class Launcher:
         def knows(store: Store, prefix: str) -> bool:
             return any(store.check([prefix + key]) for key in ("record", f"slot/{slot}"))
 
-        self._elastic = self._elastic or bool(self._stores.seen("record")) or any(self._stores.ask(knows))
+        self._elastic = self._elastic or bool(self._stores.seen("record")) or any(self._stores.ask(knows).values())
         return self._elastic
 
     def _start(self, local_rank: int) -> None:
         slot = self._plan.node * self._plan.local + local_rank
-        # The store knows of processes that an earlier launcher has started; a store that is new does not know of ours.
-        counts = self._stores.ask(lambda store, prefix: int(store.add(f"{prefix}incarnations/{slot}", 1)) - 1)
+        # The stores know of processes that an earlier launcher has started; one that is new does not know of ours.
+        known = [int(text) + 1 for text in self._stores.read(f"incarnation/{slot}").values()]
         before = self._ranks.get(local_rank)
-        least = before.incarnation + 1 if before is not None else 0
-        incarnation = max([least, *counts])
-        self._ranks[local_rank] = RankProcess(self._plan, local_rank, incarnation, self._events.put)
+        incarnation = max([before.incarnation + 1 if before is not None else 0, *known])
+        self._stores.state(f"incarnation/{slot}", str(incarnation))
+        self._ranks[local_rank] = RankProcess(self._plan, local_rank, incarnation, self._in_order(), self._events.put)
+
+    def _in_order(self) -> list[Address]:
+        """The stores, those first that know most of the run: one that is back, and empty, must not begin another."""
+        records = {address: read_record(text) for address, text in self._stores.read("record").items()}
+        epochs = {address: record.epoch for address, record in records.items() if record is not None}
+        return sorted(self._stores.addresses, key=lambda address: -epochs.get(address, -1))
 
     # -- events ------------------------------------------------------------------------------------------------------
 

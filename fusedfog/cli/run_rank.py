@@ -51,8 +51,13 @@ class Plan:
         return self.nodes * self.local
 
 
-def variables(plan: Plan, local_rank: int, incarnation: int) -> dict[str, str]:
-    """What torchrun sets, for scripts that are not elastic, and what `fusedfog.init(elastic=True)` reads."""
+def variables(plan: Plan, local_rank: int, incarnation: int, stores: Sequence[Address]) -> dict[str, str]:
+    """What torchrun sets, for scripts that are not elastic, and what `fusedfog.init(elastic=True)` reads.
+
+    Args:
+        plan, local_rank, incarnation: what the process is.
+        stores: the plan's, in the order in which this process is to use them.
+    """
     slot = plan.node * plan.local + local_rank
     host, port = plan.stores[0]
     found = {
@@ -76,7 +81,7 @@ def variables(plan: Plan, local_rank: int, incarnation: int) -> dict[str, str]:
         "FUSEDFOG_SLOT": slot,
         "FUSEDFOG_SLOTS": plan.slots,
         "FUSEDFOG_INCARNATION": incarnation,
-        "FUSEDFOG_STORES": show_stores(plan.stores),
+        "FUSEDFOG_STORES": show_stores(stores),
     }
     if plan.local > 1:
         found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
@@ -99,13 +104,21 @@ class RankProcess:
         plan: what is started.
         local_rank: its place on this machine.
         incarnation: how often the process of this place was started before.
+        stores: as for `variables`.
         ended: called by a thread, with this object, when the process has ended; `code` says how.
 
     Raises:
         OSError: it cannot be started.
     """
 
-    def __init__(self, plan: Plan, local_rank: int, incarnation: int, ended: Callable[[RankProcess], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        local_rank: int,
+        incarnation: int,
+        stores: Sequence[Address],
+        ended: Callable[[RankProcess], None],
+    ) -> None:
         self.local_rank, self.incarnation = local_rank, incarnation
         self.slot = plan.node * plan.local + local_rank
         self.code: int | None = None
@@ -113,7 +126,7 @@ class RankProcess:
         with ExitStack() as files:
             self._process = subprocess.Popen(
                 plan.command,
-                env={**os.environ, **variables(plan, local_rank, incarnation)},
+                env={**os.environ, **variables(plan, local_rank, incarnation, stores)},
                 stdout=files.enter_context(file) if (file := self._file(plan, Std.OUT, "stdout", sys.stdout)) else None,
                 stderr=files.enter_context(file) if (file := self._file(plan, Std.ERR, "stderr", sys.stderr)) else None,
                 start_new_session=True,

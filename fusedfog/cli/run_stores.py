@@ -129,15 +129,23 @@ class Stores:
         """What each store said last of a key that is watched; nothing from those that do not have it."""
         return [link.seen[key] for link in self._links if key in link.seen]
 
-    def ask(self, question: Callable[[Store, str], R]) -> list[R]:
+    def ask(self, question: Callable[[Store, str], R]) -> dict[Address, R]:
         """The answers of the stores that answer within `DEADLINE`, to a function of a store and the prefix; asked at once."""
         tasks = [Task(partial(self._answer, question, address)) for address in self.addresses]
-        answers = []
-        for task in tasks:
+        answers = {}
+        for address, task in zip(self.addresses, tasks, strict=True):
             if task.over.wait(DEADLINE):
                 with contextlib.suppress(OSError, RuntimeError):
-                    answers.append(task.result())
+                    answers[address] = task.result()
         return answers
+
+    def read(self, key: str) -> dict[Address, str]:
+        """What each store that answers knows of a key; nothing from those that do not have it."""
+
+        def get(store: Store, prefix: str) -> str | None:
+            return store.get(prefix + key).decode() if store.check([prefix + key]) else None
+
+        return {address: text for address, text in self.ask(get).items() if text is not None}
 
     def _answer(self, question: Callable[[Store, str], R], address: Address) -> R:
         return question(connect(address), self._prefix)

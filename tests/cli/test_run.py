@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 from fusedfog.cli import run_launcher, run_stores
 from fusedfog.cli.main import main
 from fusedfog.cli.run_stores import Stores, connect, host_store, parse_stores, show_stores
+from fusedfog.comm.elastic.record import Record, Seat
 from fusedfog.errors import LaunchError
 
 PATIENCE = 240.0
@@ -394,7 +395,7 @@ def test_the_places_of_a_launcher_that_has_died_are_taken_with_new_incarnations(
     hosted = host_store(("127.0.0.1", port))
     hosted.set("fusedfog/r/launcher/1", "hostB (process 12, abcd)")
     hosted.set("fusedfog/r/launcher-beat/1", "17")
-    hosted.add("fusedfog/r/incarnations/3", 2)
+    hosted.set("fusedfog/r/incarnation/3", "1")
     options = ["--nnodes", "2", "--node-rank", "1", "--run-id", "r", "--stores", f"127.0.0.1:{port}"]
     assert launch(tmp_path, "note('ran')", *options) == 0
     assert sorted(path.name for path in tmp_path.glob("*.ran")) == ["2.0.ran", "3.2.ran"]
@@ -407,7 +408,47 @@ def test_a_launcher_says_where_it_looked_for_a_store(
     monkeypatch.setattr(run_launcher, "MEETING", 0.2)
     options = ["--nnodes", "2", "--node-rank", "1", "--stores", f"127.0.0.1:{port}"]
     assert launch(tmp_path, "note('ran')", *options) == 2
-    assert f"no store answers at 127.0.0.1:{port}: is the launcher of that machine running?" in capsys.readouterr().err
+    assert f"no store answers at 127.0.0.1:{port} within 0.2 s: is the launcher of node 0" in capsys.readouterr().err
+
+
+def test_ranks_wait_for_the_first_store_and_use_the_one_that_knows_most_of_their_run(tmp_path: Path, port: int) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        own = one.getsockname()[1]
+    both = f"127.0.0.1:{port},127.0.0.1:{own}"
+    options = ["--nnodes", "2", "--node-rank", "1", "--run-id", "r", "--stores", both, "--max-restarts", "1"]
+    hosted: list[TCPStore] = []
+
+    def first() -> None:
+        store = connect_when_there(own)
+        until(lambda: store.check(["fusedfog/r/launcher/1"]))
+        assert not list(tmp_path.glob("*.env"))
+        hosted.append(host_store(("127.0.0.1", port)))
+        until(lambda: len(list(tmp_path.glob("*.0.env"))) == 2)
+        record = Record(3, (Seat("2.0", "h", "127.0.0.1", 1, ""),))
+        store.set("fusedfog/r/record", record.text())
+        (tmp_path / "die").touch()
+        until(lambda: hosted[0].check(["fusedfog/r/finished/1"]))
+        hosted[0].set("fusedfog/r/finished/0", "1")
+
+    def connect_when_there(number: int) -> TCPStore:
+        while True:
+            with contextlib.suppress(OSError, RuntimeError):
+                return connect(("127.0.0.1", number))
+
+    body = """
+note('env', os.environ['FUSEDFOG_STORES'])
+if incarnation == 0: wait('die'); sys.exit(1)
+wait('2.1.env'); wait('3.1.env')
+"""
+    with meanwhile(first):
+        assert launch(tmp_path, body, *options) == 0
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.env")} == {
+        "2.0.env": both,
+        "3.0.env": both,
+        "2.1.env": f"127.0.0.1:{own},127.0.0.1:{port}",
+        "3.1.env": f"127.0.0.1:{own},127.0.0.1:{port}",
+    }
 
 
 def test_addresses_are_read_and_written() -> None:
@@ -446,7 +487,7 @@ def test_a_store_that_is_silent_or_gone_does_not_keep_anything_from_the_others(
         until(lambda: hosted.check(["p/dead/1.0", "p/beat/0.0"]))
         hosted.set("p/failed", "rank 3")
         assert until(lambda: stores.seen("failed")) == ["rank 3"]
-        assert stores.ask(lambda store, prefix: store.get(prefix + "beat/0.0")) == [b"4"]
+        assert stores.ask(lambda store, prefix: store.get(prefix + "beat/0.0")) == {("127.0.0.1", port): b"4"}
         stores.close(0.1)
 
 
@@ -509,3 +550,18 @@ def test_a_script_that_knows_nothing_of_it_trains_as_under_torchrun(tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["sum 3.0 of 2"] * 2
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_runs_as_its_command_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "fusedfog" / "cli" / "README.md").read_text()
+    assert "```bash\nfusedfog run --nproc-per-node 4 train.py\n```" in page
+    script = page.partition("```python\n")[2].partition("```")[0]
+    killed = script.replace("while sampler", "fusedfog.testing.fail_at(rank=1, step=20).__enter__()\nwhile sampler")
+    assert killed != script
+    (tmp_path / "train.py").write_text(killed)
+    command = [sys.executable, "-m", "fusedfog", "run", "--nproc-per-node", "2", str(tmp_path / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
+    assert "rank 1 (process " in done.stderr and "ended with signal SIGKILL" in done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.endswith("has made 48 steps")]
+    assert ends, done.stderr
