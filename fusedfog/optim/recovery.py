@@ -179,7 +179,7 @@ class Recovery:
 
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
-        run.again = self.make_again
+        run.again, run.write = self.make_again, self._write
         self._cause = ""
 
     @property
@@ -202,8 +202,7 @@ class Recovery:
             raise RuntimeError(
                 f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
             )
-        if self.run.hand.wanted:
-            self.run.hand.give(self._write)
+        self.run.serve()
         if self._is_over():
             self._begin_behind(self.go_over("begin", self._cause))
 

@@ -44,16 +44,18 @@ class Plan:
     """What a process does beside training; plain, as it travels."""
 
     def __init__(
-        self, steps: int, *, victim: int = -1, at: int = -1, pause: float = 0.0, kind: str = "SGD", **keywords: Any
-    ):
-        self.steps, self.victim, self.at, self.pause, self.kind, self.keywords = (
-            steps,
-            victim,
-            at,
-            pause,
-            kind,
-            keywords,
-        )
+        self,
+        steps: int,
+        *,
+        victim: int = -1,
+        at: int = -1,
+        pause: float = 0.0,
+        kind: str = "SGD",
+        dtype: torch.dtype = torch.float64,
+        **keywords: Any,
+    ) -> None:
+        self.steps, self.victim, self.at, self.pause = steps, victim, at, pause
+        self.kind, self.dtype, self.keywords = kind, dtype, keywords
 
 
 def own_slot() -> int:
@@ -62,7 +64,7 @@ def own_slot() -> int:
 
 def build(plan: Plan) -> tuple[torch.nn.Linear, Any]:
     torch.manual_seed(0)
-    model = torch.nn.Linear(SIZE, 1, bias=False).double()
+    model = torch.nn.Linear(SIZE, 1, bias=False).to(plan.dtype)
     keywords = {"lr": 0.05, **plan.keywords}
     if plan.kind == "Decentralized":
         inner = torch.optim.SGD(model.parameters(), lr=keywords.pop("lr"))
@@ -92,7 +94,7 @@ def train(plan: Plan) -> dict[str, Any]:
             say(opt.steps)
         time.sleep(plan.pause)
     return {
-        "x": model.weight.detach()[0].numpy(),
+        "x": model.weight.detach()[0].double().numpy(),
         "steps": opt.steps,
         "began": began,
         "changes": changes,
@@ -191,6 +193,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "AccumAdamW": {"kind": "AccumAdamW", "accum_steps": 2},
     "atc with momentum, clipped": {"algorithm": "atc", "momentum": 0.9, "max_grad_norm": 1.0},
     "seldom, and averages": {"communicate_every": 3, "global_average_every": 7, "measure": True},
+    "bf16, master": {"dtype": torch.bfloat16, "low_precision": "master", "kind": "AdamW"},
+    "bf16, kahan": {"dtype": torch.bfloat16, "low_precision": "kahan", "momentum": 0.9},
+    "bf16, stochastic": {
+        "dtype": torch.bfloat16,
+        "low_precision": "stochastic",
+        "kind": "AdamW",
+        "state_dtype": torch.bfloat16,
+    },
     "heals": {"nonfinite": "heal", "mix_strength": 0.5},
     "small buckets": {"bucket_mb": 1e-5, "algorithm": "atc"},
 }
