@@ -13,10 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchWarning
 from fusedfog.log import warn_user
@@ -46,7 +46,7 @@ class SameNumbers:
         near = range(size) if size <= _MANY or me == 0 else sorted({0, (me - 1) % size, (me + 1) % size})
         self._others = [rank for rank in near if rank != me]
         for slot in (0, 1):  # Whoever reads a key finds it there.
-            dist.distributed_c10d._get_default_store().set(self._key(me, slot), "")
+            own_store().set(self._key(me, slot), "")
 
     def _key(self, rank: int, slot: int) -> str:
         return f"{self._prefix}/{rank}/{slot}"
@@ -67,7 +67,7 @@ class SameNumbers:
         self._own = {turn: numbers, **{t: own for t, own in self._own.items() if t == turn - 1}}
         # The store may have gone with the rank that hosted it, which is not for us to complain about.
         with contextlib.suppress(RuntimeError):
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = own_store()
             store.set(self._key(self._communicator.view.rank, turn % 2), json.dumps([turn, self._own[turn]]))
             keys = [self._key(rank, slot) for rank in self._others for slot in (0, 1)]
             texts = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
