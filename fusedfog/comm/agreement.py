@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import Store
 from fusedfog.comm import calls
 from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY
 from fusedfog.comm.group import GroupView, Members, Ranks, unbound
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchError, PeerTimeout
 
@@ -122,7 +123,7 @@ def confer(
         PeerTimeout: a rank did not come within `timeout`; names it.
     """
     calls.enter_world(timeout.total_seconds())
-    store, own = dist.distributed_c10d._get_default_store(), [call or what, value]
+    store, own = own_store(), [call or what, value]
     if view.rank:
         store.set(f"{prefix}/{view.rank}", json.dumps(own))
     else:
@@ -212,7 +213,7 @@ def level_group_counts(ranks: tuple[int, ...], timeout: timedelta) -> None:
         PeerTimeout: a member did not come within `timeout`; names it.
     """
     calls.enter_world(timeout.total_seconds())
-    store, prefix = dist.distributed_c10d._get_default_store(), _next_agreement(ranks)
+    store, prefix = own_store(), _next_agreement(ranks)
     own = len(dist.distributed_c10d._world.pg_names)
     me = dist.get_rank()
     store.set(f"{prefix}/{ranks.index(me)}", str(own))

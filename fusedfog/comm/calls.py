@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
 from types import TracebackType
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
@@ -34,6 +34,7 @@ from fusedfog.comm.failures import Origin, Vigil, find, origin_of, set_origin
 from fusedfog.comm.group import Ranks, find_group, members_of
 from fusedfog.comm.listener import Listener
 from fusedfog.comm.membership import is_timeout, torchs_words
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import State, World
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
 
@@ -248,10 +249,8 @@ def _look_up(world: World, ranks: Iterable[int]) -> list[int]:
     missing = [rank for rank in ranks if rank not in world.addresses and rank != world.rank]
     try:
         if missing:
-            # Another thread may be blocked inside the client that all use.
-            store: Any = dist.distributed_c10d._get_default_store()
-            world.look_up(missing, store.clone())
-    except (RuntimeError, NotImplementedError):
+            world.look_up(missing, own_store())
+    except RuntimeError:
         return [rank for rank in missing if rank not in world.addresses]
     return []
 
@@ -323,7 +322,7 @@ def enter_world(timeout: float) -> None:
     _Here.shortest = min(_Here.shortest, timeout)
     if _Here.world is not None and _Here.world.group is group:
         return
-    store = dist.distributed_c10d._get_default_store()
+    store = own_store()
     _Here.shortest, _Here.failed, _Here.last = timeout, None, None
     _Here.ended, _Here.listeners = (), {}  # Names of communicators begin anew.
     with contextlib.suppress(OSError):  # Without sockets, errors say less.
@@ -341,7 +340,7 @@ def oversee(overseer: Callable[[Mapping[int, State]], tuple[int, str] | None]) -
 def remember_addresses(view: Ranks) -> None:
     """Find out where the ranks of `view` listen, those that have said it, for when the store may have gone."""
     if _Here.world is not None:
-        _Here.world.look_up(view.ranks, dist.distributed_c10d._get_default_store())
+        _Here.world.look_up(view.ranks, own_store())
 
 
 def reach(view: Ranks) -> None:

@@ -28,7 +28,7 @@ def guarded(view: Ranks, function: Callable[[], R], what: str = "") -> R:
     """
     if len(view.ranks) == 1 or dist.get_backend() != "gloo":
         return function()
-    remember_addresses(view)  # Now: `function` may hold the store until it ends.
+    remember_addresses(view)
     task = Task(function)
     origin = await_task(task, vigil(), tuple(view.ranks))
     if origin is None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
-import torch.distributed as dist
-
 from fusedfog.comm.group import GroupView
+from fusedfog.comm.store import own_store
 from fusedfog.comm.waiter import Task
 from fusedfog.errors import DivergedError, ExchangeError, NonFiniteError, PeerTimeout, RankLeft
 
@@ -49,7 +48,7 @@ class Membership:
 
     def note_leaving(self, steps: int, why: CannotGoOn | None = None) -> None:
         """Tell the others that this rank exchanges nothing more, after so many steps; `why`, if it had to."""
-        store = dist.distributed_c10d._get_default_store()
+        store = own_store()
         reason = f" {type(why).__name__} {why}" if why is not None else ""
         store.set(f"{self.prefix}/left/{self.view.rank}", f"{steps}{reason}")
 
@@ -63,7 +62,7 @@ class Membership:
         return {}
 
     def _read_notes(self) -> dict[int, str]:
-        store = dist.distributed_c10d._get_default_store()
+        store = own_store()
         keys = {rank: f"{self.prefix}/left/{rank}" for rank in range(self.view.size)}
         return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 

@@ -15,6 +15,7 @@ from fusedfog.comm.agreement import absent, level_group_counts, next_agreement
 from fusedfog.comm.calls import Call, current_call
 from fusedfog.comm.group import GroupView, Members, unbound
 from fusedfog.comm.guard import guarded
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import PeerTimeout
 
@@ -104,7 +105,7 @@ def check_one_rank_per_gpu(view: GroupView, place: torch.device, timeout: timede
     Raises:
         PeerTimeout: another rank did not come to this check.
     """
-    store, prefix = dist.distributed_c10d._get_default_store(), next_agreement(view)
+    store, prefix = own_store(), next_agreement(view)
     identity = gpu_identity(place) or f"of rank {view.rank}"
     before = store.add(f"{prefix}/on/{identity}", 1) - 1
     if before:

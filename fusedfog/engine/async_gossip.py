@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from fusedfog.comm.agreement import next_agreement
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.mixing import mix
+from fusedfog.comm.store import own_store
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.gossip.buckets import Buckets
 
@@ -73,7 +73,7 @@ class Finish:
     def __init__(self, engine: Engine, steps: int) -> None:
         assert engine.communicator is not None and engine.exchanges.windows is not None
         self._windows, self._view = engine.exchanges.windows, engine.communicator.view
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store: Any = own_store()
         self._prefix = f"{next_agreement(self._view)}/finish"
         self._store.set(self._key("done", self._view.rank), str(steps))
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch.distributed as dist
-
 from fusedfog.comm.agreement import absent, agree, next_agreement
 from fusedfog.comm.group import GroupView
+from fusedfog.comm.store import own_store
 from fusedfog.errors import PeerTimeout
 from fusedfog.kernels import compile_now
 from fusedfog.log import warn_user
@@ -36,7 +35,7 @@ def compile_everywhere(view: GroupView, timeout: timedelta | None, what: str) ->
     if view.size == 1:
         outcome = _compile()
     else:
-        store, key = dist.distributed_c10d._get_default_store(), f"{next_agreement(view)}/compiled"
+        store, key = own_store(), f"{next_agreement(view)}/compiled"
         if view.rank and absent(store, [key], _PATIENCE, view, f"{what}(cpu_compile=True)"):
             raise PeerTimeout(f"rank {view.rank}: {what}: rank 0 did not compile within {_PATIENCE}")
         outcome = _compile()

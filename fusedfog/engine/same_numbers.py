@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.errors import MismatchWarning
 from fusedfog.log import warn_user
@@ -51,7 +51,7 @@ class SameNumbers:
         near = range(size) if size <= _MANY or me == 0 else sorted({0, (me - 1) % size, (me + 1) % size})
         self._others = [rank for rank in near if rank != me]
         for slot in (0, 1):  # Whoever reads a key finds it there.
-            dist.distributed_c10d._get_default_store().set(self._key(me, slot), "")
+            own_store().set(self._key(me, slot), "")
 
     def _key(self, rank: int, slot: int) -> str:
         return f"{self._prefix}/{rank}/{slot}"
@@ -79,7 +79,7 @@ class SameNumbers:
             self._gradient = norm_of_gradients(groups)
         # The store may have gone with the rank that hosted it, which is not for us to complain about.
         with contextlib.suppress(RuntimeError):
-            store: Any = dist.distributed_c10d._get_default_store()
+            store: Any = own_store()
             store.set(
                 self._key(self._communicator.view.rank, turn % 2), json.dumps([turn, self._own[turn], self._gradient])
             )

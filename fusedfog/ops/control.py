@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fusedfog.comm.agreement import absent, next_agreement
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.store import own_store
 
 _CPU = torch.device("cpu")
 
@@ -84,7 +85,7 @@ def tell(
         came = [(peer, torch.zeros(1, dtype=torch.int64)) for peer in sources]
         communicator.start(sent, came, tag=tag, label=label).wait()
         return [int(tensor.item()) for _, tensor in came]
-    store, me = dist.distributed_c10d._get_default_store(), communicator.view.rank
+    store, me = own_store(), communicator.view.rank
     for peer, number in numbers.items():
         store.set(f"{communicator.name}/{tag}/{me}-{peer}", str(number))
     found = []
@@ -113,7 +114,7 @@ def _has_cpu_backend(communicator: Communicator) -> bool:
 
 def _store(communicator: Communicator) -> tuple[Any, str]:
     _ = communicator.group  # Raises why the communicator has ended, if it has.
-    return dist.distributed_c10d._get_default_store(), next_agreement(communicator.view)
+    return own_store(), next_agreement(communicator.view)
 
 
 def _meet(communicator: Communicator, store: Any, prefix: str) -> None:

@@ -16,13 +16,13 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 
 from fusedfog.comm.agreement import absent, next_agreement
 from fusedfog.comm.calls import Call, leave_word
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import find_group
+from fusedfog.comm.store import own_store
 from fusedfog.engine.capture import recording
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.errors import ExchangeError, PeerTimeout
@@ -198,7 +198,7 @@ class Block:
         self._outer, self._asynchronous = True, kinds == {True}
         self._communicator: Communicator = found[0]
         self._view, self._timeout = found[0].view, found[0].timeout
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store: Any = own_store()
         self._prefix = f"{next_agreement(self._view)}/uneven"
         self._open.append(self)
         for optimizer in self.optimizers:

@@ -154,3 +154,29 @@ def test_before_ports_are_known_connections_to_other_ports_are_left_alone() -> N
             ours.sendall(b"x")
             assert theirs.recv(1) == b"x"
             theirs.close()
+
+
+def dies_in_new_group(victim: int) -> list[tuple[str, int | None, str]]:
+    fusedfog.init("gloo", timeout=LONG)
+    dist.barrier()
+    told = []
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        if dist.get_rank() == victim:
+            new_group.side_effect = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        # torch waits for the victim's address in a thread that nobody waits for, and holds the connection to the store.
+        for call in (lambda: build(topology="ring"), lambda: fusedfog.mean(1.0), lambda: build(topology="ring")):
+            try:
+                call()
+            except RuntimeError as error:
+                told.append((type(error).__name__, getattr(error, "origin", None), str(error)))
+    return told
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_after_a_death_in_the_making_of_a_group_later_calls_are_told_so_too(ranks: Pool, victim: int) -> None:
+    outcomes = ranks.outcomes(4, dies_in_new_group, victim, timeout=40, init=False)
+    assert outcomes[victim].error_type == "Died"
+    for rank, outcome in enumerate(outcomes):
+        if rank != victim:
+            assert outcome.error_type is None, outcome
+            assert [one[:2] for one in outcome.value] == [("ExchangeError", victim)] * 3, outcome.value

@@ -21,11 +21,11 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from fusedfog.comm.agreement import absent, confer, differences, next_agreement
 from fusedfog.comm.group import GroupView, store_timeout
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import own_ip
 from fusedfog.comm.window import answers, memory
 from fusedfog.comm.window.control import Control
@@ -113,7 +113,7 @@ def open_endpoint(view: GroupView, plan: Plan) -> Endpoint:
         opening.open(address, timeout, failures)
         _conclude(view, f"{prefix}/opened", plan, failures, timeout)
         # All have read it by now.
-        dist.distributed_c10d._get_default_store().delete_key(f"{prefix}/at/{view.rank}")
+        own_store().delete_key(f"{prefix}/at/{view.rank}")
     except BaseException:
         opening.close_listener()
         endpoint.close(0.0)
@@ -124,7 +124,7 @@ def open_endpoint(view: GroupView, plan: Plan) -> Endpoint:
 
 def _agree(view: GroupView, prefix: str, plan: Plan, timeout: timedelta) -> str:
     """Compare arguments; returns the address of the interface to listen on."""
-    store = dist.distributed_c10d._get_default_store()
+    store = own_store()
     ip = interface_of_gloo() or own_ip(store)
     value = {
         "problem": str(plan.problem) if plan.problem is not None else "",
@@ -188,7 +188,7 @@ class _Opening:
 
     def open(self, address: str, timeout: timedelta, failures: list[str]) -> None:
         """Make what this end consists of; what cannot be is said in `failures`."""
-        store = dist.distributed_c10d._get_default_store()
+        store = own_store()
         own = f"{self.prefix}/at/{self.view.rank}"
         limit = _SHARE_OF_TIMEOUT * timeout.total_seconds()
         deadline = time.monotonic() + limit
