@@ -284,9 +284,15 @@ class DecentralizedOptimizer(Controls):
         data_parallel.check(self._kind, engine, construction.running_setup(self._family, engine, self._options))
         self._data_parallel_checked = True
 
-    @announced("add_param_group()")
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; collective, discards messages in flight."""
+        if self._scheduler is None:
+            self._add_group(param_group)  # in the constructor, which is a call of its own
+            return
+        with Call("add_param_group()", ranks_of(self._scheduler)):
+            self._add_group(param_group)
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         number = len(self.param_groups)
         if isinstance(param_group, dict):
             check_group_parameters(self._kind, param_group, number)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
+from fusedfog.comm.calls import Call
 from fusedfog.comm.group import find_group, group_timeout
 
 TIMEOUT = 2.0
@@ -302,3 +303,18 @@ def a_mesh_waits_as_long_as_its_world() -> list[float]:
 
 def test_groups_without_a_timeout_of_their_own_wait_as_long_as_the_default_group(ranks: Pool) -> None:
     assert ranks.run(4, a_mesh_waits_as_long_as_its_world, pg_timeout=9) == [[9.0, 77.0]] * 4
+
+
+def test_construction_is_one_call_and_none_of_add_param_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    class Recorded(Call):
+        def __init__(self, name: str, *args: Any) -> None:
+            names.append(name)
+            super().__init__(name, *args)
+
+    monkeypatch.setattr("fusedfog.optim.base.Call", Recorded)
+    monkeypatch.setattr("fusedfog.optim.calls.Call", Recorded)
+    opt = fusedfog.SGD([{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)], lr=0.1)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert names == ["SGD()", "add_param_group()"]
