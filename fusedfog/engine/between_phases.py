@@ -36,6 +36,9 @@ class Members(Protocol):
     def before_step(self) -> None:
         """If the members have changed, go over to those that there are now; see `change_members`."""
 
+    def leave(self) -> None:
+        """This rank makes no further step."""
+
     def lost(self, error: Exception) -> None:
         """An exchange has failed, and its step mixes nothing."""
 

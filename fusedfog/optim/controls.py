@@ -190,6 +190,8 @@ class Controls(UnevenSteps):
                 opt = fusedfog.AdamW(model.parameters(), group=group, sync_init=False, ...); opt.load_state_dict(saved)
         """
         engine = self._engine
+        if engine.members is not None:
+            engine.members.leave()
         if engine.communicator is not None:
             if engine.exchanges.windows is not None:
                 engine.exchanges.windows.close()

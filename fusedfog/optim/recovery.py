@@ -179,7 +179,7 @@ class Recovery:
 
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
-        run.again = self.make_again
+        run.again, run.write = self.make_again, self._write
         self._cause = ""
 
     @property
@@ -198,8 +198,11 @@ class Recovery:
 
     def before_step(self) -> None:
         """See `Members`."""
-        if self.run.hand.wanted:
-            self.run.hand.give(self._write)
+        if self.run.left:
+            raise RuntimeError(
+                f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
+            )
+        self.run.serve()
         if self._is_over():
             self._begin_behind(self.go_over("begin", self._cause))
 
@@ -249,8 +252,15 @@ class Recovery:
             engine.exchanges.skipped = engine.clock.steps
         engine.clock.exchanges = record.exchanges
 
+    def leave(self) -> None:
+        """See `Members`."""
+        self.run.left = True
+        self.run.record = None
+
     def make_again(self, call: Callable[[], R], undo: Callable[[R], object]) -> R:
         """See `comm.elastic.again.together`."""
+        if self._opt() is None or self.run.left:
+            return call()
         while True:
             cause = ""
             try:

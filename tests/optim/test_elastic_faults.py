@@ -28,8 +28,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def begin(size: int = SIZE, dead_after: float = 5.0, **keywords: Any) -> tuple[torch.nn.Linear, Any]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=dead_after)
+def begin(
+    size: int = SIZE, dead_after: float = 5.0, min_ranks: int = 1, **keywords: Any
+) -> tuple[torch.nn.Linear, Any]:
+    fusedfog.init(elastic=True, timeout=60, dead_after=dead_after, min_ranks=min_ranks)
     model = torch.nn.Linear(size, 1, bias=False)
     return model, fusedfog.SGD(model.parameters(), lr=0.1, **{"topology": "ring", **keywords})
 
@@ -302,3 +304,85 @@ def test_threads_descriptors_and_memory_stay_what_they_are_over_200_changes() ->
         first, last = figures[0], figures[-1]
         assert last[0] <= first[0] + 2 and last[1] <= first[1] + 4, figures
         assert last[2] <= first[2] + 24, f"MB: {figures}"
+
+
+def leaves(until: int) -> Any:
+    model, opt = begin()
+    steps(model, opt, 10)
+    if own_slot() == 1:
+        opt.leave()
+        with pytest.raises(RuntimeError, match="has left its elastic run"):
+            opt.step()
+        say("left")
+        time.sleep(8.0)
+        return "left"
+    steps(model, opt, until)
+    return outcome(opt)
+
+
+@SLOW
+def test_a_member_that_has_left_is_not_waited_for_while_its_process_lives() -> None:
+    with Members(3) as members:
+        members.start(leaves, 40)
+        results = members.results()
+    assert results == {"0.0": (40, ("0.0", "2.0")), "1.0": "left", "2.0": (40, ("0.0", "2.0"))}
+
+
+def needs_all(until: int) -> Any:
+    model, opt = begin(min_ranks=3)
+    if os.environ["FUSEDFOG_INCARNATION"] == "0":
+        steps(model, opt, 10)
+        if own_slot() == 1:
+            die()
+    steps(model, opt, until)
+    return outcome(opt)
+
+
+@SLOW
+def test_with_fewer_than_min_ranks_members_wait_for_one_that_joins_them() -> None:
+    with Members(3) as members:
+        members.start(needs_all, 40)
+        members.processes["1.0"].join()
+        time.sleep(1.0)
+        members.start_again(1, needs_all, 40)
+        results = members.results()
+    assert results == {uid: (40, ("0.0", "1.1", "2.0")) for uid in ("0.0", "2.0", "1.1")}
+
+
+def comes_late(until: int) -> Any:
+    if own_slot() == 2:
+        time.sleep(6.0)
+    model, opt = begin(dead_after=2.0)
+    steps(model, opt, until, 0.02)
+    return outcome(opt)
+
+
+@SLOW
+def test_who_comes_when_the_run_has_begun_without_it_joins() -> None:
+    with Members(3) as members:
+        members.start(comes_late, 600)
+        results = members.results()
+    assert results == {uid: (600, ("0.0", "1.0", "2.0")) for uid in ("0.0", "1.0", "2.0")}
+
+
+def all_die(until: int) -> Any:
+    model, opt = begin()
+    again = os.environ["FUSEDFOG_INCARNATION"] != "0"
+    steps(model, opt, 10)
+    if not again:
+        die()
+    return opt.steps, opt.stats()["members"], opt.stats()["epoch"]
+
+
+@SLOW
+def test_a_run_of_which_all_have_died_begins_anew() -> None:
+    with Members(2) as members:
+        members.start(all_die, 20)
+        for uid in ("0.0", "1.0"):
+            members.processes[uid].join()
+        for slot in range(2):
+            members.start_again(slot, all_die, 20)
+        results = members.results()
+    assert set(results) == {"0.1", "1.1"}
+    for reached, uids, epoch in results.values():
+        assert reached == 10 and uids == ("0.1", "1.1") and epoch >= 1

@@ -33,6 +33,9 @@ class Forms(Protocol):
     min_ranks: int
     epochs_store: tuple[tuple[str, int], TCPStore] | None
 
+    def serve(self) -> None:
+        """Give a newcomer what it has asked for."""
+
     def is_lost(self, uid: str, answered: bool) -> bool:
         """Take note of an answer, or of none; whether a member has not answered for too long."""
 
@@ -111,6 +114,7 @@ class _Forming:
                 self._check_alone(error)
             if found is not None:
                 return found
+            self._run.serve()
             if time.monotonic() - self._began > self._run.timeout:
                 raise PeerTimeout(
                     f"slot {self._run.identity.slot}: epoch {self._next}: waited {self._run.timeout:g} s for "
@@ -154,7 +158,7 @@ class _Forming:
             return None
         if self._uid in newest.uids:
             return newest
-        if base is not None and self._uid in base.uids and self._note.at != "join":
+        if self._note.at != "join":
             raise (Dropped if self._note.at == "construction" else Minority)(
                 f"slot {self._run.identity.slot}: {newest.cause or 'the members changed'}, and the others go on without this "
                 f"process (epoch {newest.epoch}). Start it again to have it join them"

@@ -23,7 +23,7 @@ from fusedfog.comm import calls, whereabouts
 from fusedfog.comm.elastic import asking
 from fusedfog.comm.elastic.board import Board
 from fusedfog.comm.elastic.epoch import close_epoch, open_epoch
-from fusedfog.comm.elastic.forming import form
+from fusedfog.comm.elastic.forming import Dropped, form
 from fusedfog.comm.elastic.handing import Hand
 from fusedfog.comm.elastic.identity import Identity
 from fusedfog.comm.elastic.record import Note, Position, Record, Seat, read_record
@@ -36,6 +36,8 @@ from fusedfog.errors import LaunchError, StoreLost
 from fusedfog.log import log
 
 _TOLD_EVERY = 0.3
+_HAND_OVER = 90.0
+"""Seconds without a byte after which a newcomer asks another member."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ class Run:
     Attributes:
         record: of the epoch that this process is a member of; None before its first one.
         called: others are ready for the next epoch.
+        left: this process has ended its part, and answers as one that is none of the members.
         over: why the current epoch is over, once it is; "" until then.
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
-        hand: where newcomers' wishes for it arrive.
+        hand, write: where newcomers' wishes for it arrive, and what writes it into a file; the optimizer's.
         epochs_store: the connection that process groups use, and where to; made anew when a thread may be blocked in it.
         reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
     """
@@ -95,9 +98,10 @@ class Run:
         self.board = Board(identity.stores, prefix)
         self._own_seat()
         self.record: Record | None = None
-        self.called, self.over, self.built = False, "", False
+        self.called, self.over, self.built, self.left = False, "", False, False
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
+        self.write: Callable[[Path], int] | None = None
         self.reforms, self.reform_s = 0, 0.0
         self.epochs_store: tuple[tuple[str, int], TCPStore] | None = None
         self._silent: dict[str, float] = {}
@@ -158,8 +162,11 @@ class Run:
             self.stand_alone()
             log.info("slot %d joins run %r, which is in epoch %d", self.identity.slot, self.identity.run, base.epoch)
         else:
-            self._enter(Note(self.seat, "construction"), base)
-            self.tell()
+            try:
+                self._enter(Note(self.seat, "construction"), base)
+                self.tell()
+            except Dropped:
+                self.stand_alone()
         Run._current = self
 
     def stand_alone(self) -> None:
@@ -295,6 +302,14 @@ class Run:
             time.sleep(0.005)
         return verdict == "done"
 
+    def serve(self) -> None:
+        """Write what a newcomer has asked for, where the program stands at the beginning of a step or waits for other members."""
+        if self.hand.wanted and self.write is not None:
+            if self.record is None:
+                # Nothing of the epoch that is over will be used, and what may never come is not to be waited for.
+                hear_all(Origin(-1, "the members form a new epoch"))
+            self.hand.give(self.write)
+
     def fetch(self, into: Path) -> tuple[int, int] | None:
         """Have a member hand over its state into a file; its size and checksum, or None if no member has one yet.
 
@@ -303,7 +318,7 @@ class Run:
         """
         base = self.newest()
         for seat in base.seats if base is not None else ():
-            found = asking.fetch(seat, into, self.timeout) if seat.uid != self.seat.uid else None
+            found = asking.fetch(seat, into, _HAND_OVER) if seat.uid != self.seat.uid else None
             if found is not None:
                 return found
         return None
@@ -318,7 +333,7 @@ class Run:
             if question["token"] == self.seat.token and question["ask"] == "state":
                 threading.Thread(target=self._hand_over, args=(connection,), daemon=True, name="fusedfog-hand").start()
                 return
-            uid = self.seat.uid if question["token"] == self.seat.token else ""
+            uid = self.seat.uid if question["token"] == self.seat.token and not self.left else ""
             connection.sendall(json.dumps({"uid": uid, "pid": os.getpid()}).encode())
         connection.close()
 
