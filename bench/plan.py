@@ -101,6 +101,9 @@ MEASURED: dict[str, Method] = {
     "ATC one-peer, fused_backward": Method("atc", "one_peer_exponential", fused_backward=True),
     "AWC hierarchical": Method("awc", "one_peer_exponential", mesh=True),
     "AWC exponential, int8": Method("awc", "exponential", wire="int8"),
+    # Where links stay as they are, rounds stay in their order; and weights change numbers alone.
+    "AWC adapt": Method("awc", "one_peer_exponential"),
+    "AWC weights": Method("awc", "one_peer_exponential"),
 }
 """Methods of bench/network.py by its names; the others there are not ours to predict."""
 
