@@ -12,7 +12,7 @@ machines are shaped, those inside are not). Kinds of compute, see network_models
 the CPU free, in `real` compute the hosts share this machine's cores with the network's own work, which is charged to the
 method that causes it. `device-like, 9.4 MB`, which has to be asked for, has default buckets.
 
-    --full             all four networks, fractions 0.3, 0.6 and 0.9
+    --full             all four networks, fractions 0.3, 0.6 and 0.9, every method: what a quiet machine is asked for
     --networks 4 8 2x4 4x2 --transfers 0.6 --kinds device-like real --methods DDP "AWC one-peer" --rounds 3 --steps 3
                        a choice of one's own (a round is `steps` steps of each method)
     --runs 3           everything so often, with new processes and a new calibration each time
@@ -201,11 +201,11 @@ def name(network: Network) -> str:
 
 
 def chosen(method: str, network: Network, kind: str) -> bool:
-    """Whether a method makes sense: hierarchical mixing wants machines, and only default buckets are graded or not."""
-    fits = (network.local > 1 or "hierarchical" not in method) and (
-        KINDS[kind].bucket_mb is None or UNGRADED not in method
-    )
-    return installed(method) and fits
+    """Whether a method makes sense: hierarchical mixing wants machines, four neighbours more than four hosts, and only default
+    buckets are graded or not.
+    """
+    fits = (network.local > 1 or "hierarchical" not in method) and (network.size > 4 or "four neighbours" not in method)
+    return installed(method) and fits and (KINDS[kind].bucket_mb is None or UNGRADED not in method)
 
 
 def parse() -> argparse.Namespace:

@@ -83,10 +83,24 @@ class Network:
 
     def shape(self, rate: float) -> None:
         """Let every machine's link carry `rate` bytes a second of TCP payload each way."""
-        on_wire = rate * (_MTU + _ETHERNET) / (_MTU - _HEADERS)
-        limits = ["rate", f"{round(8 * on_wire)}bit", "burst", str(_BURST), "limit", str(_QUEUE)]
+        limits = ["rate", _bits(rate), "burst", str(_BURST), "limit", str(_QUEUE)]
         for namespace, device in self._shaped:
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *limits)
+
+    def slow_edge(self, sender: int, receiver: int, rate: float, slow: float) -> None:
+        """Let what one host sends to one other travel at `slow` bytes a second, and all else that it sends at `rate`.
+
+        Until `shape` is called. Of hosts with a shaped link each.
+        """
+        assert self.local == 1
+        inside = (self._host(sender), INTERFACE)
+        _tc(*inside, "qdisc", "replace", "root", "handle", "1:", "htb", "default", "1")
+        for number, one in ((1, rate), (2, slow)):
+            classid = ("classid", f"1:{number}")
+            _tc(*inside, "class", "replace", "parent", "1:", *classid, "htb", "rate", _bits(one), "burst", str(_BURST))
+            _tc(*inside, "qdisc", "replace", "parent", f"1:{number}", "bfifo", "limit", str(_QUEUE))
+        matches = ("u32", "match", "ip", "dst", f"{self.address(receiver)}/32", "flowid", "1:2")
+        _tc(*inside, "filter", "replace", "parent", "1:", "protocol", "ip", "prio", "1", *matches)
 
     def _host(self, host: int) -> str:
         return f"{self._prefix}-host{host}"
@@ -138,6 +152,15 @@ class Network:
         for name in self._made:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         self._made.clear()
+
+
+def _bits(rate: float) -> str:
+    """What tc is told for `rate` bytes a second of TCP payload."""
+    return f"{round(8 * rate * (_MTU + _ETHERNET) / (_MTU - _HEADERS))}bit"
+
+
+def _tc(namespace: str, device: str, kind: str, verb: str, *options: str) -> None:
+    _run("tc", "-n", namespace, kind, verb, "dev", device, *options)
 
 
 def _run(*command: str) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -194,6 +195,18 @@ def _automatic(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
         return _fusedfog()(kind, mesh)
 
 
+def _four_neighbours(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
+    """Two to either side: 1.06 bytes of an element to each, about as many in all as one exact message has."""
+    size = dist.get_world_size()
+    shifts = [np.roll(np.eye(size), hop, axis=1) for hop in (0, 1, -1, 2, -2)]
+    return _fusedfog(topology=fusedfog.topology.from_matrix(sum(shifts) / 5), wire_dtype="int8")(kind, mesh)
+
+
+def _weighted(kind: Kind, mesh: DeviceMesh | None) -> Trainer:
+    """Ranks of different weight."""
+    return _fusedfog(topology="one_peer_exponential", weight=1.0 + dist.get_rank())(kind, mesh)
+
+
 def _ungraded(**keywords: Any) -> Callable[[Kind, DeviceMesh | None], Trainer]:
     """The same with buckets of the largest size alone."""
 
@@ -237,7 +250,10 @@ METHODS: dict[str, Callable[[Kind, DeviceMesh | None], Trainer]] = {
     "AWC one-peer pairs, fused_backward": _fusedfog(topology="one_peer_hypercube", fused_backward=True),
     "AWC exponential": _fusedfog(topology="exponential"),
     "AWC exponential, int8": _fusedfog(topology="exponential", wire_dtype="int8"),
+    "AWC four neighbours, int8": _four_neighbours,
     "AWC ring": _fusedfog(topology="ring"),
+    "AWC adapt": _fusedfog(topology="one_peer_exponential", adapt=8),
+    "AWC weights": _weighted,
     "ATC one-peer, fused_backward": _fusedfog(algorithm="atc", topology="one_peer_exponential", fused_backward=True),
     f"ATC one-peer, fused_backward, {UNGRADED}": _ungraded(
         algorithm="atc", topology="one_peer_exponential", fused_backward=True

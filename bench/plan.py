@@ -21,6 +21,7 @@ from common import RESULTS, table
 
 from fusedfog.cost.workload import OPTIMIZER_TENSORS, PROFILES
 from fusedfog.plan import Layer, Link, Method, Network, Workload, predict, scaling
+from fusedfog.plan.auto import explain_auto
 from fusedfog.plan.report import Curve, draw_curves
 from fusedfog.topology import inner_outer_exponential
 
@@ -101,6 +102,9 @@ MEASURED: dict[str, Method] = {
     "ATC one-peer, fused_backward": Method("atc", "one_peer_exponential", fused_backward=True),
     "AWC hierarchical": Method("awc", "one_peer_exponential", mesh=True),
     "AWC exponential, int8": Method("awc", "exponential", wire="int8"),
+    # Where links stay as they are, rounds stay in their order; and weights change numbers alone.
+    "AWC adapt": Method("awc", "one_peer_exponential"),
+    "AWC weights": Method("awc", "one_peer_exponential"),
 }
 """Methods of bench/network.py by its names; the others there are not ours to predict."""
 
@@ -136,9 +140,11 @@ def against_measurements(paths: Sequence[Path]) -> Comparison | None:
     return Comparison("Against measurements on shaped links", given, "measured ms", rows)
 
 
-def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row]:
-    medians = {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
-    workload = _measured_workload(result, medians["local"])
+def _medians(result: Mapping[str, Any]) -> dict[str, float]:
+    return {name: statistics.median(one["step_s"] for one in turns) for name, turns in result["turns"].items()}
+
+
+def _measured_network(result: Mapping[str, Any]) -> Network:
     # A lone message of 4 bytes mostly waits for its process to wake up: 3 ms among eight processes on two cores. What an
     # all-reduce of one bucket takes beyond its bytes tells a hop's latency while gloo's threads are awake.
     ranks = result["machines"] * result["local"]
@@ -146,7 +152,12 @@ def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row
     alpha = max(0.0, result["allreduce_bucket_s"] - moved) / (2 * (ranks - 1))
     card = Link(alpha, result["rate_bytes_s"])
     local = result["local"]
-    network = Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
+    return Network(result["machines"] * local, card, local, Link(alpha, LOOPBACK) if local > 1 else None)
+
+
+def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row]:
+    medians, network = _medians(result), _measured_network(result)
+    workload = _measured_workload(result, medians["local"])
     bucket_mb = KINDS[result["kind"]] or result["bucket_bytes"] / 2**20
     inside = "gradients" if day >= GRADIENTS_SINCE else "parameters"
     return [
@@ -159,6 +170,37 @@ def _measured_rows(result: Mapping[str, Any], source: str, day: str) -> list[Row
         for name, method in (MEASURED | {"AWC auto": _automatic(network)}).items()
         if name in medians
     ]
+
+
+def choices(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """What `topology="auto"` takes with `links=` on each measured network, beside the method with the shortest step there."""
+    rows = []
+    for path in paths:
+        for result in json.loads(path.read_text())["results"]:
+            if result["kind"] not in KINDS:
+                continue
+            medians, network = _medians(result), _measured_network(result)
+            _, taken = explain_auto(_measured_workload(result, medians["local"]), network, optimizer="SGD")
+            assert taken is not None
+            own = [name for name, method in MEASURED.items() if name in medians and _alike(method, taken, network)]
+            best = min((name for name in medians if name != "local"), key=medians.__getitem__)
+            rows.append(
+                {
+                    "case": f"{result['network']}, transfer {result['transfer']:g} of a step ({path.stem}, run {result['run']})",
+                    "taken": taken.name,
+                    "measured ms": f"{1e3 * medians[own[0]]:.4g}" if own else "not measured",
+                    "shortest step": best,
+                    "ms": f"{1e3 * medians[best]:.4g}",
+                    "over it": f"{medians[own[0]] / medians[best]:.3f}" if own else "",
+                }
+            )
+    return rows
+
+
+def _alike(one: Method, other: Method, network: Network) -> bool:
+    graphs = [method.graph(network) for method in (one, other)]
+    same = all(graph is not None and graph == graphs[0] for graph in graphs)
+    return same and all(getattr(one, name) == getattr(other, name) for name in ("algorithm", "mesh", "wire", "fused_backward"))
 
 
 def _automatic(network: Network) -> Method:
@@ -415,6 +457,11 @@ def main() -> None:
     if measured is None:
         parts.append("Not compared with measurements on shaped links: run `bench/network.py` first.")
     parts += [one.markdown() for one in comparisons]
+    taken = (
+        "With `links=`, SGD with momentum: the least time to DistributedDataParallel's loss by prediction, beside the method "
+        f"with the shortest measured step. Machines averaged parameters when they were measured before {GRADIENTS_SINCE}."
+    )
+    parts.append(f"## What auto takes on the measured networks\n\n{taken}\n\n{table(choices(options.network))}")
     parts.append(f"## Scaling efficiency, ResNet-50 at 182 ms per step, 25 Gb/s, 30 us\n\n{curve_table(found)}")
     text = "\n\n".join(parts) + "\n"
     print(text)

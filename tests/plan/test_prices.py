@@ -75,6 +75,8 @@ def test_what_was_not_measured_is_expected_to_do_as_the_like_of_it() -> None:
     sgd = expected(Way("SGD", "atc", "exponential", wire="int8"), 16)
     assert sgd is not None and (sgd[0].graph, sgd[0].ranks, sgd[1]) == ("one_peer_exponential", 4, False)
     assert expected(way("ring", "int8"), 16) is None
+    machines = expected(Way("SGD", "awc", "exponential", machines=True, wire="int8"), 8)
+    assert machines is not None and (machines[0].machine, machines[0].above, machines[1]) == (1, -0.3, False)
 
 
 # -- prices ----------------------------------------------------------------------------------------------------------
