@@ -45,7 +45,7 @@ import fusedfog
 
 PHASES = ("construction", "forward", "step", "averaged", "consensus_distance", "save")
 TIMEOUT = timedelta(minutes=10)
-LIMIT = 15.0
+LIMIT = 60.0
 """Seconds after the kill in which a rank that has not raised counts as hanging."""
 
 SOON = 2.0
@@ -151,10 +151,11 @@ class Board:
 
 @dataclass
 class Told:
-    """What a rank that was not killed has raised."""
+    """What a rank that was not killed has raised, when, and since when it had been in that call."""
 
     rank: int
     at: float
+    since: float
     kind: str
     origin: int | None
     text: str
@@ -204,7 +205,14 @@ def be_rank(rank: int, board: Board, pipe: int, port: int, plan: Plan, folder: s
         dist.barrier()
         train(rank, board, plan, folder)
     except Exception as error:
-        told = Told(rank, time.monotonic(), type(error).__name__, getattr(error, "origin", None), str(error)[:600])
+        told = Told(
+            rank,
+            time.monotonic(),
+            board.read(rank)[1],
+            type(error).__name__,
+            getattr(error, "origin", None),
+            str(error)[:600],
+        )
         os.write(pipe, json.dumps(asdict(told)).encode())
         time.sleep(60)  # Caught: a process that lingers must not keep its neighbours waiting.
     os._exit(0)
@@ -267,7 +275,8 @@ def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> dict[
         "hang": len(others) - len(found) - len(gone),
         "gone": len(gone),
         "seconds": max((one.at - killed for one in found), default=None),
-        "told": [asdict(one) | {"at": one.at - killed} for one in found],
+        "waited": max((one.at - max(killed, one.since) for one in found), default=None),
+        "told": [asdict(one) | {"at": one.at - killed, "since": one.since - killed} for one in found],
     }
 
 
@@ -303,12 +312,14 @@ def row_of(runs: Sequence[dict[str, Any]], **first: object) -> dict[str, Any]:
     """One line of a table."""
     seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
     told = [(one, run["victim"]) for run in runs for one in run["told"]]
+    waits = [run["waited"] for run in runs if run.get("waited") is not None]
     return first | {
         "kills": len(runs),
         "ranks that hang": sum(run["hang"] for run in runs),
         "ranks that ended": sum(run["gone"] for run in runs),
         "s until all have raised, median": statistics.median(seconds) if seconds else None,
         "largest": max(seconds, default=None),
+        "s in a call, largest": max(waits, default=None),
         f"within {SOON:g} s": f"{sum(second <= SOON for second in seconds)} of {len(runs)}",
         "name the origin": f"{sum(one['origin'] == victim for one, victim in told)} of "
         f"{sum(run['ranks'] - 1 for run in runs)}",
@@ -374,7 +385,7 @@ def main() -> None:
         run = kill_once(plan, given.seed, constructions) | {"load": load}
         show(run)
         for one in run["told"]:
-            one["at"] = round(one["at"], 4)
+            one["at"], one["since"] = round(one["at"], 4), round(one["since"], 4)
             if one["origin"] == run["victim"]:
                 del one["text"]
         runs.append(run)
