@@ -11,8 +11,6 @@ been run is in the file of runs, and only what is missing there is run, so that 
 
     --kills 200          in all
     --models 0.1 20 200  megabytes of parameters
-    --phases step save   only these
-    --minutes 10         begin no run after that
 """
 
 from __future__ import annotations
@@ -337,8 +335,9 @@ def tables_of(runs: Sequence[dict[str, Any]]) -> str:
         )
         for place, megabytes in pairs
     ]
-    by_way = [row_of([run for run in runs if run["way"] == way], way=way) for way in WAYS]
-    by_way = [row for row in by_way if row["kills"]]
+    by_way = [
+        row_of([run for run in runs if run["way"] == way], way=way) for way in sorted({run["way"] for run in runs})
+    ]
     return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])
 
 
@@ -366,7 +365,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--models", type=float, nargs="+", default=[0.1, 20.0, 200.0])
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
-    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="faults", help="of the files in results/")
     given = parser.parse_args()
