@@ -11,8 +11,6 @@ been run is in the file of runs, and only what is missing there is run, so that 
 
     --kills 200          in all
     --models 0.1 20 200  megabytes of parameters
-    --phases step save   only these
-    --minutes 10         begin no run after that
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ import fusedfog
 
 PHASES = ("construction", "forward", "step", "averaged", "consensus_distance", "save")
 TIMEOUT = timedelta(minutes=10)
-LIMIT = 15.0
+LIMIT = 60.0
 """Seconds after the kill in which a rank that has not raised counts as hanging."""
 
 SOON = 2.0
@@ -151,10 +149,11 @@ class Board:
 
 @dataclass
 class Told:
-    """What a rank that was not killed has raised."""
+    """What a rank that was not killed has raised, when, and since when it had been in that call."""
 
     rank: int
     at: float
+    since: float
     kind: str
     origin: int | None
     text: str
@@ -204,7 +203,14 @@ def be_rank(rank: int, board: Board, pipe: int, port: int, plan: Plan, folder: s
         dist.barrier()
         train(rank, board, plan, folder)
     except Exception as error:
-        told = Told(rank, time.monotonic(), type(error).__name__, getattr(error, "origin", None), str(error)[:600])
+        told = Told(
+            rank,
+            time.monotonic(),
+            board.read(rank)[1],
+            type(error).__name__,
+            getattr(error, "origin", None),
+            str(error)[:600],
+        )
         os.write(pipe, json.dumps(asdict(told)).encode())
         time.sleep(60)  # Caught: a process that lingers must not keep its neighbours waiting.
     os._exit(0)
@@ -267,7 +273,8 @@ def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> dict[
         "hang": len(others) - len(found) - len(gone),
         "gone": len(gone),
         "seconds": max((one.at - killed for one in found), default=None),
-        "told": [asdict(one) | {"at": one.at - killed} for one in found],
+        "waited": max((one.at - max(killed, one.since) for one in found), default=None),
+        "told": [asdict(one) | {"at": one.at - killed, "since": one.since - killed} for one in found],
     }
 
 
@@ -303,12 +310,14 @@ def row_of(runs: Sequence[dict[str, Any]], **first: object) -> dict[str, Any]:
     """One line of a table."""
     seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
     told = [(one, run["victim"]) for run in runs for one in run["told"]]
+    waits = [run["waited"] for run in runs if run.get("waited") is not None]
     return first | {
         "kills": len(runs),
         "ranks that hang": sum(run["hang"] for run in runs),
         "ranks that ended": sum(run["gone"] for run in runs),
         "s until all have raised, median": statistics.median(seconds) if seconds else None,
         "largest": max(seconds, default=None),
+        "s in a call, largest": max(waits, default=None),
         f"within {SOON:g} s": f"{sum(second <= SOON for second in seconds)} of {len(runs)}",
         "name the origin": f"{sum(one['origin'] == victim for one, victim in told)} of "
         f"{sum(run['ranks'] - 1 for run in runs)}",
@@ -326,8 +335,9 @@ def tables_of(runs: Sequence[dict[str, Any]]) -> str:
         )
         for place, megabytes in pairs
     ]
-    by_way = [row_of([run for run in runs if run["way"] == way], way=way) for way in WAYS]
-    by_way = [row for row in by_way if row["kills"]]
+    by_way = [
+        row_of([run for run in runs if run["way"] == way], way=way) for way in sorted({run["way"] for run in runs})
+    ]
     return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])
 
 
@@ -355,7 +365,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--models", type=float, nargs="+", default=[0.1, 20.0, 200.0])
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
-    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="faults", help="of the files in results/")
     given = parser.parse_args()
@@ -374,7 +384,7 @@ def main() -> None:
         run = kill_once(plan, given.seed, constructions) | {"load": load}
         show(run)
         for one in run["told"]:
-            one["at"] = round(one["at"], 4)
+            one["at"], one["since"] = round(one["at"], 4), round(one["since"], 4)
             if one["origin"] == run["victim"]:
                 del one["text"]
         runs.append(run)

@@ -380,7 +380,9 @@ class Communicator:
             if transfer.queued:
                 transfer.over.wait(max(0.0, deadline - time.monotonic()))
         self._sockets.shut_down()
+        # A transfer may be over, since a rank has given up, while a thread still waits for half of its message.
         stuck = not self._waiter.stop(_TO_WAKE) or any(one.pending and not one.over.is_set() for one in started)
+        stuck = stuck or any(one.begun and not one.returned for one in started)
         if stuck and self._group is not None and not self.on_gpu:
             leak(self._group)
         for transfer in started:

@@ -101,7 +101,7 @@ class Transfer:
         pending: works that are not known to be complete, and whom each is with.
         over: on gloo, set when all are complete, or it has failed.
         last: on gloo, whom the work that was waited for last is with.
-        begun: a thread waits for them, or has.
+        begun: a thread waits for them, or has; returned: it does no more.
     """
 
     def __init__(self, communicator: Owner, label: str) -> None:
@@ -112,7 +112,7 @@ class Transfer:
         self.failure: Exception | None = None
         self.over = threading.Event()
         self.last: object = None
-        self.begun = self.queued = False
+        self.begun = self.queued = self.returned = False
         communicator.register(self)
 
     def add(self, operation: Callable[..., dist.Work | None], peers: object) -> None:
@@ -179,6 +179,7 @@ class Transfer:
                 if not self.over.is_set():
                     self.fail(error, peers)
             del work, self.pending[:1]  # Nothing, if the communicator was closed while this thread waited.
+        self.returned = True
         self.over.set()
 
     def _order_stream(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ from support.pool import Pool
 
 import fusedfog
 from fusedfog.comm import calls, failures, whereabouts
+from fusedfog.comm import communicator as communicator_module
 from fusedfog.comm.failures import Origin, Vigil, find
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
@@ -145,3 +147,28 @@ def test_of_many_ranks_that_are_needed_all_are_looked_at_in_turn() -> None:
     with answers(of, {rank: GONE if rank == 150 else LIVES for rank in range(200)}):
         found = [vigil.look([2], None) for _ in range(4)]
     assert Origin(150, ENDED) in found
+
+
+def gives_up_while_a_thread_waits() -> None:
+    communicator = communicator_for(find_group(), torch.device("cpu"))
+    if dist.get_rank() == 0:
+        transfer = communicator.start([], [(1, torch.empty(3))], tag=7, label="step 0, bucket 0")
+        while not transfer.begun:
+            time.sleep(0.01)
+        kept: list[object] = []
+        # As for a message half on its way, whose thread no shutdown wakes; and the waiter itself has ended.
+        with (
+            mock.patch.object(communicator._sockets, "shut_down"),
+            mock.patch.object(communicator._waiter, "stop", lambda patience: True),
+            mock.patch.object(communicator_module, "leak", kept.append),
+            mock.patch.object(dist, "destroy_process_group"),
+        ):
+            communicator.hear(Origin(1, ENDED))
+            assert transfer.over.is_set()
+            communicator.end(communicator.ended or RuntimeError(), 0.0)
+        assert len(kept) == 1
+    dist.barrier()
+
+
+def test_a_group_in_which_a_thread_waits_is_never_freed_though_its_transfer_is_over(ranks: Pool) -> None:
+    assert ranks.outcomes(2, gives_up_while_a_thread_waits, pg_timeout=40)[0].message == ""
