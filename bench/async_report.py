@@ -74,7 +74,7 @@ def seconds_to_goal(row: dict[str, Any], method: str) -> str:
     if not reached:
         return f"over {row['rounds'][0]['seconds']:g}"
     missing = len(when) - len(reached)
-    return spread(reached, 1) + (f"; {missing} of {len(when)} did not" if missing else "")
+    return spread(reached, 1) + (f"; {missing} of {len(when)} rounds ended before" if missing else "")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -116,4 +116,4 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for line, (task, goal) in enumerate(TASKS.items(), 1):
         axes[line][0].set_ylabel(f"{task}: {goal.what}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=len(METHODS), fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
