@@ -17,7 +17,8 @@ know who was there before. Every sample of a pass then counts once, with these e
 
 * a death that is noticed later loses the shares between: with `communicate_every` it is noticed by the next exchange only, and in
   a graph of long paths those that are far may have gone on by as many steps;
-* a share counts twice if its owner had sent its message, with some of its bytes on their way, as it died: nobody can know;
+* a share counts twice if its owner's last message was still on its way as it died, and came: nobody can know; and so do the last
+  ones of a member that ends its part by `opt.leave()`;
 * shares are lost of which nobody is left who was there when they were dealt, and of steps after which training ends at once;
 * a newcomer's first exchange takes its neighbours' mean and drops its own gradient: it draws samples of others for it. With
   loaders that read ahead, so it does for `ahead` steps more, which do count.
