@@ -29,10 +29,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from fusedfog.comm.agreement import absent
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.engine.clock import Clock
 from fusedfog.errors import PeerTimeout
@@ -95,7 +94,7 @@ class Adaptation:
         if made % self.every:
             return None
         turn, rows, self._rows = made // self.every, self._rows, []
-        store: Any = dist.distributed_c10d._get_default_store()
+        store = own_store()
         store.set(self._key(self._communicator.view.rank, turn), json.dumps([turn, rows]))
         before, self._written = self._written, turn
         # After a resume nobody has written before.
