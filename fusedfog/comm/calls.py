@@ -48,7 +48,6 @@ _NETWORK = re.compile(
 )
 """What torch's texts about the network have in common; a call's own errors are of types of their own, or say other things."""
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
