@@ -82,9 +82,7 @@ ROWS: tuple[Refusal, ...] = (
         "compressed messages are made by the passes of fusedfog's own optimizers",
         _OWN_PASSES,
     ),
-    Refusal(
-        "Decentralized", "cpu_compile", "only the passes of fusedfog's own optimizers can be compiled", _OWN_PASSES
-    ),
+    Refusal("Decentralized", "cpu_compile", "only the passes of fusedfog's own optimizers can be compiled", _OWN_PASSES),
     Refusal(
         "Decentralized",
         "capturable",

@@ -101,12 +101,17 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
             return engine
     except _INTERRUPTED as error:
         cause = brief(error, run)
+    _begin_anew(run, cause)
+    return None
+
+
+def _begin_anew(run: Run, cause: str) -> None:
+    """Be a member before there is an optimizer, or a newcomer if others have one."""
     try:
         run.reform("construction", 0, 0, cause)
         run.tell()
     except Dropped:
         run.stand_alone()
-    return None
 
 
 def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
@@ -115,8 +120,7 @@ def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
     opt._scheduler = engine
     if not _fetch(opt, engine, run):
         opt._scheduler = None
-        run.reform("construction", 0, 0, "all members have ended")
-        run.tell()
+        _begin_anew(run, "all members have ended")
         return None
     run.built = True
     engine.members = recovery = Recovery(opt, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -386,3 +387,43 @@ def test_a_run_of_which_all_have_died_begins_anew() -> None:
     assert set(results) == {"0.1", "1.1"}
     for reached, uids, epoch in results.values():
         assert reached == 10 and uids == ("0.1", "1.1") and epoch >= 1
+
+
+def through_everything() -> Any:
+    """Steps, measures and averages until the test says that it is enough."""
+    model, opt = begin(topology="auto")
+    board = Run.current().board  # type: ignore[union-attr]
+    while True:
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+        if opt.steps % 7 == 0:
+            opt.consensus_distance()
+        if opt.steps % 20 == 0:
+            with opt.averaged():
+                pass
+        if opt.steps % 5 == 0 and fusedfog.agree(board.get("enough") is not None):
+            return outcome(opt)
+        time.sleep(0.005)
+
+
+@SLOW
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_and_started_again_at_once_all_go_on(seed: int) -> None:
+    chance = random.Random(seed)
+    with Members(4) as members:
+        members.start(through_everything)
+        living = [0] * 4
+        for _ in range(15):
+            time.sleep(chance.choice([0.1, 1.0, 3.0]) * chance.random())
+            slot = chance.randrange(4)
+            members.kill(slot, living[slot])
+            del members.processes[f"{slot}.{living[slot]}"]
+            living[slot] += 1
+            members.start_one(slot, living[slot], through_everything)
+        time.sleep(10.0)
+        members.store.set("fusedfog/test/enough", "")
+        results = members.results(timeout=120)
+    uids = tuple(f"{slot}.{incarnation}" for slot, incarnation in enumerate(living))
+    assert set(results) == set(uids)
+    assert {result[1] for result in results.values()} == {uids}
+    assert len({result[0] for result in results.values()}) == 1

@@ -193,7 +193,7 @@ class Run:
         """
         lost = tuple(uid for uid in self._silent if self.is_lost(uid, False))
         note = Note(self.seat, at, steps, exchanges, self.built, lost, cause)
-        base = self.record if self.record is not None else self.newest()
+        base = self.record if self.record is not None else read_record(self.board.get("record"))
         return self._enter(note, base)
 
     def _enter(self, note: Note, base: Record | None) -> Record:
