@@ -44,6 +44,7 @@ def train(kind: str, keywords: dict[str, Any], apart: bool | None) -> tuple[list
     opt: Any = getattr(fusedfog, kind)(model.parameters(), lr=0.01, bucket_mb=BUCKET_MB, **keywords)
     assert len(opt._engine.buckets.all) == 4
     with ExitStack() as stack:
+        stack.enter_context(mock.patch("fusedfog.engine.exchanges.APART", 1))
         if apart is not None:
             stack.enter_context(mock.patch.object(Exchanges, "come_together", lambda self, pass_group: not apart))
         for step in range(6):
@@ -101,11 +102,29 @@ def order(late: bool) -> list[str]:
                 (Scheduler, "make_pass", passing),
             ):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
+            stack.enter_context(mock.patch("fusedfog.engine.exchanges.APART", 1))
             if late:
                 stack.enter_context(mock.patch("fusedfog.comm.transfer.Transfer.done", lambda self: False))
             opt.step()
     opt.drain()
     return told
+
+
+def small() -> bool:
+    """Whether buckets that are too small to gain are asked whether they have come."""
+    model = net()
+    opt = fusedfog.SGD(model.parameters(), lr=0.01, bucket_mb=BUCKET_MB)
+    with mock.patch.object(Mailbox, "come_together") as asked:
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(2, 64)).square().mean().backward()
+            opt.step()
+    opt.drain()
+    return bool(asked.called)
+
+
+def test_small_buckets_are_passed_at_once(ranks: Pool) -> None:
+    assert ranks.run(2, small) == [False, False]
 
 
 def test_a_bucket_is_passed_and_sent_before_later_ones_are_waited_for(ranks: Pool) -> None:
