@@ -397,6 +397,4 @@ class Communicator:
 
     def _retire(self) -> None:
         # A failed transfer keeps its other works for good: its connections are broken, but dropping them breaks more.
-        self._abandoned = [
-            transfer for transfer in self._abandoned if transfer.failure is not None or not transfer.done()
-        ]
+        self._abandoned = [one for one in self._abandoned if one.failure is not None or not one.done()]

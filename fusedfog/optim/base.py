@@ -57,17 +57,15 @@ class DecentralizedOptimizer(Controls):
             "atc" (adapt then combine, X+ = W inner(X)), "allreduce" (backward averages gradients, as DistributedDataParallel),
             "local", or one of the methods in `fusedfog.algorithms`.
         group: process group; None is the default one. Ranks in topologies are group ranks.
-        mesh: machines as nodes, on a 2-D DeviceMesh over the whole group: dim 0 across machines along `topology` (then of as
-            many nodes as there are machines), dim 1 the ranks inside. For FSDP2 parameters, dim 1 is where their shards lie;
-            see `fusedfog.params.shards`.
+        mesh: machines as nodes, on a 2-D DeviceMesh over the whole group: dim 0 across machines along `topology` (of as many
+            nodes), dim 1 the ranks inside, or the shards of FSDP2 parameters (`fusedfog.params.shards`).
         inside: what the ranks of a machine average. "gradients": a machine is data-parallel and has one model; backward leaves
             the machine's mean in `.grad`, every rank makes the same step, and exchanges its share of the model across
             machines. Looked at every 64 steps: a rank whose parameters are no longer its machine's raises `DivergedError`.
             "parameters": W_machine (x) J_local as in BlueFog; each rank steps by its own gradient.
-        mix_strength: s from 0 to 1: every exchange mixes with W_t = I + s (W - I), be it with neighbours, on a mesh or over all
-            ranks. A number, or a function of the step that mixes (from 0), or of that and the rate, lr over the largest lr so
-            far of the first param group that is mixed. `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC,
-            Wang and Johansson 2026). See "How strongly ranks mix" in the docs.
+        mix_strength: s from 0 to 1: every exchange, of whatever kind, mixes with W_t = I + s (W - I). A number, or a function of
+            the step that mixes (from 0), or of that and the rate, lr over the largest lr so far of the first mixed param group:
+            `lambda step, rate: rate` keeps ranks apart while lr falls (DSGD-AC, Wang and Johansson 2026).
         communicate_every: exchange in steps with (t + 1) % communicate_every == 0, or in those of which a function, the same
             on all ranks, says so: `lambda step: step < 1000 or step % 4 == 3`.
         global_average_every: average over all ranks, not neighbours, in steps with (t + 1) % global_average_every == 0
@@ -75,18 +73,16 @@ class DecentralizedOptimizer(Controls):
         outer: an `Outer` optimizer over local steps (DiLoCo, NoLoCo); needs algorithm="local".
         fused_backward: update each bucket inside backward as soon as its gradients are there, and free them.
         bucket_mb: size of the largest exchanged bucket in MB (2^20 bytes). The default is 256 instead of 25 where a step has
-            nothing to do between one bucket and the next: awc and kin without `fused_backward` and `mesh`. Atc and its kin,
-            `fused_backward` and averages of gradients have graded ones: they grow from 0.5 MB to `bucket_mb` or a 16th of
-            the model, and shrink again, so that the first leaves early and the last takes little time.
+            nothing to do between one bucket and the next: awc and kin without `fused_backward` and `mesh`. Others have graded
+            ones, from 0.5 MB to `bucket_mb` or a 16th of the model and back: the first leaves early, the last takes little time.
         wire_dtype: send "bf16", "fp8" (e4m3) or "int8" messages (or the torch dtypes): 2 or 1.06 bytes an element. What is sent
             are differences from replicas, so that nothing is lost but delayed and the limit is that of exact messages (CHOCO,
             Koloskova et al. 2019; see `kernels.wire`). Takes 8 bytes an element more for every round of the topology's
             period, 4 for checkpoints of awc and kin, and reads and writes 16; the default topology then is the symmetric
             exponential graph, of one round. "exact": as they are, also where auto would choose int8 by `links`.
-        low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy; training is fp32's,
-            with parameters rounded for forward and backward), "kahan" (a compensation of 16 bits) or "stochastic" (random
-            rounding that is right on average, no memory). Bytes an element and step, AdamW, bf16 gradients, K neighbours:
-            30+2K, 26+2K, 22+2K; None rounds to nearest, 22+2K, and loses updates below half of bf16's spacing.
+        low_precision: how bf16 and fp16 parameters keep what they cannot hold: "master" (an fp32 copy: training is fp32's),
+            "kahan" (a compensation of 16 bits) or "stochastic" (random rounding, right on average). Bytes an element and step,
+            AdamW, K neighbours: 30+2K, 26+2K, 22+2K; None rounds to nearest, and loses updates below half of bf16's spacing.
         state_dtype: torch.float32, or torch.bfloat16 for moments of half the size, rounded stochastically.
         max_grad_norm: clip this rank's gradient over all its parameters, as `clip_grad_norm_`; no communication, but one
             all-reduce of one number among the ranks of a machine that share a replica (FSDP2).
@@ -107,8 +103,7 @@ class DecentralizedOptimizer(Controls):
             topology comes; one whose steps take k times the fastest's comes in every k-th period, k up to 8. Matrices stay
             doubly stochastic, checkpoints keep the plan, ranks are nodes. See "Links that change" in the docs.
         comm_sms: how many blocks, and so SMs of the GPU, one NCCL kernel of this optimizer's messages may hold, 1 to 64; None
-            is NCCL's own choice. A block that waits for its peer spins: it keeps its SM from your kernels as long as the
-            peer is late. 2 to 4 fill a network card, 8 to 16 NVLink. Ignored on CPUs.
+            is NCCL's own choice. A block keeps its SM while its peer is late. 2 to 4 fill a network card, 8 to 16 NVLink.
         links: measured ones: the file of `fusedfog calibrate`, a `fusedfog.plan.Links` or `Network`. Auto then takes the nodes,
             graph and, unless `wire_dtype` is given, format of messages with the least time to DistributedDataParallel's loss, by
             step time, bytes and measured losses; `Links.step_s` tells how long a step computes. A given topology that is much
@@ -142,8 +137,7 @@ class DecentralizedOptimizer(Controls):
         ValueError: no parameters; sparse, complex, integer or meta parameters, or several devices; non-finite or negative
             hyper-parameters; a topology of the wrong size or outside the algorithm's theory; a wire_dtype that the device
             cannot make, or with an endless topology; CUDA parameters in a process group without NCCL, two ranks on one GPU,
-            bf16 on a GPU before sm_80; low_precision without 16-bit parameters; DTensors that are not sharded
-            inside machines and replicated across them (`fusedfog.params.shards`).
+            bf16 before sm_80; low_precision without 16-bit parameters; DTensors not sharded inside machines alone.
         UnsupportedEnvironment (a ValueError): CUDA parameters without Triton, or with one before 3.5.
         TypeError: `mix_strength` is neither a number nor a function of one or two arguments; a `communicate_every` that is a
             function is neither True nor False (in the step, then).
