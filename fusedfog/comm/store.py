@@ -28,3 +28,11 @@ def own_store() -> Any:
             _Own.store = store
         _Own.group = group
     return _Own.store
+
+
+def keep_default_store() -> None:
+    """Have `own_store` be the default group's store itself, whose connection has been made for this group alone.
+
+    For epochs of an elastic run: torch's server looks up the name of whoever connects, and answers nobody meanwhile.
+    """
+    _Own.group, _Own.store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()

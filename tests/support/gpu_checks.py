@@ -22,7 +22,7 @@ import fusedfog
 from fusedfog import topology
 from fusedfog.algorithms import algorithm_for
 from fusedfog.comm.group import GroupView
-from fusedfog.engine import scheduler
+from fusedfog.engine import between_phases
 from fusedfog.engine.clock import StepSchedule
 from fusedfog.engine.phases import Phase, Phases
 from support.gpu_windows import check_windows
@@ -109,7 +109,7 @@ def among_echoes(
     """
     engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
     # Echoes have no store in which ranks compare their numbers.
-    with mock.patch.object(scheduler, "SameNumbers", lambda *_: None):
+    with mock.patch.object(between_phases, "SameNumbers", lambda *_: None):
         phase = Phase(
             algorithm_for(algorithm, optimizer._family),
             bent or topology.ring(size),

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from fusedfog.comm.elastic.record import Record
 from fusedfog.comm.sockets import Sockets
+from fusedfog.comm.store import keep_default_store
 from fusedfog.comm.waiter import Task
 
 BACKEND = "fusedfog"
@@ -105,6 +106,7 @@ def open_epoch(
         dist.Backend.register_backend(BACKEND, _create, devices=["cpu"])
     with _one_hook():
         dist.init_process_group(BACKEND, store=own, rank=rank, world_size=len(record.seats), timeout=timeout)
+    keep_default_store()
 
 
 def close_epoch() -> None:
