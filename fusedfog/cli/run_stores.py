@@ -102,7 +102,6 @@ class Stores:
 
     def __init__(self, addresses: Sequence[Address], prefix: str) -> None:
         self.addresses = tuple(addresses)
-        self._prefix = prefix
         self._links = [_Link(address, prefix) for address in addresses]
 
     def state(self, key: str, value: str) -> None:
@@ -131,7 +130,7 @@ class Stores:
 
     def ask(self, question: Callable[[Store, str], R]) -> dict[Address, R]:
         """The answers of the stores that answer within `DEADLINE`, to a function of a store and the prefix; asked at once."""
-        tasks = [Task(partial(self._answer, question, address)) for address in self.addresses]
+        tasks = [Task(partial(link.answer, question)) for link in self._links]
         answers = {}
         for address, task in zip(self.addresses, tasks, strict=True):
             if task.over.wait(DEADLINE):
@@ -146,9 +145,6 @@ class Stores:
             return store.get(prefix + key).decode() if store.check([prefix + key]) else None
 
         return {address: text for address, text in self.ask(get).items() if text is not None}
-
-    def _answer(self, question: Callable[[Store, str], R], address: Address) -> R:
-        return question(connect(address), self._prefix)
 
     def close(self, patience: float = DEADLINE) -> None:
         """Write what is left to write, if the stores take it within so many seconds, and end the threads."""
@@ -173,6 +169,10 @@ class _Link:
         self._written: set[str] = set()
         self.thread = threading.Thread(target=self._run, daemon=True, name="fusedfog-store")
         self.thread.start()
+
+    def answer(self, question: Callable[[Store, str], R]) -> R:
+        """Ask over the connection that there is: torch's server looks up the name of each new one, which may take seconds."""
+        return question(self._client or connect(self._address), self._prefix)
 
     def _run(self) -> None:
         while True:
