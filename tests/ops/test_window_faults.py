@@ -149,6 +149,7 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
         found["torn"] += int(x.min() != x.max())
         with window.mutex([2 - rank]):
             pass
+    window.put(weights=[2 - rank, 1])  # What the victim had before it was stopped it has confirmed, perhaps.
     found["fence"] = ""
     try:
         window.fence(1.0)
