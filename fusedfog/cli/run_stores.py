@@ -9,13 +9,16 @@ facts are read back.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import socket
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -28,8 +31,28 @@ Address = tuple[str, int]
 DEADLINE = 5.0
 """Seconds in which a store answers; it does in less than a millisecond, or not at all."""
 
+_HOSTED = 60.0
+"""Seconds in which a store that is hosted here comes to answer: those who wait for it keep it busy from its first moment."""
+
 EVERY = 1.0
 """Seconds between heartbeats."""
+
+
+_begun: weakref.WeakSet[Task[Any]] = weakref.WeakSet()
+
+
+def _begin(work: Callable[[], R]) -> Task[R]:
+    task = Task(work)
+    _begun.add(task)
+    return task
+
+
+@atexit.register
+def _let_end() -> None:
+    """Python unwinds threads when it ends; one that is inside torch's client then aborts the process."""
+    deadline = time.monotonic() + 2 * DEADLINE
+    for task in list(_begun):
+        task.over.wait(max(0.0, deadline - time.monotonic()))
 
 
 def parse_stores(text: str) -> list[Address]:
@@ -67,7 +90,9 @@ def host_store(address: Address) -> TCPStore:
             f"run. End that one first, or give this run another port: --stores {host}:PORT"
         )
     try:
-        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=DEADLINE))
+        store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=_HOSTED))
+        store.set_timeout(timedelta(seconds=DEADLINE))
+        return store
     except (OSError, RuntimeError) as error:
         first = str(error).split("\n")[0]
         raise LaunchError(
@@ -130,7 +155,7 @@ class Stores:
 
     def ask(self, question: Callable[[Store, str], R]) -> dict[Address, R]:
         """The answers of the stores that answer within `DEADLINE`, to a function of a store and the prefix; asked at once."""
-        tasks = [Task(partial(link.answer, question)) for link in self._links]
+        tasks = [_begin(partial(link.answer, question)) for link in self._links]
         answers = {}
         for address, task in zip(self.addresses, tasks, strict=True):
             if task.over.wait(DEADLINE):
@@ -183,7 +208,7 @@ class _Link:
                 facts = {key: value for key, value in self.facts.items() if key not in self._written}
                 beats, self.beats = self.beats, {}
                 watched = list(self.watched)
-            task = Task(partial(self._exchange, facts, beats, watched))
+            task = _begin(partial(self._exchange, facts, beats, watched))
             failed = not task.over.wait(DEADLINE)
             if not failed:
                 try:

@@ -96,6 +96,7 @@ class Run:
 
     def store(self) -> TCPStore:
         while self._store is None:
+            time.sleep(0.02)
             with contextlib.suppress(OSError, RuntimeError):
                 self._store = connect(("127.0.0.1", self._port))
         return self._store
@@ -433,6 +434,7 @@ def test_ranks_wait_for_the_first_store_and_use_the_one_that_knows_most_of_their
 
     def connect_when_there(number: int) -> TCPStore:
         while True:
+            time.sleep(0.02)
             with contextlib.suppress(OSError, RuntimeError):
                 return connect(("127.0.0.1", number))
 
