@@ -107,6 +107,12 @@ def test_what_is_added_is_there_exactly_once(ranks: Pool, how: str, reads: bool)
     assert all(p >= 1 + 2 * 300 for _, _, p in found)
 
 
+def stopped(process: int) -> bool:
+    """Whether all threads of a process stand still."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{process}/task").glob("*/stat")]
+    return set(states) <= {"T", "t"}
+
+
 INSIDE_LOCK = "SIGKILL inside the lock of an edge's memory"
 
 
@@ -140,6 +146,8 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
         time.sleep(delay)
         if signal_name != INSIDE_LOCK:
             os.kill(victim, getattr(signal, signal_name))
+        while signal_name == "SIGSTOP" and not stopped(victim):
+            time.sleep(0.01)  # A thread that runs on another core answers for another moment.
         tell("done")
     rounds = 0
     while rounds < 30 or not told("done") or (signal_name == INSIDE_LOCK and window.alive[1]):
