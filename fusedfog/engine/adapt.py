@@ -49,7 +49,6 @@ RAREST = 8
 _SLOTS = 4
 """Keys of a rank, overwritten in turns: whoever writes number k + 4 has read k + 2, which others write after they have read k."""
 
-
 _EVERY = {1: "every", 2: "every 2nd", 4: "every 4th", 8: "every 8th"}
 
 

@@ -245,12 +245,36 @@ class Resized(Topology):
         return f"resized:{self.inner.fingerprint()}:{self.kept}".encode()
 
 
-class Lazy(Topology):
+class Around(Topology):
+    """What is made of the rounds of another topology, `inner`, without a change to sums, symmetry or degrees."""
+
+    def __init__(self, inner: Topology, described: str, period: int | None) -> None:
+        super().__init__(described, inner.size, period)
+        self.inner = inner
+
+    def is_row_stochastic(self) -> bool:
+        """As the inner topology."""
+        return self.inner.is_row_stochastic()
+
+    def is_column_stochastic(self) -> bool:
+        """As the inner topology."""
+        return self.inner.is_column_stochastic()
+
+    def is_symmetric(self) -> bool:
+        """As the inner topology."""
+        return self.inner.is_symmetric()
+
+    @property
+    def max_degree(self) -> int:
+        """As the inner topology."""
+        return self.inner.max_degree
+
+
+class Lazy(Around):
     """``(I + W) / 2`` of another topology."""
 
     def __init__(self, inner: Topology) -> None:
-        super().__init__(f"{inner!r}.lazy()", inner.size, inner.period)
-        self.inner = inner
+        super().__init__(inner, f"{inner!r}.lazy()", inner.period)
 
     @property
     def name(self) -> str:
@@ -271,23 +295,6 @@ class Lazy(Topology):
     def _fourier(self, step: int) -> npt.NDArray[np.complex128] | None:
         fourier = self.inner._fourier(step)
         return None if fourier is None else (1 + fourier) / 2
-
-    def is_row_stochastic(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_row_stochastic()
-
-    def is_column_stochastic(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_column_stochastic()
-
-    def is_symmetric(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_symmetric()
-
-    @property
-    def max_degree(self) -> int:
-        """As the inner topology."""
-        return self.inner.max_degree
 
     def _resized(self, n: int, kept: tuple[int, ...] | None) -> Topology:
         return self.inner.resized(n, kept).lazy()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fusedfog.topology.base import Topology
+from fusedfog.topology.base import Around, Topology
 from fusedfog.topology.round import Matrix, Round
 
 Piece = tuple[int, tuple[int, ...]]
@@ -37,13 +37,12 @@ def order_of(intervals: Sequence[int]) -> tuple[int, ...]:
     return tuple(order)
 
 
-class Reordered(Topology):
+class Reordered(Around):
     """Rounds of `inner` in the order of the last piece that has begun. Every round is one of `inner`'s, so all sums stay."""
 
     def __init__(self, inner: Topology, pieces: Sequence[Piece]) -> None:
         inner.finite_period("another order of its rounds")
-        super().__init__(f"reordered({inner!r}, {list(pieces)})", inner.size, None)
-        self.inner = inner
+        super().__init__(inner, f"reordered({inner!r}, {list(pieces)})", None)
         self._pieces = [(first, order_of(intervals)) for first, intervals in pieces]
 
     @property
@@ -67,23 +66,6 @@ class Reordered(Topology):
 
     def _fourier(self, step: int) -> npt.NDArray[np.complex128] | None:
         return self.inner._fourier(self.number(step))
-
-    def is_row_stochastic(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_row_stochastic()
-
-    def is_column_stochastic(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_column_stochastic()
-
-    def is_symmetric(self) -> bool:
-        """As the inner topology."""
-        return self.inner.is_symmetric()
-
-    @property
-    def max_degree(self) -> int:
-        """As the inner topology."""
-        return self.inner.max_degree
 
     def _identity(self) -> bytes:
         return f"reordered:{self.inner.fingerprint()}:{self._pieces}".encode()
