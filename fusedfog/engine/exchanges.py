@@ -29,9 +29,6 @@ from fusedfog.topology import Topology
 from fusedfog.topology.admission import Admission
 
 APART = 1 << 20
-"""Bytes of a bucket from which one by one is worth it: five of 0.5 MB take so twice the CPU of one pass (`scheduler`)."""
-
-APART = 1 << 20
 """Bytes of a bucket from which one by one is worth it: five of 0.5 MB take twice the CPU of one pass over all (`scheduler`)."""
 
 
