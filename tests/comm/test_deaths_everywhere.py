@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.pool import Outcome, Pool
+from support.deaths import check_named
+from support.pool import Pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -220,15 +221,6 @@ def repeat(name: str, victim: int, part: float, folder: Path) -> tuple[str, int 
     except RuntimeError as error:
         return type(error).__name__, getattr(error, "origin", None), str(error), time.monotonic()
     return "nothing", None, "", time.monotonic()
-
-
-def check_named(outcomes: list[Outcome], victim: int) -> None:
-    assert outcomes[victim].error_type == "Died", outcomes[victim]
-    for rank, outcome in enumerate(outcomes):
-        if rank != victim:
-            assert outcome.error_type is None, outcome
-            kind, origin, text, _ = outcome.value
-            assert (kind, origin) == ("ExchangeError", victim), text
 
 
 def cases(names: dict[str, Any], quick: tuple[str, ...]) -> list[Any]:

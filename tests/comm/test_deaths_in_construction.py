@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from support.pool import Outcome, Pool
+from support.deaths import check_named
+from support.pool import Pool
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -86,15 +87,6 @@ def die_at(setup: str, victim: int, fatal: int) -> tuple[str, int | None, str]:
     except RuntimeError as error:
         return type(error).__name__, getattr(error, "origin", None), str(error)
     return "nothing", None, ""
-
-
-def check_named(outcomes: list[Outcome], victim: int) -> None:
-    assert outcomes[victim].error_type == "Died"
-    for rank, outcome in enumerate(outcomes):
-        if rank != victim:
-            assert outcome.error_type is None, outcome
-            kind, origin, text = outcome.value
-            assert (kind, origin) == ("ExchangeError", victim), text
 
 
 def cases() -> list[Any]:

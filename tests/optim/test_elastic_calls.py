@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.deaths import die
 from support.elastic import Members
 
 import fusedfog
@@ -22,10 +22,6 @@ VICTIM = 2
 
 def own_slot() -> int:
     return int(os.environ["FUSEDFOG_SLOT"])
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def begin(**keywords: Any) -> tuple[torch.nn.Linear, Any]:

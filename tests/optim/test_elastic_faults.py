@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.deaths import die
 from support.elastic import Members, say
 
 import fusedfog
@@ -23,10 +24,6 @@ SLOW = pytest.mark.slow
 
 def own_slot() -> int:
     return int(os.environ["FUSEDFOG_SLOT"])
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def begin(
