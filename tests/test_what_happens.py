@@ -17,7 +17,7 @@ VARIES = {
     r"\S+\.py:\d+": "train.py:1",
     r"closed it \(.*?\)\. ": "closed it (in torch's words). ",
     r"It began with rank [12],": "It began with rank 1,",
-    r"from rank [12]: left": "from rank 2: left",
+    r"(receiving from|sending to) rank [12]: (left|connection lost)": r"receiving from rank 1: \2",
     r"for \d+ s\b": "for 1 s",
     r"/\S*/run\b": "run",
     r"\.unfinished-\w+": ".unfinished-1",
@@ -27,7 +27,7 @@ VARIES = {
     r"within \d+:\d\d:\d\d(\.\d+)?": "within 0:00:01",
 }
 """What differs from run to run: a line of a script, what torch says of a connection, which of several dead ranks was seen
-first, which rank was the first to give up, sizes of files, seconds, folders."""
+first and by which message, which rank was the first to give up, sizes of files, seconds, folders."""
 
 
 def same(text: str) -> str:
