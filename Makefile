@@ -11,10 +11,11 @@ TYPED := build/typed
 
 .PHONY: demo test test-ranks test-interpreter test-all test-triton lint bench tutorials clean
 
-# GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them.
+# GPUs are hidden, so that the demo is the same everywhere; run the module under torchrun by hand to use them. WATCH=run.jsonl
+# records the run for `fusedfog watch`.
 demo: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) \
-		-m fusedfog.examples.digits
+		-m fusedfog.examples.digits $(if $(WATCH),--watch $(WATCH))
 
 test: lint
 	$(MAKE) --no-print-directory -j 2 test-ranks test-interpreter

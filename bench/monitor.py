@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 bench/monitor.py [--turns 20] [--save]
 
-Two gloo ranks train a small model and one of 25 million parameters, without a monitor, with one (every=10), and with one beside
+Two gloo ranks train a small model and one of 25 million parameters, without a monitor, with one, and with one beside
 `measure=True`. Each has a model and an optimizer of its own, and they take turns of so many steps, so that a slow
 minute hits all alike. The ratio to the turn without a monitor is taken within each round; the table has its median and
 quartiles over rounds: for wall time, for the CPU time of the thread that trains, and for that of the whole process, with the

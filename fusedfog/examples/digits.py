@@ -43,6 +43,7 @@ class Settings:
     seed: int = 0
     measure_every: int = 20
     progress: bool = True
+    watch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Contender(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    monitor: fusedfog.Monitor | None
 
     def update(self, loss: Tensor) -> None:
         """Backward and step."""
@@ -156,18 +158,19 @@ class Decentralized:
 
     def __init__(self, model: nn.Module, settings: Settings, algorithm: str, topology: str, **more: Any) -> None:
         self.model = model
-        keywords: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, **more}
+        watched = settings.watch is not None and algorithm == "awc"
+        keywords: dict[str, Any] = {"lr": settings.lr, "momentum": settings.momentum, "measure": watched, **more}
         optimizer = fusedfog.SGD(model.parameters(), algorithm=algorithm, topology=topology, model=model, **keywords)
         self.optimizer: torch.optim.Optimizer = optimizer
-        self.averaged, self.consensus_distance, self._stats = (
-            optimizer.averaged,
-            optimizer.consensus_distance,
-            optimizer.stats,
-        )
+        self.averaged, self.consensus_distance = optimizer.averaged, optimizer.consensus_distance
+        self._stats = optimizer.stats
+        self.monitor = fusedfog.monitor(optimizer, settings.watch, every=5) if watched else None
 
     def update(self, loss: Tensor) -> None:
         """Backward and step."""
         loss.backward()
+        if self.monitor is not None:
+            self.monitor.log(loss=loss)
         self.optimizer.step()
 
     def cost(self) -> tuple[float, float]:
@@ -178,6 +181,8 @@ class Decentralized:
 
 class DataParallel:
     """torch's DistributedDataParallel (nothing around the model if there is one rank): gradients are all-reduced."""
+
+    monitor: fusedfog.Monitor | None = None
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         size = place()[1]
@@ -268,7 +273,7 @@ def train(label: str, contender: Contender, data: Digits, settings: Settings) ->
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(contender.optimizer, settings.steps)
     measure(history, 0, contender, data.test)
     cost: list[tuple[float, float]] = []  # of the steps alone: measuring waits for messages too
-    with progress(label, settings) as bar:
+    with progress(label, settings) as bar, contender.monitor or nullcontext():
         for step, (images, labels) in zip(range(1, settings.steps + 1), batches(data.train, settings), strict=False):
             before = contender.cost()
             contender.update(cross_entropy(contender.model(images), labels))
@@ -360,12 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=defaults.steps, help="training steps (default %(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=defaults.batch, help="images per rank and step (default %(default)s)"
-    )
-    parser.add_argument(
-        "--lr", type=float, default=defaults.lr, help="learning rate, cosine to 0 (default %(default)s)"
-    )
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="images a rank and step (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=defaults.lr, help="rate, cosine to 0 (default %(default)s)")
     parser.add_argument(
         "--shared",
         type=float,
@@ -374,10 +375,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of data and network (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="picture; figures go beside it as .json")
+    parser.add_argument("--watch", type=Path, metavar="FILE", help="record the AWC run for `fusedfog watch FILE`")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.batch < 1 or not 0 <= options.shared <= 1:
         parser.error("--steps and --batch must be at least 1 and --shared within 0..1")
-    settings = Settings(options.steps, options.batch, options.lr, shared=options.shared, seed=options.seed)
+    settings = Settings(
+        options.steps, options.batch, options.lr, shared=options.shared, seed=options.seed, watch=options.watch
+    )
     device = fusedfog.init()
     histories = compete(settings, device)
     if place()[0] == 0:

@@ -30,13 +30,15 @@ def test_shards_cover_the_images_once_and_differ_by_label() -> None:
 
 def short_demo(folder: str, argument: str) -> list[str]:
     torch.set_num_threads(1)
-    digits.main(["--steps", argument, "--batch", "8", "--out", f"{folder}/shown.png"])
+    digits.main(["--steps", argument, "--batch", "8", "--out", f"{folder}/shown.png", "--watch", f"{folder}/run.jsonl"])
     return os.listdir(folder)
 
 
 def test_the_demo_on_four_ranks(ranks: Pool, tmp_path: Path) -> None:
     ranks.run(4, short_demo, str(tmp_path), "30", init=False)
     check_figures(tmp_path, ranks=4)
+    watched = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert {record["rank"] for record in watched if record["kind"] == "sample" and record["step"] == 30} == {0, 1, 2, 3}
 
 
 def test_the_demo_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,6 +236,34 @@ def test_nothing_is_recorded_after_the_end() -> None:
     assert [record["kind"] for record in seen] == ["run", "rank", "graph", "sample", "end"]
 
 
+def test_short_steps_are_not_sampled_more_often_than_four_times_a_second_and_the_last_one_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    net, opt = build(algorithm="local")
+    seen: list[dict[str, Any]] = []
+    with fusedfog.monitor(opt, seen.append) as run:
+        for _ in range(75):
+            now += 1 / 128  # A quarter of a second is 32 of them.
+            train(opt, net, 1, run)
+        for _ in range(21):
+            now += 1 / 8
+            train(opt, net, 1, run)
+    samples = [record for record in seen if record["kind"] == "sample"]
+    assert [sample["step"] for sample in samples] == [10, 42, 74, 84, 94, 96]
+    assert samples[1]["step_s"] == 1 / 128
+
+
+def test_a_monitor_that_failed_takes_no_last_sample() -> None:
+    net, opt = build(algorithm="local")
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(LookupError), fusedfog.monitor(opt, seen.append) as run:
+        train(opt, net, 3, run)
+        raise LookupError
+    assert [record["kind"] for record in seen] == ["run", "rank", "graph", "end"]
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "10"])
 def test_every_is_a_positive_number_of_steps(every: Any) -> None:
     _, opt = build(algorithm="local")
@@ -264,10 +292,12 @@ def test_only_numbers_are_logged() -> None:
                 run.log(loss=wrong)  # type: ignore[arg-type]
 
 
-def test_a_process_that_was_watched_exits_quietly() -> None:
+@pytest.mark.parametrize("every", [1, None])
+def test_a_process_that_was_watched_exits_quietly(every: int | None) -> None:
     program = (
         "import torch, fusedfog; net = torch.nn.Linear(4, 4); opt = fusedfog.SGD(net.parameters(), lr=0.1, algorithm='local')\n"
-        "run = fusedfog.monitor(opt, lambda record: None, every=1, port=0); net(torch.ones(2, 4)).sum().backward(); opt.step()"
+        f"run = fusedfog.monitor(opt, lambda record: None, every={every}, port=0)\n"
+        "net(torch.ones(2, 4)).sum().backward(); opt.step()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
