@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from gpu_notes import Notes, Run
 from gpu_sections import overlapped
-from support.gpu_checks import assert_same, convnet, give_gradients
+from support.gpu_checks import among, assert_same, convnet, give_gradients
 from support.recorded import record
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.transfer import Transfer
 from fusedfog.engine.clock import StepSchedule
+from fusedfog.engine.phases import Phase
 
 TRANSFERS = r"nccl|Memcpy DtoD"
 """What a message to oneself is on the GPU's timeline."""
@@ -51,17 +52,12 @@ class LoopLink(Communicator):
 
 def among_loops(optimizer: Any, algorithm: str, communicator: LoopLink, *, fused_backward: bool = False) -> Any:
     """`optimizer`, built with algorithm="local", as one of the link's ranks on a ring."""
-    engine = optimizer._scheduler
-    optimizer._scheduler = type(engine)(
-        optimizer.param_groups,
-        engine.segments,
+    phase = Phase(
         algorithm_for(algorithm, optimizer._family),
         topology.ring(communicator.view.size),
-        communicator,
-        communicator.open_channel(),
         StepSchedule(fused_backward=fused_backward),
     )
-    return optimizer
+    return among(optimizer, communicator, phase, communicator.open_channel())
 
 
 def open_group(run: Run) -> None:

@@ -551,7 +551,8 @@ def test_a_script_that_knows_nothing_of_it_trains_as_under_torchrun(tmp_path: Pa
     command = [sys.executable, "-m", "fusedfog", "run", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["sum 3.0 of 2"] * 2
+    # Two processes write: a line and its end may have the other's line between them.
+    assert done.stdout.replace("\n", "") == "sum 3.0 of 2" * 2
 
 
 @pytest.mark.slow

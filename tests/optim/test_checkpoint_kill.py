@@ -68,7 +68,8 @@ def test_every_kill_leaves_a_complete_checkpoint(ranks: Pool, tmp_path: Path, ki
         victims = [[0, 1], [0], [1]][kill % 3]
         lives = (str(run), str(promises), victims, chance.uniform(0, 0.3))
         outcomes = ranks.outcomes(2, live, *lives, pg_timeout=1.0)
-        assert [outcome.error_type for outcome in outcomes if outcome.error_type not in ENDS] == [], outcomes
+        bad = [outcome for outcome in outcomes if outcome.error_type not in ENDS]
+        assert bad == [], '\n'.join(f'{one.error_type}: {one.message}\n{one.traceback}' for one in bad)
         assert all(outcomes[victim].error_type == "Died" for victim in victims)
         left = list(run.glob(".unfinished-*"))
         unfinished += bool(left)

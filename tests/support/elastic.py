@@ -78,8 +78,13 @@ class Members:
         os.kill(self.processes[uid].pid, number)
 
     def kill(self, slot: int, incarnation: int = 0) -> None:
-        """Kill a process, and see it dead."""
+        """Kill a process, and see it dead; raises what it raised if it has ended before."""
         uid = f"{slot}.{incarnation}"
+        if not self.processes[uid].is_alive():
+            while True:
+                self._hear(uid, time.monotonic() + 1.0)
+                result = self._said[uid][-1]
+                assert not isinstance(result, Result), f"{uid} has ended before it was killed: {result.error or result.value}"
         self.signal(uid, signal.SIGKILL)
         self.processes[uid].join()
 

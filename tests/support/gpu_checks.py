@@ -107,21 +107,23 @@ def among_echoes(
 
     With `bent`, as one of the ranks of that topology whose others send something else.
     """
-    engine, device = optimizer._scheduler, optimizer._scheduler.segments[0].param.device
-    # Echoes have no store in which ranks compare their numbers.
+    device = optimizer._scheduler.segments[0].param.device
+    graph, schedule = bent or topology.ring(size), schedule or StepSchedule(fused_backward=fused_backward)
+    phase = Phase(algorithm_for(algorithm, optimizer._family), graph, schedule)
+    return among(
+        optimizer,
+        EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
+        phase,
+    )
+
+
+def among(optimizer: Any, communicator: Any, phase: Phase, channel: int = 0) -> Any:
+    """`optimizer`, built with algorithm="local", as one of a communicator's ranks."""
+    engine = optimizer._scheduler
+    # These communicators have no store in which ranks compare their numbers.
     with mock.patch.object(between_phases, "SameNumbers", lambda *_: None):
-        phase = Phase(
-            algorithm_for(algorithm, optimizer._family),
-            bent or topology.ring(size),
-            schedule or StepSchedule(fused_backward=fused_backward),
-        )
         optimizer._scheduler = type(engine)(
-            optimizer.param_groups,
-            engine.segments,
-            Phases.of(phase),
-            EchoCommunicator(device, size, silent=silent) if bent is None else BentCommunicator(device, size),
-            0,
-            2**20,
+            optimizer.param_groups, engine.segments, Phases.of(phase), communicator, channel, 2**20
         )
     optimizer._scheduler.adopt_edits = engine.adopt_edits
     return optimizer
