@@ -45,7 +45,8 @@ def init(
         backend: as in `torch.distributed.init_process_group`; None takes NCCL on GPUs and gloo otherwise.
         timeout: how long an operation waits for its peers, as a timedelta or in seconds; None is torch's default.
         init_method: where the ranks meet, as in `torch.distributed.init_process_group`: "tcp://host:port", "file:///path"; None
-            takes MASTER_ADDR and MASTER_PORT, and without them what the launcher says (`fusedfog.comm.launchers`).
+            takes MASTER_ADDR and MASTER_PORT, and without them what the launcher says (`fusedfog.comm.launchers`). A file does
+            for experiments: of a record that a rank was killed in the middle of writing, torch's file store never stops reading.
         elastic: join a run whose members may change: the others train on when a process dies, and it is admitted again when it
             is restarted. See "Survive" in fusedfog/optim/README.md. The process group is that of the current members, and is
             replaced when they change: ranks count from 0 to their number - 1.
