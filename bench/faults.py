@@ -6,11 +6,13 @@ consensus_distance() or save_checkpoint(). The others are to raise, all of them,
 the rank that was killed. They catch it and stay, so that nobody learns of it by the end of their processes. The store lives in
 another process, as torchrun's does. (results/faults.json and .md)
 
+    python bench/faults.py                      20 kills, models of 0.1 and 20 MB: a few minutes
+    python bench/faults.py --full               200 kills, models of 200 MB too
+    python bench/faults.py --elastic [--full]   the same for elastic runs, whose others train on: see faults_elastic.py
+    python bench/faults_losses.py               what three kills and returns change of the loss
+
 Run number k is drawn from the seed and k alone: number of ranks, model, way of training, phase, victim and moment. What has
 been run is in the file of runs, and only what is missing there is run, so that a campaign can be interrupted and enlarged.
-
-    --kills 200          in all
-    --models 0.1 20 200  megabytes of parameters
 """
 
 from __future__ import annotations
@@ -18,26 +20,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import mmap
 import os
 import random
 import shutil
 import signal
 import statistics
-import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import faults_elastic
 import torch
 import torch.distributed as dist
-from common import RESULTS, machine, table
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from common import table
+from faults_common import (
+    LARGE,
+    MODELS,
+    WAYS,
+    Board,
+    Run,
+    await_moment,
+    end,
+    model_of,
+    open_store,
+    prepare,
+    run_missing,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
 
 import fusedfog
 
@@ -48,52 +62,6 @@ LIMIT = 60.0
 
 SOON = 2.0
 """Seconds in which all are to have raised."""
-
-_CELL = struct.Struct("iddd")  # phase, when it began, seconds that it took the last time, seconds of construction
-
-
-Way = Callable[[nn.Module, DeviceMesh | None], Any]
-"""An optimizer for a model, on the mesh that ways called "mesh" are given."""
-
-
-def _sgd(**keywords: Any) -> Way:
-    return lambda model, mesh: fusedfog.SGD(model.parameters(), lr=1e-3, **keywords)
-
-
-def _adamw(**keywords: Any) -> Way:
-    return lambda model, mesh: fusedfog.AdamW(model.parameters(), lr=1e-3, **keywords)
-
-
-def _mesh(**keywords: Any) -> Way:
-    return lambda model, mesh: fusedfog.AdamW(model.parameters(), lr=1e-3, mesh=mesh, **keywords)
-
-
-def _around(**keywords: Any) -> Way:
-    return lambda model, mesh: fusedfog.Decentralized(torch.optim.SGD(model.parameters(), lr=1e-3), **keywords)
-
-
-WAYS: dict[str, Way] = {
-    "awc": _sgd(topology="ring"),
-    "atc": _sgd(topology="ring", algorithm="atc", momentum=0.9),
-    "push_sum": _sgd(algorithm="push_sum"),
-    "allreduce": _sgd(algorithm="allreduce"),
-    "decentlam": _sgd(topology="ring", algorithm="decentlam", momentum=0.9),
-    "quasi_global": _sgd(topology="ring", algorithm="quasi_global", momentum=0.9),
-    "exact_diffusion": _sgd(topology="ring", algorithm="exact_diffusion"),
-    "extra": _sgd(topology="ring", algorithm="extra"),
-    "gradient_tracking": _sgd(topology="ring", algorithm="gradient_tracking"),
-    "momentum_tracking": _sgd(topology="ring", algorithm="momentum_tracking", momentum=0.9),
-    "dag": _adamw(algorithm="dag"),
-    "AdamW awc, exponential": _adamw(topology="exponential"),
-    "AdamW, fused backward": _adamw(topology="ring", fused_backward=True),
-    "int8": _adamw(topology="ring", wire_dtype="int8"),
-    "every third step": _sgd(topology="ring", communicate_every=3),
-    "data-parallel steps": _adamw(topology="ring", data_parallel_steps=10**6),
-    "outer": _sgd(algorithm="local", outer=fusedfog.Outer(every=2)),
-    "mesh": _mesh(),
-    "mesh, parameters": _mesh(inside="parameters"),
-    "Decentralized": _around(topology="ring"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,43 +76,16 @@ class Plan:
     victim: int
 
     @classmethod
-    def draw(cls, number: int, seed: int, models: Sequence[float], phases: Sequence[str]) -> Plan:
+    def draw(cls, number: int, seed: int) -> Plan:
         """The run of this number. Phases and models go round, so that each pair is as frequent."""
         random_ = random.Random(f"{seed} {number}")
         ranks = random_.choice((4, 6))
-        phase, megabytes = phases[number % len(phases)], models[number // len(phases) % len(models)]
+        phase, megabytes = PHASES[number % len(PHASES)], MODELS[number // len(PHASES) % len(MODELS)]
         return cls(number, ranks, megabytes, random_.choice(list(WAYS)), phase, random_.randrange(ranks))
 
     def gigabytes(self) -> float:
         """Memory that all ranks take together, at most."""
         return self.ranks * (0.3 + 8 * self.megabytes / 1e3)
-
-
-class Board:
-    """Where each rank says, in memory that processes share, which phase it is in."""
-
-    def __init__(self, ranks: int) -> None:
-        self._memory = mmap.mmap(-1, ranks * _CELL.size)
-        for rank in range(ranks):
-            _CELL.pack_into(self._memory, rank * _CELL.size, -1, 0.0, 0.0, 0.0)
-        self.lengths = dict.fromkeys(PHASES, 0.0)
-
-    def read(self, rank: int) -> tuple[int, float, float, float]:
-        """The place of its phase in `PHASES`, -1 between phases; since when; seconds of the last such one; of construction."""
-        return _CELL.unpack_from(self._memory, rank * _CELL.size)
-
-    @contextlib.contextmanager
-    def phase(self, rank: int, name: str) -> Iterator[None]:
-        """Say that `rank` is in this phase."""
-        begin = time.monotonic()
-        self._write(rank, PHASES.index(name), begin, self.lengths[name])
-        yield
-        self.lengths[name] = time.monotonic() - begin
-        self._write(rank, -1, 0.0, 0.0)
-
-    def _write(self, rank: int, place: int, begin: float, length: float) -> None:
-        cell = (place, begin, length, self.lengths["construction"])
-        _CELL.pack_into(self._memory, rank * _CELL.size, *cell)
 
 
 @dataclass
@@ -157,13 +98,6 @@ class Told:
     kind: str
     origin: int | None
     text: str
-
-
-def model_of(megabytes: float) -> nn.Module:
-    """Square layers that hold so many megabytes of fp32."""
-    layers = 4
-    side = max(8, int((megabytes * 1e6 / 4 / layers) ** 0.5))
-    return nn.Sequential(*[nn.Linear(side, side) for _ in range(layers)])
 
 
 def train(rank: int, board: Board, plan: Plan, folder: str) -> None:
@@ -216,28 +150,13 @@ def be_rank(rank: int, board: Board, pipe: int, port: int, plan: Plan, folder: s
     os._exit(0)
 
 
-def open_store() -> tuple[int, int]:
-    """A process that hosts the store, and its port; here, its threads would not survive the forks of ranks."""
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        os.write(writes, str(store.port).encode())
-        signal.pause()
-        os._exit(0)
-    os.close(writes)
-    port = int(os.read(reads, 16))
-    os.close(reads)
-    return pid, port
-
-
-def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> dict[str, Any]:
+def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> Run:
     """One run and its kill; what the others were told.
 
     Args:
         constructions: how long the construction of a model of so many megabytes took the last time; the run's is noted.
     """
-    board, random_ = Board(plan.ranks), random.Random(f"{seed} {plan.number} moment")
+    board, random_ = Board(plan.ranks, PHASES), random.Random(f"{seed} {plan.number} moment")
     folder = tempfile.mkdtemp(prefix="fusedfog-faults-")
     host, port = open_store()
     pids, pipes = [], []
@@ -258,10 +177,7 @@ def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> dict[
         told = {rank: read_told(pipes[rank], killed + LIMIT) for rank in others}
         gone = [rank for rank in others if told[rank] is None and os.waitpid(pids[rank], os.WNOHANG)[0]]
     finally:
-        for pid in (*pids, host):
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        end([*pids, host])
         for pipe in pipes:
             os.close(pipe)
         shutil.rmtree(folder, ignore_errors=True)
@@ -280,16 +196,11 @@ def kill_once(plan: Plan, seed: int, constructions: dict[float, float]) -> dict[
 
 def wait_for(board: Board, plan: Plan, random_: random.Random, pipes: Sequence[int], construction: float) -> float:
     """Return at a random moment of a phase of the victim's; how many seconds after it began."""
-    large = plan.megabytes > 100
-    at_least, seen, last, deadline = 2 if large else random_.randint(2, 4), 0, 0.0, time.monotonic() + 180
-    while time.monotonic() < deadline:
-        place, since, length, _ = board.read(plan.victim)
-        if place == PHASES.index(plan.phase) and since != last:
-            seen, last = seen + 1, since
-            if seen >= at_least or plan.phase == "construction":
-                time.sleep(random_.uniform(0.0, length or construction))
-                return time.monotonic() - since
-        time.sleep(1e-4)
+    at_least = 2 if plan.megabytes > LARGE else random_.randint(2, 4)
+    at_least = 1 if plan.phase == "construction" else at_least
+    when = await_moment(board, plan.victim, plan.phase, at_least, construction, random_)
+    if when is not None:
+        return when
     told = [read_told(pipe, time.monotonic() + 0.1) for pipe in pipes]
     raise TimeoutError(f"{plan}: the victim has not come there: {[one for one in told if one is not None]}")
 
@@ -306,7 +217,7 @@ def read_told(pipe: int, deadline: float) -> Told | None:
         time.sleep(2e-3)
 
 
-def row_of(runs: Sequence[dict[str, Any]], **first: object) -> dict[str, Any]:
+def row_of(runs: Sequence[Run], **first: object) -> dict[str, Any]:
     """One line of a table."""
     seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
     told = [(one, run["victim"]) for run in runs for one in run["told"]]
@@ -325,7 +236,7 @@ def row_of(runs: Sequence[dict[str, Any]], **first: object) -> dict[str, Any]:
     }
 
 
-def tables_of(runs: Sequence[dict[str, Any]]) -> str:
+def tables_of(runs: Sequence[Run]) -> str:
     """By phase and model, by way of training, and of all."""
     pairs = sorted({(PHASES.index(run["phase"]), run["megabytes"]) for run in runs})
     by_phase = [
@@ -341,59 +252,58 @@ def tables_of(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])
 
 
-def free_gigabytes() -> float:
-    """Memory that nobody uses; as much as is needed where that cannot be told."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
-    return float("inf")
-
-
-def show(run: dict[str, Any]) -> None:
+def show(run: Run) -> None:
     """One line of a run, and what is not as it should be."""
     seconds = "-" if run["seconds"] is None else f"{run['seconds']:.2f}"
     about = f"{run['phase']}, {run['megabytes']:g} MB, {run['way']}, rank {run['victim']} of {run['ranks']}"
-    print(f"{run['number']}: {about}: {seconds} s, hang {run['hang']}, ended {run['gone']}", flush=True)
+    tqdm.write(f"{run['number']}: {about}: {seconds} s, hang {run['hang']}, ended {run['gone']}")
     for one in run["told"]:
         if one["origin"] != run["victim"]:
-            print("   ", one, flush=True)
+            tqdm.write(f"    {one}")
+
+
+def make(plan: Plan, seed: int, constructions: dict[float, float]) -> Run:
+    """One run as it is kept."""
+    run = kill_once(plan, seed, constructions)
+    show(run)
+    for one in run["told"]:
+        one["at"], one["since"] = round(one["at"], 4), round(one["since"], 4)
+        if one["origin"] == run["victim"]:
+            del one["text"]
+    return run
 
 
 def main() -> None:
-    """Run what is missing of the campaign, write and print its tables."""
+    """Run what is missing of a campaign, write and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--models", type=float, nargs="+", default=[0.1, 20.0, 200.0])
-    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    parser.add_argument("--elastic", action="store_true", help="runs whose members may change")
+    parser.add_argument("--full", action="store_true", help="200 kills, with models of all sizes")
+    parser.add_argument("--kills", type=int, help="another number of them")
+    parser.add_argument("--models", type=float, nargs="+", choices=MODELS, help="of these sizes only, MB of parameters")
+    parser.add_argument("--phases", nargs="+", help="in these only", choices=[*PHASES, *faults_elastic.ADDED])
+    parser.add_argument("--numbers", type=int, nargs="+", help="these runs only")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="faults", help="of the files in results/")
+    parser.add_argument("--name", help="of the files in results/")
     given = parser.parse_args()
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "FATAL"}
-    torch.set_num_threads(1)
-    # The first one imports for seconds, which each rank would do by itself.
-    torch.optim.SGD(nn.Linear(1, 1).parameters())
-    path, constructions = Path(RESULTS, f"{given.name}.json"), dict[float, float]()
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    known, deadline = {run["number"] for run in runs}, time.monotonic() + 60 * given.minutes
-    plans = [Plan.draw(number, given.seed, given.models, given.phases) for number in range(given.kills)]
-    for plan in sorted(plans, key=lambda plan: plan.megabytes):  # Those of which more can be made in the same time.
-        if plan.number in known or time.monotonic() > deadline or plan.gigabytes() > free_gigabytes() - 2:
-            continue
-        load = os.getloadavg()[0]
-        run = kill_once(plan, given.seed, constructions) | {"load": load}
-        show(run)
-        for one in run["told"]:
-            one["at"], one["since"] = round(one["at"], 4), round(one["since"], 4)
-            if one["origin"] == run["victim"]:
-                del one["text"]
-        runs.append(run)
-        about = machine() | {"load": f"{min(r['load'] for r in runs):.0f} to {max(r['load'] for r in runs):.0f}"}
-        runs.sort(key=lambda run: run["number"])
-        path.write_text(json.dumps({"machine": about, "seed": given.seed, "runs": runs}, indent=1) + "\n")
-        words = ", ".join(f"{key} {value}" for key, value in about.items())
-        path.with_suffix(".md").write_text(f"{words}\n\n{tables_of(runs)}\n")
-    print(tables_of(runs))
+    prepare()
+    kind: Any = faults_elastic.Plan if given.elastic else Plan
+    kills = given.kills or (200 if given.full else 20)
+    models = given.models or [size for size in MODELS if given.full or size < LARGE]
+    plans = [
+        plan
+        for number in (given.numbers or range(10 * kills))
+        if (plan := kind.draw(number, given.seed)).megabytes in models and plan.phase in (given.phases or [plan.phase])
+    ][:kills]
+    make_one = faults_elastic.make if given.elastic else make
+    run_missing(
+        given.name or ("faults-elastic" if given.elastic else "faults"),
+        plans,
+        partial(make_one, seed=given.seed, constructions={}),
+        faults_elastic.tables_of if given.elastic else tables_of,
+        seed=given.seed,
+        minutes=given.minutes,
+    )
 
 
 if __name__ == "__main__":

@@ -107,15 +107,13 @@ class Call:
     __slots__ = ("detail", "logged", "name", "since", "view")
 
     def __init__(self, name: str, view: Ranks | None = None, detail: object = "") -> None:
-        self.name, self.view, self.detail = name, view, detail
-        self.logged = 0
+        self.name, self.view, self.detail, self.logged = name, view, detail, 0
 
     def __str__(self) -> str:
         return f"{self.name} {self.detail}" if self.detail != "" else self.name
 
     def __enter__(self) -> None:
-        self.since, _Here.failed = time.monotonic(), None
-        _Here.count += 1
+        self.since, _Here.failed, _Here.count = time.monotonic(), None, _Here.count + 1
         _Here.calls.append(self)
 
     def __exit__(
@@ -331,8 +329,11 @@ def enter_world(timeout: float) -> None:
         _Here.world = whereabouts.new_world(group, store, _Here.watch.port, _Here.watch.ip, _Here.hear)
 
 
-def oversee(overseer: Callable[[Mapping[int, State]], tuple[int, str] | None]) -> None:
-    """See `World.overseer`; in the world that was entered last, which exists."""
+def change_world(timeout: float, overseer: Callable[[Mapping[int, State]], tuple[int, str] | None]) -> None:
+    """`enter_world`, where calls that this process is in are those of the ranks that there are now; see `World.overseer`."""
+    for call in _Here.calls:
+        call.view = None  # The group that it has begun with is no more.
+    enter_world(timeout)
     assert _Here.world is not None
     _Here.world.overseer = overseer
 

@@ -254,9 +254,13 @@ class Exchanges:
         if self.on_loss is not None and self.communicator.ended is not None:
             return  # The epoch is over, and the next step begins another one.
         to_all = self.schedule.is_global_average_step(step)
-        for bucket in buckets:
-            if bucket.segment.layout.mix:
-                self.mailbox.send(bucket, exchange, f"step {step}, bucket {bucket.number}", to_all=to_all)
+        try:
+            for bucket in buckets:
+                if bucket.segment.layout.mix:
+                    self.mailbox.send(bucket, exchange, f"step {step}, bucket {bucket.number}", to_all=to_all)
+        except (PeerTimeout, ExchangeError):
+            if self.on_loss is None:
+                raise  # Or else the epoch has ended just now.
 
     def find_edits(self) -> None:
         """See `Mailbox.find_edits`."""
@@ -281,8 +285,11 @@ class Exchanges:
         return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
 
     def _received(self, pass_group: PassGroup, passes_alone_write: bool) -> Inbox:
-        assert self.mailbox is not None
+        assert self.mailbox is not None and self.communicator is not None
         try:
+            ended = self.communicator.ended if self.on_loss is not None else None
+            if ended is not None and not _sent(pass_group):
+                raise ended
             inbox, *others = [
                 self.mailbox.receive(bucket, passes_alone_write=passes_alone_write) for bucket in pass_group.buckets
             ]
@@ -302,7 +309,14 @@ class Exchanges:
         """
         segment, count = pass_group.segment, len(pass_group.buckets)
         asks = segment.layout.mix and not device.on_gpu(segment.param) and segment.param.nbytes >= APART * count
-        return not asks or self.windows is not None or self.mailbox is None or self.mailbox.come_together(pass_group.buckets)
+        if not asks or self.windows is not None or self.mailbox is None or not _sent(pass_group):
+            return True
+        try:
+            return self.mailbox.come_together(pass_group.buckets)
+        except (PeerTimeout, ExchangeError):
+            if self.on_loss is None:
+                raise
+            return True  # `receive` says what it means.
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""
@@ -314,3 +328,8 @@ class Exchanges:
             due = self.due(self.clock.steps)
             self._shares = self._push_sum.exchange(self.clock.exchanges) if due else self._push_sum.idle()
         return self._shares
+
+
+def _sent(pass_group: PassGroup) -> bool:
+    """Whether all of its buckets' exchanges have been started; not so if an epoch has ended meanwhile."""
+    return all(bucket.transfer is not None for bucket in pass_group.buckets)

@@ -204,8 +204,7 @@ class Run:
         self.called, self.over, self._commits = False, "", 0
         self._silent.clear()
         if len(record.seats) > 1:
-            calls.enter_world(self.timeout)
-            calls.oversee(self._oversee)
+            calls.change_world(self.timeout, self._oversee)
         self.record = record
         taken = time.monotonic() - begin
         if before is not None or note.at == "join":

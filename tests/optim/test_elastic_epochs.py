@@ -1,0 +1,96 @@
+"""A step in which an epoch of an elastic run begins, or ends: who waits in it, and what becomes of messages on their way."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+from support.deaths import die
+from support.elastic import Members
+
+import fusedfog
+from fusedfog.comm.elastic.run import Run
+
+
+def own_slot() -> int:
+    return int(os.environ["FUSEDFOG_SLOT"])
+
+
+def begin(params: Any, **keywords: Any) -> Any:
+    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    return fusedfog.SGD(params, lr=0.1, topology="ring", **keywords)
+
+
+def steps(params: Any, opt: Any, until: int, pause: float = 0.0) -> None:
+    while opt.steps < until:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        time.sleep(pause)
+
+
+def outcome(opt: Any) -> tuple[int, tuple[str, ...]]:
+    return opt.steps, opt.stats()["members"]
+
+
+def begins_slowly(until: int) -> Any:
+    """A newcomer that is admitted, and then takes its time for its first batch, in a step that the others are in already."""
+    params = [torch.nn.Parameter(torch.zeros(6))]
+    opt = begin(params)
+    if os.environ["FUSEDFOG_INCARNATION"] != "0":
+        time.sleep(1.5)
+    else:
+        steps(params, opt, 10)
+        if own_slot() == 1:
+            die()
+    steps(params, opt, until, 0.01)
+    return outcome(opt)
+
+
+def test_members_wait_for_a_newcomer_in_the_step_in_which_they_have_admitted_it() -> None:
+    with Members(3) as members:
+        members.start(begins_slowly, 300)
+        members.processes["1.0"].join()
+        members.start_again(1, begins_slowly, 300)
+        results = members.results()
+    assert results == {uid: (300, ("0.0", "1.1", "2.0")) for uid in ("0.0", "1.1", "2.0")}
+
+
+def in_several_buckets(algorithm: str, told: bool) -> tuple[int, tuple[str, ...]]:
+    """Slot 2 dies; or slot 0 is told, when it has sent some of a step's buckets, that the epoch is over."""
+    params = [torch.nn.Parameter(torch.full((300_000,), float(number))) for number in range(4)]
+    opt = begin(params, algorithm=algorithm, bucket_mb=1.0)
+    steps(params, opt, 10)
+    if own_slot() == 2 and not told:
+        die()
+    if own_slot() == 0 and told:
+        _be_told_between_two(opt._engine.exchanges)
+    steps(params, opt, 30)
+    assert all(param.isfinite().all() for param in params)
+    return outcome(opt)
+
+
+def _be_told_between_two(exchanges: Any) -> None:
+    real, sent = exchanges.start, []
+
+    def start(*given: Any) -> None:
+        sent.append(given)
+        if len(sent) == 2:
+            Run.current().wake("the test ends it")  # type: ignore[union-attr]
+        real(*given)
+
+    exchanges.start = start
+
+
+@pytest.mark.parametrize(("algorithm", "told"), [("atc", True), ("awc", False)])
+def test_an_epoch_that_ends_while_some_buckets_of_a_step_are_on_their_way_ends_no_member(
+    algorithm: str, told: bool
+) -> None:
+    with Members(3) as members:
+        members.start(in_several_buckets, algorithm, told)
+        results = members.results()
+    left = ("0.0", "1.0", "2.0") if told else ("0.0", "1.0")
+    assert results == {uid: (30, left) for uid in left}
