@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import math
 import os
 import re
@@ -37,8 +36,7 @@ from fusedfog.comm.membership import is_timeout, torchs_words
 from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import State, World
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
-
-log = logging.getLogger("fusedfog")
+from fusedfog.log import log
 
 _LOG_AFTER, _REMEMBERED = 20.0, 8
 _NETWORK = re.compile(
@@ -325,6 +323,8 @@ def enter_world(timeout: float) -> None:
     store = own_store()
     _Here.shortest, _Here.failed, _Here.last = timeout, None, None
     _Here.ended, _Here.listeners = (), {}  # Names of communicators begin anew.
+    for call in _Here.calls:
+        call.view = None  # It goes on in another epoch, whose ranks make it; the group that they were in is no more.
     with contextlib.suppress(OSError):  # Without sockets, errors say less.
         if _Here.watch is None:
             _Here.watch = Listener(*whereabouts.listen(store), _answer, _look_at_own_call, lambda: log_after() / 4)

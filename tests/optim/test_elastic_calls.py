@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,26 @@ def test_what_does_not_work_with_members_that_change_is_refused_before_anything_
         (found,) = members.results().values()
     for name, (_, words) in ROWS.items():
         assert "init(elastic=True)" in found[name] and words in found[name], found.get(name)
+
+
+def goes_over_and_waits(until: int) -> Any:
+    """Slot 2 hears slowly of the new members, in the step in which all go over to them: the others wait for it there."""
+    slow = own_slot() == 2
+    fusedfog.init(
+        elastic=True, timeout=60, on_membership_change=lambda change: time.sleep(1.5) if slow and change.epoch else None
+    )
+    model = torch.nn.Linear(SIZE, 1, bias=False)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring")
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1:
+            die()
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+    return opt.steps, opt.stats()["members"]
+
+
+def test_who_goes_over_in_a_step_may_wait_for_others_in_it() -> None:
+    with Members(3) as members:
+        members.start(goes_over_and_waits, 20)
+        results = members.results()
+    assert results == {uid: (20, ("0.0", "2.0")) for uid in ("0.0", "2.0")}
