@@ -37,6 +37,9 @@ class Members(Protocol):
     def before_step(self) -> None:
         """If the members have changed, go over to those that there are now; see `change_members`."""
 
+    def clock_is_read(self) -> None:
+        """The program reads how many steps were made."""
+
     def leave(self) -> None:
         """This rank makes no further step."""
 
