@@ -116,7 +116,7 @@ class BetweenPhases(BetweenSteps):
         if before is not None:
             self.exchanges.go_on_from(before)
         if self.members is not None:
-            self.exchanges.on_loss = self.members.lost
+            self.exchanges.survive(self.members.lost)
         self.channels, self.means = self.exchanges.channels, None
         over = self.communicator if phase.data_parallel else gradients
         if over is not None:

@@ -116,6 +116,15 @@ class Exchanges:
             keeps_edits="param" in algorithm.messages and not algorithm.weighs,
         )
 
+    def survive(self, on_loss: Callable[[Exception], None]) -> None:
+        """Go on when an exchange has failed, of which `on_loss` is told; and have compressed messages begin without a call.
+
+        Called before the first exchange.
+        """
+        self.on_loss = on_loss
+        if self.channels is not None:
+            self.channels.exactly = True
+
     def go_on_from(self, before: Exchanges) -> None:
         """Do not say again what an earlier phase's exchanges have said once."""
         if self.quarantine is not None and before.quarantine is not None:
@@ -209,10 +218,13 @@ class Exchanges:
             self._push_sum = fresh
 
     def adopt_channels(self, buckets: list[BucketState], known: bool) -> None:
-        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective."""
+        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective.
+
+        Where they begin exactly, nobody's states know them.
+        """
         if self.channels is None or not self.channels.segments:
             return
-        if self.channels.all_ranks(known):
+        if not self.channels.exactly and self.channels.all_ranks(known):
             self.channels.resume(buckets, self.clock.exchanges, self.clock.encoded)
         else:
             self.channels.forget()
@@ -291,6 +303,9 @@ class Exchanges:
                 raise
             self.on_loss(error)
             return EMPTY  # W = I.
+        if self.channels is not None:
+            for bucket in pass_group.buckets:
+                self.channels.arrive(bucket, self.clock.exchanges)
         # Buckets of a segment travel in the same round, into the same flat buffers.
         assert all(other.weights == inbox.weights for other in others)
         return inbox

@@ -98,7 +98,7 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
         engine = construction.build(opt._kind, opt.param_groups, opt._family, opt._options, claim)
         if run.commit():
             engine.members = Recovery(opt, run)
-            engine.exchanges.on_loss = engine.members.lost
+            engine.exchanges.survive(engine.members.lost)
             return engine
     except _INTERRUPTED as error:
         cause = brief(error, run)

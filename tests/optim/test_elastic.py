@@ -128,6 +128,9 @@ METHODS = [
     pytest.param("SGD", {"algorithm": "atc"}, True, marks=SLOW),
     pytest.param("SGD", {"algorithm": "decentlam", "momentum": 0.5}, True, marks=SLOW),
     pytest.param("SGD", {"algorithm": "quasi_global", "momentum": 0.5}, True, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "awc", "wire_dtype": "int8"}, False),
+    pytest.param("SGD", {"algorithm": "awc", "wire_dtype": "bf16", "bucket_mb": 1e-5}, False, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "atc", "wire_dtype": "fp8"}, True, marks=SLOW),
     pytest.param("Decentralized", {"algorithm": "awc"}, False, marks=SLOW),
     pytest.param("Decentralized", {"algorithm": "atc"}, True, marks=SLOW),
 ]
@@ -136,6 +139,9 @@ EXACT = [
     pytest.param({"algorithm": "extra"}, marks=SLOW),
     pytest.param({"algorithm": "gradient_tracking", "lr": 0.05}, marks=SLOW),
     pytest.param({"algorithm": "momentum_tracking", "lr": 0.02, "momentum": 0.5}, marks=SLOW),
+    pytest.param({"algorithm": "exact_diffusion", "wire_dtype": "int8"}, marks=SLOW),
+    pytest.param({"algorithm": "extra", "wire_dtype": "int8"}, marks=SLOW),
+    pytest.param({"algorithm": "gradient_tracking", "lr": 0.05, "wire_dtype": "int8"}, marks=SLOW),
 ]
 LEFT = [0, 1, 3]
 
@@ -201,6 +207,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "kind": "AdamW",
         "state_dtype": torch.bfloat16,
     },
+    "int8 messages of a changing graph": {"wire_dtype": "int8", "topology": "one_peer_exponential"},
     "heals": {"nonfinite": "heal", "mix_strength": 0.5},
     "small buckets": {"bucket_mb": 1e-5, "algorithm": "atc"},
 }

@@ -135,7 +135,6 @@ def test_an_optimizer_is_built_by_those_that_are_left() -> None:
 ROWS = {
     "push_sum": ({"algorithm": "push_sum"}, "push_sum"),
     "allreduce": ({"algorithm": "allreduce"}, "or none"),
-    "wire": ({"wire_dtype": "int8"}, "replicas"),
     "fused": ({"fused_backward": True}, "fused_backward"),
     "first data-parallel": ({"data_parallel_steps": 3}, "data_parallel_steps"),
     "weight": ({"weight": 2.0}, "shares"),
