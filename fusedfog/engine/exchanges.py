@@ -32,6 +32,10 @@ APART = 1 << 20
 """Bytes of a bucket from which one by one is worth it: five of 0.5 MB take twice the CPU of one pass over all (`scheduler`)."""
 
 
+LOST = Inbox()
+"""What an exchange brings that has failed: nothing, W = I."""
+
+
 class Exchanges:
     """The exchanges of one optimizer; none for a rank that is alone.
 
@@ -294,6 +298,9 @@ class Exchanges:
 
     def _received(self, pass_group: PassGroup, passes_alone_write: bool) -> Inbox:
         assert self.mailbox is not None
+        if self._never_left(pass_group):
+            self._tell_of_end()
+            return LOST
         try:
             inbox, *others = [
                 self.mailbox.receive(bucket, passes_alone_write=passes_alone_write) for bucket in pass_group.buckets
@@ -302,13 +309,22 @@ class Exchanges:
             if self.on_loss is None:
                 raise
             self.on_loss(error)
-            return EMPTY  # W = I.
+            return LOST
         if self.channels is not None:
             for bucket in pass_group.buckets:
                 self.channels.arrive(bucket, self.clock.exchanges)
         # Buckets of a segment travel in the same round, into the same flat buffers.
         assert all(other.weights == inbox.weights for other in others)
         return inbox
+
+    def _never_left(self, pass_group: PassGroup) -> bool:
+        """Whether the epoch was over before a message of these buckets could be sent; see `start`."""
+        return self.on_loss is not None and any(bucket.transfer is None for bucket in pass_group.buckets)
+
+    def _tell_of_end(self) -> None:
+        ended = self.communicator.ended if self.communicator is not None else None
+        if self.on_loss is not None and ended is not None:
+            self.on_loss(ended)
 
     def come_together(self, pass_group: PassGroup) -> bool:
         """Wait for the first message of a pass group of several buckets; whether the others have come by then.
@@ -317,7 +333,14 @@ class Exchanges:
         """
         segment, count = pass_group.segment, len(pass_group.buckets)
         asks = segment.layout.mix and not device.on_gpu(segment.param) and segment.param.nbytes >= APART * count
-        return not asks or self.windows is not None or self.mailbox is None or self.mailbox.come_together(pass_group.buckets)
+        if not asks or self.windows is not None or self.mailbox is None or self._never_left(pass_group):
+            return True
+        try:
+            return self.mailbox.come_together(pass_group.buckets)
+        except (PeerTimeout, ExchangeError):
+            if self.on_loss is None:
+                raise
+            return True  # `receive` meets the same failure.
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""

@@ -28,7 +28,7 @@ def own_slot() -> int:
 def begin(**keywords: Any) -> tuple[torch.nn.Linear, Any]:
     fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
     model = torch.nn.Linear(SIZE, 1, bias=False).double()
-    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", **keywords)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, **{"topology": "ring", **keywords})
     model.weight.grad = torch.full_like(model.weight, 1.0 + own_slot())
     opt.step()
     return model, opt
@@ -182,3 +182,53 @@ def test_who_goes_over_in_a_step_may_wait_for_others_in_it() -> None:
         members.start(goes_over_and_waits, 20)
         results = members.results()
     assert results == {uid: (20, ("0.0", "2.0")) for uid in ("0.0", "2.0")}
+
+
+def with_large_buckets(until: int) -> Any:
+    """Awc, whose buckets are passed one by one where a first one has come and others have not."""
+    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    params = [torch.nn.Parameter(torch.zeros(300_000)) for _ in range(4)]
+    opt = fusedfog.SGD(params, lr=0.1, topology="ring", bucket_mb=1)
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1:
+            die()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+    return opt.steps, len(opt._engine.buckets.all), opt.stats()["members"]
+
+
+def test_a_death_is_survived_by_a_model_of_several_large_buckets() -> None:
+    with Members(3) as members:
+        members.start(with_large_buckets, 30)
+        results = members.results()
+    assert results == {uid: (30, 4, ("0.0", "2.0")) for uid in ("0.0", "2.0")}
+
+
+def hears_in_mid_step(algorithm: str, topology: str, until: int) -> Any:
+    """In step 10, slot 0 hears that the epoch is over when it has made its messages and has not sent them."""
+    model, opt = begin(algorithm=algorithm, topology=topology)
+    while opt.steps < until:
+        fails = opt.steps == 10 and own_slot() == 0 and opt.stats()["epoch"] == 0
+        engine, before, scalar = opt._engine, model.weight.detach().clone(), 1.0
+        if fails:
+            real, wake = engine.exchanges.start, Run.current().wake  # type: ignore[union-attr]
+            engine.exchanges.start = lambda *given, real=real, wake=wake: (wake("unknown"), real(*given))
+            if algorithm == "push_sum":
+                scalar = engine.exchanges._push_sum.scalars[fusedfog.rank()]
+                assert abs(scalar - 1) > 0.1
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+        if fails:
+            torch.testing.assert_close(model.weight.detach(), before - 0.1 / scalar, rtol=0, atol=1e-14)
+    return opt.steps, opt.stats()["reforms"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "topology"), [("atc", "ring")]
+)
+def test_a_step_whose_messages_never_left_mixes_nothing(algorithm: str, topology: str) -> None:
+    with Members(3) as members:
+        members.start(hears_in_mid_step, algorithm, topology, 40)
+        results = members.results()
+    assert list(results.values()) == [(40, 1)] * 3
