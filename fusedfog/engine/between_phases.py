@@ -222,7 +222,8 @@ class BetweenPhases(BetweenSteps):
     def change_members(self, communicator: Communicator | None, phase: Phase, fresh: Collection[int], exchange: int) -> None:
         """Exchange with other ranks from now on, as this phase says, which is the same but for its topology.
 
-        Parameters and states stay this rank's own. Those that carry sums over the ranks that there were begin with zero.
+        Parameters and states stay this rank's own. Those that carry sums over the ranks that there were begin with zero, and
+        push-sum's scalars with one.
 
         Args:
             communicator: of the ranks that there are; None for one that is alone.
@@ -233,6 +234,7 @@ class BetweenPhases(BetweenSteps):
         self.hooks.detach()
         self.communicator, self._channel = communicator, 0 if communicator is None else communicator.open_channel()
         self.phases = self.phases.with_last(phase)
+        self.clock.push_sum = None  # Scalars of the ranks that there were: a checkpoint of one that is alone would keep them.
         self.enter(phase)
         self.exchanges.restart()
         self.compare_numbers()

@@ -155,6 +155,8 @@ class Exchanges:
     def admit(self, fresh: Collection[int], exchange: int) -> None:
         """Have these ranks take their neighbours' mean in the exchange of this number, and the others nothing of theirs."""
         assert self.topology is not None
+        if self._push_sum is not None:
+            self._push_sum.exchanges = exchange
         if fresh:
             self._admission = Admission(self.topology, fresh, exchange)
             self.use_topology(self._admission)
@@ -294,7 +296,11 @@ class Exchanges:
         if self.due(self.clock.steps):
             inbox = self._received(pass_group, passes_alone_write)
         shares = self._shares_of_step()
-        return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
+        if shares is None:
+            return inbox
+        if inbox is LOST:
+            return replace(inbox, row_sum=shares.alone)
+        return replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
 
     def _received(self, pass_group: PassGroup, passes_alone_write: bool) -> Inbox:
         assert self.mailbox is not None

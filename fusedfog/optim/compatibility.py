@@ -260,7 +260,6 @@ ROWS: tuple[Refusal, ...] = (
     *(
         Refusal("elastic", option, why, instead)
         for option, why, instead in (
-            ("weighs", "its scalars follow from the rounds of all ranks that there were", "use algorithm='awc' or 'atc'"),
             ("mixes nothing", "every rank would need all others, or none", "use awc, atc or another algorithm that mixes"),
             ("mesh", "members are ranks, and no machines yet", "use a topology of ranks"),
             ("FSDP2", "a member needs all shards of its parameters", "leave it out"),

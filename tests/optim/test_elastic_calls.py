@@ -133,7 +133,6 @@ def test_an_optimizer_is_built_by_those_that_are_left() -> None:
 
 
 ROWS = {
-    "push_sum": ({"algorithm": "push_sum"}, "push_sum"),
     "allreduce": ({"algorithm": "allreduce"}, "or none"),
     "fused": ({"fused_backward": True}, "fused_backward"),
     "first data-parallel": ({"data_parallel_steps": 3}, "data_parallel_steps"),
@@ -225,7 +224,7 @@ def hears_in_mid_step(algorithm: str, topology: str, until: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "topology"), [("atc", "ring")]
+    ("algorithm", "topology"), [("push_sum", "star"), pytest.param("atc", "ring", marks=pytest.mark.slow)]
 )
 def test_a_step_whose_messages_never_left_mixes_nothing(algorithm: str, topology: str) -> None:
     with Members(3) as members:
