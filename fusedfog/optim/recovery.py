@@ -238,6 +238,8 @@ class Recovery:
                 break
             except _INTERRUPTED as error:
                 cause = brief(error, run)
+        if at == "join":
+            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
         with self.clock_reads.ignored():
             run.tell()
         return record
@@ -253,8 +255,6 @@ class Recovery:
         fresh = [record.uids.index(uid) for uid in record.fresh]
         phase = dataclasses.replace(last, topology=topology, reason=last.reason or _REASON)
         engine.change_members(communicator, phase, fresh, record.exchanges)
-        if self.run.seat.uid in record.fresh:
-            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
 
     def _begin_behind(self, record: Record) -> None:
         """Begin the step that the others begin; one that was behind makes its own first, for itself."""

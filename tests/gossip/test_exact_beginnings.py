@@ -15,7 +15,6 @@ import fusedfog
 from fusedfog.topology.admission import Admission
 
 SIZES = (130, 7)
-FORMATS = ("bf16", "fp8", "int8")
 SLOW = pytest.mark.slow
 
 
@@ -56,7 +55,7 @@ def beginning(form: str, count: int, keywords: dict[str, Any]) -> tuple[Tensor, 
 CASES = [
     pytest.param(1, {}),
     pytest.param(2, {"topology": "one_peer_exponential", "momentum": 0.5}, marks=SLOW),
-    pytest.param(1, {"algorithm": "atc"}),
+    pytest.param(1, {"algorithm": "atc"}, marks=SLOW),
     pytest.param(1, {"algorithm": "gradient_tracking", "bucket_mb": 1e-5}, marks=SLOW),
     pytest.param(1, {"algorithm": "exact_diffusion"}, marks=SLOW),
 ]

@@ -16,6 +16,7 @@ from support.elastic import Members
 
 import fusedfog
 from fusedfog.comm.elastic.run import Run
+from fusedfog.optim.recovery import Recovery
 
 SIZE = 6
 VICTIM = 2
@@ -231,3 +232,39 @@ def test_a_step_whose_messages_never_left_mixes_nothing(algorithm: str, topology
         members.start(hears_in_mid_step, algorithm, topology, 40)
         results = members.results()
     assert list(results.values()) == [(40, 1)] * 3
+
+
+def joins_at_the_second_attempt(until: int) -> Any:
+    """Slot 1 dies at step 10; when it is back, its first epoch ends before it has taken it up."""
+    if os.environ["FUSEDFOG_INCARNATION"] != "0":
+        real = Recovery._adopt
+
+        def adopt(self: Recovery, record: Any) -> None:
+            Recovery._adopt = real  # type: ignore[method-assign]
+            raise fusedfog.ExchangeError("the epoch is over")
+
+        Recovery._adopt = adopt  # type: ignore[method-assign]
+        fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+        model = torch.nn.Linear(SIZE, 1, bias=False).double()
+        opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", algorithm="push_sum")
+    else:
+        model, opt = begin(algorithm="push_sum")
+    fresh = Run.current().record.fresh  # type: ignore[union-attr]
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1 and os.environ["FUSEDFOG_INCARNATION"] == "0":
+            die()
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+        time.sleep(0.005)
+    return opt.steps, opt.stats()["exchanges"], fresh
+
+
+def test_a_newcomer_whose_first_epoch_ends_at_once_is_a_newcomer_in_the_next_one() -> None:
+    with Members(3) as members:
+        members.start(joins_at_the_second_attempt, 1500)
+        members.processes["1.0"].join()
+        members.start_again(1, joins_at_the_second_attempt, 1500)
+        results = members.results()
+    assert {result[0] for result in results.values()} == {1500}
+    assert len({result[1] for result in results.values()}) == 1, "they count exchanges alike"
+    assert results["1.1"][2] == ("1.1",)
