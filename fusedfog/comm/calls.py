@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import math
 import os
 import re
@@ -37,8 +36,7 @@ from fusedfog.comm.membership import is_timeout, torchs_words
 from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import State, World
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
-
-log = logging.getLogger("fusedfog")
+from fusedfog.log import log
 
 _LOG_AFTER, _REMEMBERED = 20.0, 8
 _NETWORK = re.compile(

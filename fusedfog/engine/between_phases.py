@@ -37,6 +37,9 @@ class Members(Protocol):
     def before_step(self) -> None:
         """If the members have changed, go over to those that there are now; see `change_members`."""
 
+    def clock_is_read(self) -> None:
+        """The program reads how many steps were made."""
+
     def leave(self) -> None:
         """This rank makes no further step."""
 
@@ -113,7 +116,7 @@ class BetweenPhases(BetweenSteps):
         if before is not None:
             self.exchanges.go_on_from(before)
         if self.members is not None:
-            self.exchanges.on_loss = self.members.lost
+            self.exchanges.survive(self.members.lost)
         self.channels, self.means = self.exchanges.channels, None
         over = self.communicator if phase.data_parallel else gradients
         if over is not None:
@@ -219,7 +222,8 @@ class BetweenPhases(BetweenSteps):
     def change_members(self, communicator: Communicator | None, phase: Phase, fresh: Collection[int], exchange: int) -> None:
         """Exchange with other ranks from now on, as this phase says, which is the same but for its topology.
 
-        Parameters and states stay this rank's own. Those that carry sums over the ranks that there were begin with zero.
+        Parameters and states stay this rank's own. Those that carry sums over the ranks that there were begin with zero, and
+        push-sum's scalars with one.
 
         Args:
             communicator: of the ranks that there are; None for one that is alone.
@@ -230,6 +234,7 @@ class BetweenPhases(BetweenSteps):
         self.hooks.detach()
         self.communicator, self._channel = communicator, 0 if communicator is None else communicator.open_channel()
         self.phases = self.phases.with_last(phase)
+        self.clock.push_sum = None  # Scalars of the ranks that there were: a checkpoint of one that is alone would keep them.
         self.enter(phase)
         self.exchanges.restart()
         self.compare_numbers()

@@ -32,6 +32,10 @@ APART = 1 << 20
 """Bytes of a bucket from which one by one is worth it: five of 0.5 MB take twice the CPU of one pass over all (`scheduler`)."""
 
 
+LOST = Inbox()
+"""What an exchange brings that has failed: nothing, W = I."""
+
+
 class Exchanges:
     """The exchanges of one optimizer; none for a rank that is alone.
 
@@ -116,6 +120,15 @@ class Exchanges:
             keeps_edits="param" in algorithm.messages and not algorithm.weighs,
         )
 
+    def survive(self, on_loss: Callable[[Exception], None]) -> None:
+        """Go on when an exchange has failed, of which `on_loss` is told; and have compressed messages begin without a call.
+
+        Called before the first exchange.
+        """
+        self.on_loss = on_loss
+        if self.channels is not None:
+            self.channels.exactly = True
+
     def go_on_from(self, before: Exchanges) -> None:
         """Do not say again what an earlier phase's exchanges have said once."""
         if self.quarantine is not None and before.quarantine is not None:
@@ -142,6 +155,8 @@ class Exchanges:
     def admit(self, fresh: Collection[int], exchange: int) -> None:
         """Have these ranks take their neighbours' mean in the exchange of this number, and the others nothing of theirs."""
         assert self.topology is not None
+        if self._push_sum is not None:
+            self._push_sum.exchanges = exchange
         if fresh:
             self._admission = Admission(self.topology, fresh, exchange)
             self.use_topology(self._admission)
@@ -209,10 +224,13 @@ class Exchanges:
             self._push_sum = fresh
 
     def adopt_channels(self, buckets: list[BucketState], known: bool) -> None:
-        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective."""
+        """Take up compressed messages from loaded states and clock, or forget them if any rank's do not know them. Collective.
+
+        Where they begin exactly, nobody's states know them.
+        """
         if self.channels is None or not self.channels.segments:
             return
-        if self.channels.all_ranks(known):
+        if not self.channels.exactly and self.channels.all_ranks(known):
             self.channels.resume(buckets, self.clock.exchanges, self.clock.encoded)
         else:
             self.channels.forget()
@@ -258,9 +276,10 @@ class Exchanges:
             for bucket in buckets:
                 if bucket.segment.layout.mix:
                     self.mailbox.send(bucket, exchange, f"step {step}, bucket {bucket.number}", to_all=to_all)
-        except (PeerTimeout, ExchangeError):
+        except (PeerTimeout, ExchangeError) as error:
             if self.on_loss is None:
-                raise  # Or else the epoch has ended just now.
+                raise
+            self.on_loss(error)  # The epoch has ended just now.
 
     def find_edits(self) -> None:
         """See `Mailbox.find_edits`."""
@@ -282,14 +301,18 @@ class Exchanges:
         if self.due(self.clock.steps):
             inbox = self._received(pass_group, passes_alone_write)
         shares = self._shares_of_step()
-        return inbox if shares is None else replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
+        if shares is None:
+            return inbox
+        if inbox is LOST:
+            return replace(inbox, row_sum=shares.alone)
+        return replace(inbox, weights=tuple(shares.recv.values()), row_sum=shares.row_sum)
 
     def _received(self, pass_group: PassGroup, passes_alone_write: bool) -> Inbox:
-        assert self.mailbox is not None and self.communicator is not None
+        assert self.mailbox is not None
+        if self._never_left(pass_group):
+            self._tell_of_end()
+            return LOST
         try:
-            ended = self.communicator.ended if self.on_loss is not None else None
-            if ended is not None and not _sent(pass_group):
-                raise ended
             inbox, *others = [
                 self.mailbox.receive(bucket, passes_alone_write=passes_alone_write) for bucket in pass_group.buckets
             ]
@@ -297,10 +320,22 @@ class Exchanges:
             if self.on_loss is None:
                 raise
             self.on_loss(error)
-            return EMPTY  # W = I.
+            return LOST
+        if self.channels is not None:
+            for bucket in pass_group.buckets:
+                self.channels.arrive(bucket, self.clock.exchanges)
         # Buckets of a segment travel in the same round, into the same flat buffers.
         assert all(other.weights == inbox.weights for other in others)
         return inbox
+
+    def _never_left(self, pass_group: PassGroup) -> bool:
+        """Whether the epoch was over before a message of these buckets could be sent; see `start`."""
+        return self.on_loss is not None and any(bucket.transfer is None for bucket in pass_group.buckets)
+
+    def _tell_of_end(self) -> None:
+        ended = self.communicator.ended if self.communicator is not None else None
+        if self.on_loss is not None and ended is not None:
+            self.on_loss(ended)
 
     def come_together(self, pass_group: PassGroup) -> bool:
         """Wait for the first message of a pass group of several buckets; whether the others have come by then.
@@ -309,14 +344,14 @@ class Exchanges:
         """
         segment, count = pass_group.segment, len(pass_group.buckets)
         asks = segment.layout.mix and not device.on_gpu(segment.param) and segment.param.nbytes >= APART * count
-        if not asks or self.windows is not None or self.mailbox is None or not _sent(pass_group):
+        if not asks or self.windows is not None or self.mailbox is None or self._never_left(pass_group):
             return True
         try:
             return self.mailbox.come_together(pass_group.buckets)
         except (PeerTimeout, ExchangeError):
             if self.on_loss is None:
                 raise
-            return True  # `receive` says what it means.
+            return True  # `receive` meets the same failure.
 
     def own_share(self, pass_group: PassGroup) -> Inbox:
         """What the pass before the exchange mixes: with push-sum this rank's own values, by its scalar, and else nothing."""
@@ -328,8 +363,3 @@ class Exchanges:
             due = self.due(self.clock.steps)
             self._shares = self._push_sum.exchange(self.clock.exchanges) if due else self._push_sum.idle()
         return self._shares
-
-
-def _sent(pass_group: PassGroup) -> bool:
-    """Whether all of its buckets' exchanges have been started; not so if an epoch has ended meanwhile."""
-    return all(bucket.transfer is not None for bucket in pass_group.buckets)

@@ -322,7 +322,10 @@ class Scheduler(BetweenPhases):
         if self.channels is None or following is None or not pass_group.segment.layout.mix:
             return ()
         step, exchange = following
-        return () if self.schedule.is_global_average_step(step) else self.channels.of(pass_group.segment, exchange)
+        exact = self.schedule.is_global_average_step(step) or any(
+            self.channels.begins(bucket, exchange) for bucket in pass_group.buckets
+        )
+        return () if exact else self.channels.of(pass_group.segment, exchange)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ time-varying graph is then as exact as a static one, for 8 bytes an element and 
 Replicas must agree between sender and receivers, so they begin, at the first exchange and after every change of topology
 or parameters, as rank 0's values, which are broadcast. A message made is never lost: codes that were sent, or would have
 been, are part of `replica` already, so after a pause or on resume the very same codes are sent (again).
+
+Where members come and go, nobody broadcasts (`exactly`): of each round's first exchange, the replicas themselves travel, which
+are then the values as they are. So it mixes as exact messages do, and neighbours begin to know each other by it. A member that
+dies meanwhile is missed as in any exchange, and the epoch that follows forgets everything.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,11 +27,12 @@ from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.averaging import broadcast
 from fusedfog.comm.communicator import Communicator
 from fusedfog.errors import NonFiniteError
-from fusedfog.gossip.buckets import BucketState
+from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.late_read import LateRead
 from fusedfog.kernels import CompressedChannel, device, wire
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
+from fusedfog.topology.admission import Admission
 
 
 def is_wire_state(name: str) -> bool:
@@ -40,6 +46,14 @@ def own_states(segment: FlatSegment, channels: CompressedChannels | None) -> tup
     return (*remainder, *channels.names()) if channels is not None and segment.layout.mix else remainder
 
 
+@dataclass(frozen=True)
+class ReplicasToCome:
+    """Of a bucket's first exchange in a round: its inbox, and for each message the tensors in which replicas arrive."""
+
+    inbox: Inbox
+    replicas: list[list[Tensor]]
+
+
 class CompressedChannels:
     """All compressed channels of one optimizer: one for each segment, message and round of the topology.
 
@@ -51,6 +65,7 @@ class CompressedChannels:
 
     Attributes:
         era: how often replicas were forgotten, and with them the tensors of all channels.
+        exactly: replicas begin with a round's first exchange, not with a broadcast, and no checkpoint has them.
     """
 
     def __init__(
@@ -71,14 +86,27 @@ class CompressedChannels:
         )
         self.period = 1
         self.era = 0
+        self.exactly = False
+        self._admission: Admission | None = None
+        self._begun: set[tuple[int, int]] = set()
+        self._to_come: dict[int, ReplicasToCome] = {}
         self._replicas_agree = False
         self._wires: dict[tuple[FlatSegment, str, int], CompressedChannel] = {}
         self._encoded: dict[int, int] = {}
         self._reports = LateRead()
 
     def use_topology(self, topology: Topology | None) -> None:
-        """Forget all replicas, and keep one for each round of this topology from now on."""
-        self.period = topology.finite_period("wire_dtype") if topology is not None else 1
+        """Forget all replicas, and keep one for each round of this topology from now on.
+
+        An admission's one exchange is a round of its own: differences by its weights do not sum to zero over the ranks, and
+        are forgotten after it, while those of the rounds that go on are kept.
+        """
+        before, self._admission = self._admission, topology if isinstance(topology, Admission) else None
+        if before is not None and topology is before.inner:
+            self._drop_wires(self.period)
+            return
+        rounds = self._admission.inner if self._admission is not None else topology
+        self.period = rounds.finite_period("wire_dtype") if rounds is not None else 1
         self.forget()
 
     def forget(self) -> None:
@@ -86,18 +114,28 @@ class CompressedChannels:
         self._replicas_agree = False
         self.era += 1
         self._encoded.clear()
-        for segment, name, number in self._wires:
+        self._begun.clear()
+        self._to_come.clear()
+        self._drop_wires()
+
+    def _drop_wires(self, only: int | None = None) -> None:
+        """Drop the channels of a round, or of all."""
+        for segment, name, number in [key for key in self._wires if only in (None, key[2])]:
             for kind in ("replica", "neighbor_delta"):
                 segment.states.pop(f"{name}_{kind}{number}", None)
-        self._wires.clear()
+            del self._wires[segment, name, number]
 
     def names(self) -> tuple[str, ...]:
         """The states that a checkpoint has to hold."""
+        if self.exactly:
+            return ()
         kinds = [f"{kind}{number}" for number in range(self.period) for kind in ("replica", "neighbor_delta")]
         return tuple(f"{name}_{kind}" for name in self.messages for kind in [*kinds, *["encoded"] * self.ahead])
 
     def start_replicas(self) -> None:
-        """Agree with the other ranks on replicas. Collective."""
+        """Agree with the other ranks on replicas. Collective, but for those that begin `exactly`, which are not begun here."""
+        if self.exactly:
+            return
         for segment in self.segments:
             for name in self.messages if segment.layout.mix else ():
                 first, *others = (self._wire(segment, name, number) for number in range(self.period))
@@ -114,7 +152,42 @@ class CompressedChannels:
         """A segment's channels in exchange number `exchange`, one per message. The first call is collective."""
         if not self._replicas_agree:
             self.start_replicas()
-        return tuple(self._wire(segment, name, exchange % self.period) for name in self.messages)
+        return tuple(self._wire(segment, name, self._number(exchange)) for name in self.messages)
+
+    def _number(self, exchange: int) -> int:
+        """Which replicas an exchange has."""
+        admits = self._admission is not None and exchange == self._admission.at
+        return self.period if admits else exchange % self.period
+
+    # -- the first exchange of a round -------------------------------------------------------------------------------
+
+    def begins(self, bucket: BucketState, exchange: int) -> bool:
+        """Whether neighbours learn a bucket's replicas by this exchange, in which they travel themselves."""
+        return self.exactly and (bucket.number, self._number(exchange)) not in self._begun
+
+    def await_replicas(self, bucket: BucketState, exchange: int, inbox: Inbox, count: int) -> list[list[Tensor]]:
+        """For each message, the tensors in which `count` neighbours' replicas will arrive; `inbox` is what a pass will have."""
+        size = bucket.layout.stop - bucket.layout.start
+        replicas = [[end.replica.new_empty(size) for _ in range(count)] for end in self.of(bucket.segment, exchange)]
+        self._to_come[bucket.number] = ReplicasToCome(inbox, replicas)
+        return replicas
+
+    def arrive(self, bucket: BucketState, exchange: int) -> None:
+        """A bucket's messages of an exchange have come. Of replicas a pass sees the differences, and codes that say nothing."""
+        came = self._to_come.pop(bucket.number, None)
+        if came is None or came.inbox is not bucket.inbox:
+            return
+        here = bucket.whole
+        for m, end in enumerate(came.inbox.channels):
+            part = wire.cut(end, here.start, here.stop)
+            part.neighbor_delta.zero_()
+            for replica, weight in zip(came.replicas[m], came.inbox.weights, strict=True):
+                part.neighbor_delta.add_(replica.sub_(part.replica).mul_(weight))
+            for codes in came.inbox.tensors[m]:
+                codes[here].zero_()
+        self._begun.add((bucket.number, self._number(exchange)))
+
+    # -- codes -------------------------------------------------------------------------------------------------------
 
     def encode(self, bucket: BucketState, exchange: int) -> None:
         """Have codes for a bucket's part in an exchange, if no pass has made them.
@@ -124,10 +197,16 @@ class CompressedChannels:
         """
         if self._encoded.get(bucket.number) == exchange:
             return
-        here = bucket.whole
+        here, begins = bucket.whole, self.begins(bucket, exchange)
         for name, end in zip(self.messages, self.of(bucket.segment, exchange), strict=True):
             part = wire.cut(end, here.start, here.stop)
-            wire.give(part, bucket.segment.value(name)[here].to(part.replica.dtype), self.flag)
+            value = bucket.segment.value(name)[here].to(part.replica.dtype)
+            if begins:
+                self.flag[0].add_(value.isfinite().logical_not().any())
+                part.codes.zero_()
+                part.replica.copy_(value).nan_to_num_(0.0, 0.0, 0.0)
+            else:
+                wire.give(part, value, self.flag)
         self.encoded([bucket], exchange)
 
     def encoded(self, buckets: Sequence[BucketState], exchange: int) -> None:
@@ -177,7 +256,7 @@ class CompressedChannels:
 
     def pending(self, exchange: int) -> bool:
         """Whether exchange number `exchange`, the next one, has codes already; they are then decoded to the "encoded" states."""
-        found = self.ahead and exchange in self._encoded.values()
+        found = self.ahead and not self.exactly and exchange in self._encoded.values()
         for segment, name, end in self._ends(exchange) if found else ():
             segment.state(f"{name}_encoded").copy_(wire.decode(end.codes, end.scales, end.neighbor_delta.dtype))
         return found

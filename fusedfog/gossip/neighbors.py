@@ -133,6 +133,8 @@ class Neighbors:
         if self.channels is not None and self._era != self.channels.era:
             self._era = self.channels.era
             self._postings.clear()
+        if self.channels is not None and isinstance(what, BucketState) and self.channels.begins(what, exchange):
+            return self._of_replicas(what, exchange)
         if self._period is None:
             return self._make_posting(what, exchange)
         key = (what, exchange % self._period)
@@ -167,6 +169,16 @@ class Neighbors:
                 part = slice(here.start // ELEMENTS_PER_SCALE, here.stop // ELEMENTS_PER_SCALE)
                 _post(sends, recvs, round_, own, inbox.scales[m], part)
         return Posting(round_, sends, recvs, inbox)
+
+    def _of_replicas(self, bucket: BucketState, exchange: int) -> Posting:
+        """The replicas that later codes of a bucket build on, as they are."""
+        assert self.channels is not None
+        usual, here = self._of_bucket(bucket, exchange), bucket.whole
+        replicas = self.channels.await_replicas(bucket, exchange, usual.inbox, len(usual.round_.recv))
+        ends = self.channels.of(bucket.segment, exchange)
+        sends = [(peer, end.replica[here]) for end in ends for peer in usual.round_.send]
+        recvs = [(peer, tensor) for tensors in replicas for peer, tensor in zip(usual.round_.recv, tensors, strict=True)]
+        return replace(usual, sends=sends, recvs=recvs)
 
 
 def _post(

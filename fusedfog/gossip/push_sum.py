@@ -6,16 +6,21 @@ w+ = P w from w = 1, and rank i holds z_i = x_i / w_i (Assran et al. 2019, SGP).
     half = w_i z_i - a u(g(z_i)) ; z_i+ = (1 / w_i+) sum_j p[i, j] half_j
 
 that is, the ordinary passes with row sums that are not one.
+
+Where members come and go, each epoch begins with w = 1 and the z that there are. A newcomer's z is a copy of another rank's: it
+holds no mass, keeps nothing of its own in the exchange that admits it, and what the others hold then counts n / (n - newcomers)
+times as much, so that the scalars sum to n again and sum_i w_i z_i / n is the mean of those that had values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fusedfog.topology import Round, Topology
+from fusedfog.topology.admission import Admission
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Shares:
     scale: float
     row_sum: float
     recv: dict[int, float]
+
+    @property
+    def alone(self) -> float:
+        """The row sum if the exchange fails: this rank keeps all that it holds, as in `idle`."""
+        return 1.0 / self.scale
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,16 @@ def push(rounds: Sequence[Round], scalars: np.ndarray) -> Push:
     return Push(scalars, np.array(after), parts)
 
 
+def admit(rounds: Sequence[Round], scalars: np.ndarray, fresh: Collection[int]) -> Push:
+    """The same, in which `fresh` ranks, who send to nobody, hold nothing: what they have afterwards they have received."""
+    held = scalars.copy()
+    held[list(fresh)] = 0.0
+    made = push(rounds, held)
+    parts = [{sender: part for sender, part in one.items() if sender not in fresh} for one in made.parts]
+    # The scale of a z that nobody uses; should the exchange fail, the newcomer makes a step of its own by it.
+    return Push(scalars, made.after, parts)
+
+
 class PushSum:
     """The scalars of all ranks, float64, brought forward one exchange at a time, and rank `rank`'s shares."""
 
@@ -82,6 +102,9 @@ class PushSum:
         """Exchange `number`, which must be the next one; moves the scalars forward."""
         if number != self.exchanges:
             raise RuntimeError(f"push-sum is at exchange {self.exchanges}, not {number}: ranks are out of phase")
-        made = push([self.topology.round(sender, number) for sender in range(self.topology.size)], self.scalars)
-        self.scalars, self.exchanges = made.after, number + 1
+        rounds = [self.topology.round(sender, number) for sender in range(self.topology.size)]
+        fresh = self.topology.fresh_in(number) if isinstance(self.topology, Admission) else frozenset()
+        made = admit(rounds, self.scalars, fresh) if fresh else push(rounds, self.scalars)
+        known = len(rounds) - len(fresh)
+        self.scalars, self.exchanges = made.after * (len(rounds) / known), number + 1
         return made.shares(self.rank)

@@ -260,14 +260,12 @@ ROWS: tuple[Refusal, ...] = (
     *(
         Refusal("elastic", option, why, instead)
         for option, why, instead in (
-            ("weighs", "its scalars follow from the rounds of all ranks that there were", "use algorithm='awc' or 'atc'"),
             ("mixes nothing", "every rank would need all others, or none", "use awc, atc or another algorithm that mixes"),
             ("mesh", "members are ranks, and no machines yet", "use a topology of ranks"),
             ("FSDP2", "a member needs all shards of its parameters", "leave it out"),
             ("DistributedDataParallel", "its process group ends with an epoch", "train the bare module (ddp.module)"),
             ("group", "the process group is that of the members, and is another one when they change", "leave it out"),
             ("unmixed groups", "a newcomer would take what belongs to another rank", "give them a torch.optim optimizer"),
-            ("wire_dtype", "replicas of the ranks that there were would have to begin anew", "use exact messages"),
             ("outer", "what has gathered since the last exchange would have to be cut off", "use communicate_every"),
             ("asynchronous", "windows have the same neighbours for as long as they live", _ONE_OF_THEM),
             ("data_parallel_steps", "every rank needs all others in these steps", "leave it out"),

@@ -91,9 +91,13 @@ class Controls(UnevenSteps):
         """How many steps were made, those before the checkpoint that was loaded included: what an elastic run goes by.
 
         There, data, schedules and the end of training are functions of it: a member that was behind comes out of a change of
-        members with the clock of the one ahead, and a newcomer begins with that of the others.
+        members with the clock of the one ahead, and a newcomer begins with that of the others. A program whose clock has moved
+        in this way, and that makes 100 steps without having read this since its first one, is warned once (RuntimeWarning).
         """
-        return self._engine.clock.steps
+        engine = self._engine
+        if engine.members is not None:
+            engine.members.clock_is_read()
+        return engine.clock.steps
 
     def stats(self) -> dict[str, Any]:
         """Running totals of this rank since construction. Local, no synchronization.

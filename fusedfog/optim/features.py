@@ -258,7 +258,6 @@ FEATURES: dict[str, Feature] = {
     "DistributedDataParallel": Feature(lambda setup: setup.data_parallel, "a module in DistributedDataParallel"),
     "Decentralized": Feature(lambda setup: setup.family == "wrapped", "`Decentralized`", lambda setup: "Decentralized"),
     "elastic": Feature(lambda setup: setup.elastic, "an elastic run", lambda setup: "init(elastic=True)"),
-    "weighs": _algorithm(lambda setup: setup.algorithm.weighs, "`push_sum`"),
     "mixes nothing": _algorithm(
         lambda setup: setup.algorithm.exchanges != "parameters", "an algorithm that mixes no parameters"
     ),

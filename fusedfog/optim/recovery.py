@@ -31,6 +31,7 @@ from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StoreLost
 from fusedfog.log import log
 from fusedfog.optim import build as construction
 from fusedfog.optim.checkpoint_file import TensorFile, Written, write
+from fusedfog.optim.clock_reads import ClockReads
 from fusedfog.optim.members import topology_of_members
 from fusedfog.optim.options import Options
 from fusedfog.optim.parameters import Groups, describe, fields_of, parameters_of
@@ -97,7 +98,7 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
         engine = construction.build(opt._kind, opt.param_groups, opt._family, opt._options, claim)
         if run.commit():
             engine.members = Recovery(opt, run)
-            engine.exchanges.on_loss = engine.members.lost
+            engine.exchanges.survive(engine.members.lost)
             return engine
     except _INTERRUPTED as error:
         cause = brief(error, run)
@@ -124,7 +125,8 @@ def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
         return None
     run.built = True
     engine.members = recovery = Recovery(opt, run)
-    recovery.go_over("join", f"slot {run.identity.slot} came")
+    record = recovery.go_over("join", f"slot {run.identity.slot} came")
+    recovery.clock_reads.move(0, record.steps)
     return engine
 
 
@@ -185,6 +187,7 @@ class Recovery:
         self._opt, self.run = weakref.ref(opt), run
         run.again, run.write = self.make_again, self._write
         self._cause = ""
+        self.clock_reads = ClockReads(run.identity.slot)
 
     @property
     def _engine(self) -> Scheduler:
@@ -206,9 +209,14 @@ class Recovery:
             raise RuntimeError(
                 f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
             )
+        self.clock_reads.begin_step()
         self.run.serve()
         if self._is_over():
             self._begin_behind(self.go_over("begin", self._cause))
+
+    def clock_is_read(self) -> None:
+        """See `Members`."""
+        self.clock_reads.read()
 
     def _is_over(self) -> bool:
         communicator = self._engine.communicator
@@ -230,7 +238,10 @@ class Recovery:
                 break
             except _INTERRUPTED as error:
                 cause = brief(error, run)
-        run.tell()
+        if at == "join":
+            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
+        with self.clock_reads.ignored():
+            run.tell()
         return record
 
     def _adopt(self, record: Record) -> None:
@@ -244,15 +255,13 @@ class Recovery:
         fresh = [record.uids.index(uid) for uid in record.fresh]
         phase = dataclasses.replace(last, topology=topology, reason=last.reason or _REASON)
         engine.change_members(communicator, phase, fresh, record.exchanges)
-        if self.run.seat.uid in record.fresh:
-            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
 
     def _begin_behind(self, record: Record) -> None:
         """Begin the step that the others begin; one that was behind makes its own first, for itself."""
         engine = self._engine
         behind = engine.clock.steps < record.steps
         if behind:
-            engine.clock.steps = record.steps - 1
+            self._set_steps(record.steps - 1)
             engine.exchanges.skipped = engine.clock.steps
         engine.clock.exchanges = record.exchanges
 
@@ -277,7 +286,13 @@ class Recovery:
                 cause = brief(error, self.run)
             record = self.go_over("call", cause or self._cause)
             # Who was behind has nothing to make up for here: its next step is that of the others.
-            self._engine.clock.steps, self._engine.clock.exchanges = record.steps, record.exchanges
+            self._set_steps(record.steps)
+            self._engine.clock.exchanges = record.exchanges
+
+    def _set_steps(self, steps: int) -> None:
+        """The clock is that of the others."""
+        self.clock_reads.move(self._engine.clock.steps, steps)
+        self._engine.clock.steps = steps
 
     def _is_over_now(self) -> bool:
         """Whether the epoch is over for a call; newcomers wait until its end."""

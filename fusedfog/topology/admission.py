@@ -43,6 +43,10 @@ class Admission(Topology):
             return {peer: weight / total for peer, weight in known.items()}
         return {self._known[sorted(self.fresh).index(rank) % len(self._known)]: 1.0}
 
+    def fresh_in(self, exchange: int) -> frozenset[int]:
+        """The ranks that are admitted in this exchange; none in others."""
+        return self.fresh if exchange == self.at else frozenset()
+
     @property
     def max_degree(self) -> int:
         """As many messages as a rank may have in one exchange."""

@@ -128,6 +128,10 @@ METHODS = [
     pytest.param("SGD", {"algorithm": "atc"}, True, marks=SLOW),
     pytest.param("SGD", {"algorithm": "decentlam", "momentum": 0.5}, True, marks=SLOW),
     pytest.param("SGD", {"algorithm": "quasi_global", "momentum": 0.5}, True, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "awc", "wire_dtype": "int8"}, False),
+    pytest.param("SGD", {"algorithm": "awc", "wire_dtype": "bf16", "bucket_mb": 1e-5}, False, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "atc", "wire_dtype": "fp8"}, True, marks=SLOW),
+    pytest.param("SGD", {"algorithm": "push_sum"}, True, marks=SLOW),
     pytest.param("Decentralized", {"algorithm": "awc"}, False, marks=SLOW),
     pytest.param("Decentralized", {"algorithm": "atc"}, True, marks=SLOW),
 ]
@@ -136,6 +140,9 @@ EXACT = [
     pytest.param({"algorithm": "extra"}, marks=SLOW),
     pytest.param({"algorithm": "gradient_tracking", "lr": 0.05}, marks=SLOW),
     pytest.param({"algorithm": "momentum_tracking", "lr": 0.02, "momentum": 0.5}, marks=SLOW),
+    pytest.param({"algorithm": "exact_diffusion", "wire_dtype": "int8"}, marks=SLOW),
+    pytest.param({"algorithm": "extra", "wire_dtype": "int8"}, marks=SLOW),
+    pytest.param({"algorithm": "gradient_tracking", "lr": 0.05, "wire_dtype": "int8"}, marks=SLOW),
 ]
 LEFT = [0, 1, 3]
 
@@ -159,6 +166,31 @@ def test_exact_methods_reach_the_optimum_of_those_that_are_left(keywords: dict[s
     assert len(results) == 3
     for result in results.values():
         np.testing.assert_allclose(result["x"], optimum(LEFT), rtol=0, atol=1e-10)
+
+
+def rest_of_push_sum(shares: np.ndarray, slots: list[int], lr: float) -> np.ndarray:
+    """Where push-sum's members come to rest, with the scalars w = P w that it has then: w z = P (w z - lr g(z)). [members, SIZE].
+
+    P has rank one too few, so that of all z the one is wanted for which the gradients sum to zero.
+    """
+    hs, cs = map(np.array, zip(*map(numbers, slots), strict=True))
+    n, found = len(slots), np.empty((len(slots), SIZE))
+    ones = np.ones((1, n))
+    scalars = np.linalg.lstsq(np.vstack([shares - np.eye(n), ones]), np.append(np.zeros(n), n), rcond=None)[0]
+    for k in range(SIZE):
+        pull = lr * np.diag(hs[:, k])
+        held = (np.eye(n) - shares) @ np.diag(scalars) + shares @ pull
+        system = np.vstack([held, ones @ pull])
+        right = np.append(shares @ pull @ cs[:, k], ones @ pull @ cs[:, k])
+        found[:, k] = np.linalg.lstsq(system, right, rcond=None)[0]
+    return found
+
+
+def star_shares(n: int) -> np.ndarray:
+    """P of a star around rank 0: the centre splits between all, a leaf between the centre and itself."""
+    shares = np.eye(n) / 2
+    shares[0, :], shares[:, 0] = 1 / 2, 1 / n
+    return shares
 
 
 def with_newcomer(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -185,6 +217,22 @@ def test_exact_methods_reach_everybodys_optimum_once_the_killed_one_is_back(keyw
         assert result["rank"] == int(uid[0])
 
 
+def test_push_sum_comes_to_rest_on_the_graph_of_those_that_are_left() -> None:
+    with Members(SLOTS) as members:
+        members.start(train, Plan(500, victim=2, at=20, lr=0.1, topology="star", algorithm="push_sum"))
+        results = members.results()
+    found = np.array([result["x"] for result in results.values()])
+    np.testing.assert_allclose(found, rest_of_push_sum(star_shares(3), LEFT, 0.1), rtol=0, atol=1e-10)
+
+
+@SLOW
+def test_push_sum_comes_to_rest_on_the_whole_graph_once_the_killed_one_is_back() -> None:
+    results = with_newcomer(Plan(1500, victim=2, at=20, pause=0.002, lr=0.1, topology="star", algorithm="push_sum"))
+    assert 20 < results["2.1"]["began"] < 1200
+    found = np.array([results[uid]["x"] for uid in ("0.0", "1.0", "2.1", "3.0")])
+    np.testing.assert_allclose(found, rest_of_push_sum(star_shares(4), [0, 1, 2, 3], 0.1), rtol=0, atol=1e-10)
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "AdamW": {"kind": "AdamW"},
     "AdamW dag": {"kind": "AdamW", "algorithm": "dag"},
@@ -201,6 +249,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "kind": "AdamW",
         "state_dtype": torch.bfloat16,
     },
+    "AdamW push_sum": {"kind": "AdamW", "algorithm": "push_sum", "communicate_every": 2},
+    "int8 messages of a changing graph": {"wire_dtype": "int8", "topology": "one_peer_exponential"},
     "heals": {"nonfinite": "heal", "mix_strength": 0.5},
     "small buckets": {"bucket_mb": 1e-5, "algorithm": "atc"},
 }

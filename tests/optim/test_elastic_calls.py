@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.elastic import Members
 
 import fusedfog
 from fusedfog.comm.elastic.run import Run
+from fusedfog.optim.recovery import Recovery
 
 SIZE = 6
 VICTIM = 2
@@ -27,7 +29,7 @@ def own_slot() -> int:
 def begin(**keywords: Any) -> tuple[torch.nn.Linear, Any]:
     fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
     model = torch.nn.Linear(SIZE, 1, bias=False).double()
-    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", **keywords)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, **{"topology": "ring", **keywords})
     model.weight.grad = torch.full_like(model.weight, 1.0 + own_slot())
     opt.step()
     return model, opt
@@ -132,9 +134,7 @@ def test_an_optimizer_is_built_by_those_that_are_left() -> None:
 
 
 ROWS = {
-    "push_sum": ({"algorithm": "push_sum"}, "push_sum"),
     "allreduce": ({"algorithm": "allreduce"}, "or none"),
-    "wire": ({"wire_dtype": "int8"}, "replicas"),
     "fused": ({"fused_backward": True}, "fused_backward"),
     "first data-parallel": ({"data_parallel_steps": 3}, "data_parallel_steps"),
     "weight": ({"weight": 2.0}, "shares"),
@@ -159,3 +159,112 @@ def test_what_does_not_work_with_members_that_change_is_refused_before_anything_
         (found,) = members.results().values()
     for name, (_, words) in ROWS.items():
         assert "init(elastic=True)" in found[name] and words in found[name], found.get(name)
+
+
+def goes_over_and_waits(until: int) -> Any:
+    """Slot 2 hears slowly of the new members, in the step in which all go over to them: the others wait for it there."""
+    slow = own_slot() == 2
+    fusedfog.init(
+        elastic=True, timeout=60, on_membership_change=lambda change: time.sleep(1.5) if slow and change.epoch else None
+    )
+    model = torch.nn.Linear(SIZE, 1, bias=False)
+    opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring")
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1:
+            die()
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+    return opt.steps, opt.stats()["members"]
+
+
+def test_who_goes_over_in_a_step_may_wait_for_others_in_it() -> None:
+    with Members(3) as members:
+        members.start(goes_over_and_waits, 20)
+        results = members.results()
+    assert results == {uid: (20, ("0.0", "2.0")) for uid in ("0.0", "2.0")}
+
+
+def with_large_buckets(until: int) -> Any:
+    """Awc, whose buckets are passed one by one where a first one has come and others have not."""
+    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    params = [torch.nn.Parameter(torch.zeros(300_000)) for _ in range(4)]
+    opt = fusedfog.SGD(params, lr=0.1, topology="ring", bucket_mb=1)
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1:
+            die()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+    return opt.steps, len(opt._engine.buckets.all), opt.stats()["members"]
+
+
+def test_a_death_is_survived_by_a_model_of_several_large_buckets() -> None:
+    with Members(3) as members:
+        members.start(with_large_buckets, 30)
+        results = members.results()
+    assert results == {uid: (30, 4, ("0.0", "2.0")) for uid in ("0.0", "2.0")}
+
+
+def hears_in_mid_step(algorithm: str, topology: str, until: int) -> Any:
+    """In step 10, slot 0 hears that the epoch is over when it has made its messages and has not sent them."""
+    model, opt = begin(algorithm=algorithm, topology=topology)
+    while opt.steps < until:
+        fails = opt.steps == 10 and own_slot() == 0 and opt.stats()["epoch"] == 0
+        engine, before, scalar = opt._engine, model.weight.detach().clone(), 1.0
+        if fails:
+            real, wake = engine.exchanges.start, Run.current().wake  # type: ignore[union-attr]
+            engine.exchanges.start = lambda *given, real=real, wake=wake: (wake("unknown"), real(*given))
+            if algorithm == "push_sum":
+                scalar = engine.exchanges._push_sum.scalars[fusedfog.rank()]
+                assert abs(scalar - 1) > 0.1
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+        if fails:
+            torch.testing.assert_close(model.weight.detach(), before - 0.1 / scalar, rtol=0, atol=1e-14)
+    return opt.steps, opt.stats()["reforms"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "topology"), [("push_sum", "star"), pytest.param("atc", "ring", marks=pytest.mark.slow)]
+)
+def test_a_step_whose_messages_never_left_mixes_nothing(algorithm: str, topology: str) -> None:
+    with Members(3) as members:
+        members.start(hears_in_mid_step, algorithm, topology, 40)
+        results = members.results()
+    assert list(results.values()) == [(40, 1)] * 3
+
+
+def joins_at_the_second_attempt(until: int) -> Any:
+    """Slot 1 dies at step 10; when it is back, its first epoch ends before it has taken it up."""
+    if os.environ["FUSEDFOG_INCARNATION"] != "0":
+        real = Recovery._adopt
+
+        def adopt(self: Recovery, record: Any) -> None:
+            Recovery._adopt = real  # type: ignore[method-assign]
+            raise fusedfog.ExchangeError("the epoch is over")
+
+        Recovery._adopt = adopt  # type: ignore[method-assign]
+        fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+        model = torch.nn.Linear(SIZE, 1, bias=False).double()
+        opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", algorithm="push_sum")
+    else:
+        model, opt = begin(algorithm="push_sum")
+    fresh = Run.current().record.fresh  # type: ignore[union-attr]
+    while opt.steps < until:
+        if opt.steps == 10 and own_slot() == 1 and os.environ["FUSEDFOG_INCARNATION"] == "0":
+            die()
+        model.weight.grad = torch.ones_like(model.weight)
+        opt.step()
+        time.sleep(0.005)
+    return opt.steps, opt.stats()["exchanges"], fresh
+
+
+def test_a_newcomer_whose_first_epoch_ends_at_once_is_a_newcomer_in_the_next_one() -> None:
+    with Members(3) as members:
+        members.start(joins_at_the_second_attempt, 1500)
+        members.processes["1.0"].join()
+        members.start_again(1, joins_at_the_second_attempt, 1500)
+        results = members.results()
+    assert {result[0] for result in results.values()} == {1500}
+    assert len({result[1] for result in results.values()}) == 1, "they count exchanges alike"
+    assert results["1.1"][2] == ("1.1",)

@@ -386,9 +386,9 @@ def test_a_run_of_which_all_have_died_begins_anew() -> None:
         assert reached == 10 and uids == ("0.1", "1.1") and epoch >= 1
 
 
-def through_everything() -> Any:
+def through_everything(keywords: dict[str, Any]) -> Any:
     """Steps, measures and averages until the test says that it is enough."""
-    model, opt = begin(topology="auto")
+    model, opt = begin(topology="auto", **keywords)
     board = Run.current().board  # type: ignore[union-attr]
     while True:
         model.weight.grad = torch.ones_like(model.weight)
@@ -404,11 +404,14 @@ def through_everything() -> Any:
 
 
 @SLOW
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_moments_and_started_again_at_once_all_go_on(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "keywords"),
+    [(0, {}), (1, {"algorithm": "atc"}), (2, {"algorithm": "push_sum"}), (3, {"wire_dtype": "int8"})],
+)
+def test_killed_at_random_moments_and_started_again_at_once_all_go_on(seed: int, keywords: dict[str, Any]) -> None:
     chance = random.Random(seed)
     with Members(4) as members:
-        members.start(through_everything)
+        members.start(through_everything, keywords)
         living = [0] * 4
         for _ in range(15):
             time.sleep(chance.choice([0.1, 1.0, 3.0]) * chance.random())
@@ -416,7 +419,7 @@ def test_killed_at_random_moments_and_started_again_at_once_all_go_on(seed: int)
             members.kill(slot, living[slot])
             del members.processes[f"{slot}.{living[slot]}"]
             living[slot] += 1
-            members.start_one(slot, living[slot], through_everything)
+            members.start_one(slot, living[slot], through_everything, keywords)
         time.sleep(10.0)
         members.store.set("fusedfog/test/enough", "")
         results = members.results(timeout=120)

@@ -200,19 +200,22 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     """The record of those that go on, and of whoever joins them.
 
     Members without an optimizer, where others have one, are none any more: they join as a newcomer does. Newcomers wait while a
-    member is in a call, which they would not make.
+    member is in a call, which they would not make. One whose first epoch has ended before it could begin a step in it is a
+    newcomer still, as long as others are none.
     """
     built = {uid: note for uid, note in members.items() if note.built}
     stay = built or dict(members)
     joiners = {uid: note for uid, note in ready.items() if uid not in base.uids and note.built and built}
     if any(note.at != "begin" for note in built.values()):
         joiners = {}
+    waiting = [uid for uid, note in built.items() if note.at == "join"]
+    fresh = (*(waiting if len(waiting) < len(built) else ()), *joiners)
     ahead = max(stay.values(), key=lambda note: (note.steps, note.exchanges))
     seats = sorted([note.seat for note in (*stay.values(), *joiners.values())], key=lambda seat: seat.slot)
     causes = [note.cause for note in stay.values() if note.cause]
     left = [uid for uid in base.uids if uid not in stay]
     cause = causes[0] if causes and (left or not joiners) else f"{_words(list(joiners))} came" if joiners else ""
-    return Record(base.epoch + 1, tuple(seats), (*built, *joiners), tuple(joiners), ahead.steps, ahead.exchanges, cause)
+    return Record(base.epoch + 1, tuple(seats), (*built, *joiners), fresh, ahead.steps, ahead.exchanges, cause)
 
 
 def _lowest(uids: Collection[str]) -> str:

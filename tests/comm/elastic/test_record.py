@@ -88,6 +88,15 @@ def test_newcomers_come_in_only_where_all_members_are_about_to_begin_a_step() ->
     assert proposed(look("0.0", base, [*in_call, newcomer])).uids == base.uids
 
 
+def test_a_newcomer_that_has_not_begun_a_step_is_one_in_the_next_epoch_too() -> None:
+    base = record("0.0", "1.1", "2.0")
+    notes = [note("0.0"), note("1.1", at="join", steps=7, exchanges=7), note("2.0", at="begin")]
+    found = proposed(look("0.0", base, notes))
+    assert found.fresh == ("1.1",) and (found.steps, found.exchanges) == (10, 10)
+    alone = proposed(look("1.1", base, notes[1:2], dead=("0.0", "2.0")))
+    assert alone.fresh == (), "somebody has to have values"
+
+
 def test_who_has_no_optimizer_is_dropped_where_others_have_one() -> None:
     base = record("0.0", "1.0", "2.0")
     found = proposed(
