@@ -259,6 +259,7 @@ def joins_at_the_second_attempt(until: int) -> Any:
     return opt.steps, opt.stats()["exchanges"], fresh
 
 
+@pytest.mark.slow
 def test_a_newcomer_whose_first_epoch_ends_at_once_is_a_newcomer_in_the_next_one() -> None:
     with Members(3) as members:
         members.start(joins_at_the_second_attempt, 1500)
