@@ -12,7 +12,9 @@ from support.deaths import die
 from support.elastic import Members
 
 import fusedfog
+from fusedfog.comm.calls import current_call
 from fusedfog.comm.elastic.run import Run
+from fusedfog.comm.elastic.watching import Watcher
 
 
 def own_slot() -> int:
@@ -94,3 +96,29 @@ def test_an_epoch_that_ends_while_some_buckets_of_a_step_are_on_their_way_ends_n
         results = members.results()
     left = ("0.0", "1.0", "2.0") if told else ("0.0", "1.0")
     assert results == {uid: (30, left) for uid in left}
+
+
+def agrees_often(until: int) -> tuple[int, tuple[str, ...]]:
+    """Members wait for each other in a call only, and slot 2 is in one whenever it sees that somebody wants to join."""
+    if own_slot() == 2:
+        real = Watcher._look
+        Watcher._look = lambda *given: real(*given) if current_call() == "agree()" else None  # type: ignore[method-assign]
+    params = [torch.nn.Parameter(torch.zeros(6))]
+    opt = begin(params, communicate_every=3)
+    while opt.steps < until:
+        if opt.steps == 12 and own_slot() == 1 and os.environ["FUSEDFOG_INCARNATION"] == "0":
+            die()
+        steps(params, opt, opt.steps + 1, 0.01)
+        if opt.steps % 3 == 0:
+            fusedfog.agree(False)
+    return outcome(opt)
+
+
+def test_a_newcomer_comes_in_though_members_are_in_a_call_again_and_again() -> None:
+    with Members(4) as members:
+        members.start(agrees_often, 300)
+        members.processes["1.0"].join()
+        members.start_again(1, agrees_often, 300)
+        results = members.results()
+    uids = ("0.0", "1.1", "2.0", "3.0")
+    assert results == {uid: (300, uids) for uid in uids}

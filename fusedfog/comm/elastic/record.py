@@ -46,6 +46,7 @@ class Record:
         fresh: those of them that have a copy of another one's values.
         steps, exchanges: the clock that it begins with.
         cause: why it began, for people.
+        passed_over: somebody wants to join, and could not, as a member was in a call: the next step of all begins another epoch.
     """
 
     epoch: int
@@ -55,6 +56,7 @@ class Record:
     steps: int = 0
     exchanges: int = 0
     cause: str = ""
+    passed_over: bool = False
 
     @property
     def uids(self) -> tuple[str, ...]:
@@ -206,7 +208,8 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     built = {uid: note for uid, note in members.items() if note.built}
     stay = built or dict(members)
     joiners = {uid: note for uid, note in ready.items() if uid not in base.uids and note.built and built}
-    if any(note.at != "begin" for note in built.values()):
+    passed_over = bool(joiners) and any(note.at != "begin" for note in built.values())
+    if passed_over:
         joiners = {}
     waiting = [uid for uid, note in built.items() if note.at == "join"]
     fresh = (*(waiting if len(waiting) < len(built) else ()), *joiners)
@@ -215,7 +218,8 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     causes = [note.cause for note in stay.values() if note.cause]
     left = [uid for uid in base.uids if uid not in stay]
     cause = causes[0] if causes and (left or not joiners) else f"{_words(list(joiners))} came" if joiners else ""
-    return Record(base.epoch + 1, tuple(seats), (*built, *joiners), fresh, ahead.steps, ahead.exchanges, cause)
+    clock = ahead.steps, ahead.exchanges
+    return Record(base.epoch + 1, tuple(seats), (*built, *joiners), fresh, *clock, cause, passed_over)
 
 
 def _lowest(uids: Collection[str]) -> str:

@@ -201,7 +201,8 @@ class Run:
         begin, before = time.monotonic(), self.record
         self.record = None  # The watcher has nothing to look for.
         record = form(self, note, base, self._leave)
-        self.called, self.over, self._commits = False, "", 0
+        # Else members would see at different steps that somebody waits, and one of them would be in a call each time.
+        self.called, self.over, self._commits = record.passed_over, "", 0
         self._silent.clear()
         if len(record.seats) > 1:
             calls.change_world(self.timeout, self._oversee)

@@ -85,7 +85,9 @@ def test_newcomers_come_in_only_where_all_members_are_about_to_begin_a_step() ->
     found = proposed(look("0.0", base, [*all_ready, newcomer]))
     assert found.uids == ("0.0", "1.0", "2.0", "3.4") and found.fresh == ("3.4",)
     in_call = [note("0.0"), note("1.0", at="call"), note("2.0")]
-    assert proposed(look("0.0", base, [*in_call, newcomer])).uids == base.uids
+    without = proposed(look("0.0", base, [*in_call, newcomer]))
+    assert without.uids == base.uids and without.passed_over
+    assert not proposed(look("0.0", base, in_call)).passed_over
 
 
 def test_a_newcomer_that_has_not_begun_a_step_is_one_in_the_next_epoch_too() -> None:
