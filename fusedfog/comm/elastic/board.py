@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -67,6 +67,10 @@ class Board:
             return store.get(self._prefix + key).decode() if store.check([self._prefix + key]) else None
 
         return self._ask(read)
+
+    def has(self, keys: Sequence[str]) -> bool:
+        """Whether all of them were set."""
+        return self._ask(lambda store: bool(store.check([self._prefix + key for key in keys])))
 
     def read(self, key: str) -> Any:
         """The same from JSON; None also for what is none."""

@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from fusedfog.comm import calls, whereabouts
 from fusedfog.comm.elastic import asking
 from fusedfog.comm.elastic.board import Board
+from fusedfog.comm.elastic.completing import completed
 from fusedfog.comm.elastic.epoch import close_epoch, open_epoch
 from fusedfog.comm.elastic.forming import Dropped, form
 from fusedfog.comm.elastic.handing import Hand
@@ -69,7 +70,6 @@ class Run:
 
     Attributes:
         record: of the epoch that this process is a member of; None before its first one.
-        called: others are ready for the next epoch.
         left: this process has ended its part, and answers as one that is none of the members.
         over: why the current epoch is over, once it is; "" until then.
         built: this process has an optimizer, whose state newcomers may have.
@@ -98,7 +98,7 @@ class Run:
         self.board = Board(identity.stores, prefix)
         self._own_seat()
         self.record: Record | None = None
-        self.called, self.over, self.built, self.left = False, "", False, False
+        self.over, self.built, self.left = "", False, False
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.write: Callable[[Path], int] | None = None
@@ -106,7 +106,7 @@ class Run:
         self.epochs_store: tuple[tuple[str, int], TCPStore] | None = None
         self._silent: dict[str, float] = {}
         self._beats: dict[str, str | None] = {}
-        self._commits = 0
+        self._commits, self._called = 0, -1
         self._watcher = Watcher(self, Board(identity.stores, prefix))
         atexit.register(self._end)
 
@@ -202,7 +202,9 @@ class Run:
         self.record = None  # The watcher has nothing to look for.
         record = form(self, note, base, self._leave)
         # Else members would see at different steps that somebody waits, and one of them would be in a call each time.
-        self.called, self.over, self._commits = record.passed_over, "", 0
+        if record.passed_over:
+            self.call(record.epoch)
+        self.over, self._commits = "", 0
         self._silent.clear()
         if len(record.seats) > 1:
             calls.change_world(self.timeout, self._oversee)
@@ -242,6 +244,15 @@ class Run:
             self._on_change(change)
 
     # -- while an epoch lasts ----------------------------------------------------------------------------------------
+
+    @property
+    def called(self) -> bool:
+        """Whether others are ready for the epoch after the current one."""
+        return self.record is not None and self._called == self.record.epoch
+
+    def call(self, epoch: int) -> None:
+        """Others are ready for the epoch after this one, which may be over meanwhile. For any thread."""
+        self._called = max(self._called, epoch)
 
     def wake(self, words: str) -> None:
         """The epoch is over: whoever waits in it need not. For any thread."""
@@ -284,23 +295,26 @@ class Run:
         if record is None or len(record.seats) == 1:
             return record is not None
         self._commits += 1
-        key = f"done/{record.epoch}/{self._commits}"
-        if self.board.count(key, 1) == len(record.seats):
-            self.board.swap(f"{key}/verdict", None, "done")
         others = [seat for seat in record.seats if seat.uid != self.seat.uid]
         looked = time.monotonic()
-        while (verdict := self.board.get(f"{key}/verdict")) is None:
-            ended = self.over
-            if not ended and time.monotonic() - looked > _TOLD_EVERY:
+
+        def why_not() -> str:
+            nonlocal looked
+            if not self.over and time.monotonic() - looked > _TOLD_EVERY:
                 heard, looked = asking.ask(others, whereabouts.QUICKLY), time.monotonic()
                 lost = [uid for uid, one in heard.items() if one.dead or self.is_lost(uid, one.said is not None)]
-                ended = f"{lost[0]} has ended" if lost else ""
-            if ended:
-                self.over = ended
-                verdict = self.board.swap(f"{key}/verdict", None, "again")
-                break
-            time.sleep(0.005)
-        return verdict == "done"
+                self.over = f"{lost[0]} has ended" if lost else ""
+            return self.over
+
+        key = f"done/{record.epoch}/{self._commits}"
+        done = completed(self.board, key, self.seat.uid, record.uids, why_not, self.dead_after)
+        if done and self._commits > 1:
+            # Who has come to this call knows the verdict on the one before.
+            before = f"done/{record.epoch}/{self._commits - 1}"
+            self.board.delete(f"{before}/{self.seat.uid}")
+            if self.seat.uid == record.uids[0]:
+                self.board.delete(f"{before}/verdict")
+        return done
 
     def serve(self) -> None:
         """Write what a newcomer has asked for, where the program stands at the beginning of a step or waits for other members."""

@@ -22,7 +22,9 @@ class Watched(Protocol):
     """What the thread asks, and tells."""
 
     record: Record | None
-    called: bool
+
+    def call(self, epoch: int) -> None:
+        """Others are ready for the epoch after this one."""
 
     def wake(self, words: str) -> None:
         """The epoch is over: whoever waits in it need not."""
@@ -58,12 +60,12 @@ class Watcher:
     def _look(self, record: Record) -> None:
         following = record.epoch + 1
         if self._board.count(f"turn/{following}"):
-            self._run.called = True
+            self._run.call(record.epoch)
             since = self._since.setdefault(following, time.monotonic())
             if time.monotonic() - since > _GRACE and self._run.record is record:
                 self._run.wake("the members form a new epoch")
         elif self._board.count(f"join/{following}"):
-            self._run.called = True
+            self._run.call(record.epoch)
         else:
             newest = read_record(self._board.get("record"))
             if newest is not None and newest.epoch > record.epoch and self._run.record is record:
