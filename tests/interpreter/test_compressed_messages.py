@@ -42,7 +42,9 @@ def test_compressed_messages_equal_the_reference(name, neighbours, dtype):
         assert same(ours.param[case.valid], theirs.param[case.valid]), "sums and products in the same order"
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(one, marks=() if one == torch.int8 else pytest.mark.slow) for one in FORMATS], ids=str
+)
 def test_compressed_messages_of_any_size_equal_the_reference(dtype):
     Lossy(ROWS["mix"], neighbours=1, wire=dtype, numels=NUMELS, first=1).check()
 

@@ -243,6 +243,7 @@ def refused(rank_without_compiler: int) -> None:
         compilation.compile_now = compile_now
 
 
+@pytest.mark.slow
 def test_one_rank_without_a_compiler_is_named(ranks: Pool) -> None:
     for outcome in ranks.outcomes(4, refused, 2):
         assert outcome.error_type == "MismatchError"

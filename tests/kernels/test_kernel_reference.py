@@ -100,8 +100,15 @@ def assert_equal(segment: Segment, theirs: torch.optim.Optimizer, dtype: torch.d
         torch.testing.assert_close(ours, value.flatten(), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+# Each time every option with one of the dtypes, in turns.
+@pytest.mark.parametrize(
+    ("optimizer", "options", "dtype"),
+    [
+        pytest.param(*of, dtype, marks=() if (number + place) % len(TOLERANCE) == 0 else pytest.mark.slow)
+        for number, of in enumerate(OPTIMIZERS)
+        for place, dtype in enumerate(TOLERANCE)
+    ],
+)
 def test_200_steps_without_neighbours_equal_torch(optimizer, options, dtype):
     theirs, segment, rule, hyper = build(optimizer, options, dtype)
     random = torch.Generator().manual_seed(0)

@@ -202,6 +202,7 @@ def with_newcomer(plan: Plan) -> dict[str, dict[str, Any]]:
         return members.results()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keywords", EXACT)
 def test_exact_methods_reach_everybodys_optimum_once_the_killed_one_is_back(keywords: dict[str, Any]) -> None:
     options = {"lr": 0.1, "topology": "ring", **keywords}

@@ -12,8 +12,11 @@ from support.mixing_matrices import assert_rounds_are, distance_to_mean, from_ho
 import fusedfog.topology as ft
 from fusedfog.topology import analysis
 
+SIZES = [*range(1, 35), 63, 64, 65, 127, 128, 129]
+"""Of all up to 130, those that are tried each time."""
 
-@pytest.mark.parametrize("n", range(1, 131))
+
+@pytest.mark.parametrize("n", [pytest.param(n, marks=() if n in SIZES else pytest.mark.slow) for n in range(1, 131)])
 def test_one_peer_exponential_is_exact_iff_power_of_two(n: int) -> None:
     topology = ft.one_peer_exponential(n)
     tau = math.ceil(math.log2(n))
