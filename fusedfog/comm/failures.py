@@ -31,7 +31,7 @@ _GRACE = 0.7
 _AT_ONCE = 64
 """Ranks that are looked at without being waited for; of more, others in turn."""
 
-_LONGEST_WORDS = 200
+_LONGEST_WORDS = 300
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -296,7 +297,8 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
         for rank in ranks:
             output, errors = rank.communicate(timeout=120)
             assert rank.returncode == 0, errors
-            assert not output and not errors
+            # torch says so when its store's connection is reset at the very beginning, and connects again.
+            assert not output and not re.sub(r"\[W[^\n]* TCPStore\.cpp:.*?\n\n", "", errors, flags=re.DOTALL)
         assert not processes_with(mark) or "fork" in last
     assert not [name for name in os.listdir("/dev/shm") if "fusedfog" in name]
 
