@@ -36,7 +36,6 @@ from typing import Any
 import faults_elastic
 import torch
 import torch.distributed as dist
-from common import table
 from faults_common import (
     LARGE,
     MODELS,
@@ -49,6 +48,7 @@ from faults_common import (
     open_store,
     prepare,
     run_missing,
+    tables_of,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
@@ -236,22 +236,6 @@ def row_of(runs: Sequence[Run], **first: object) -> dict[str, Any]:
     }
 
 
-def tables_of(runs: Sequence[Run]) -> str:
-    """By phase and model, by way of training, and of all."""
-    pairs = sorted({(PHASES.index(run["phase"]), run["megabytes"]) for run in runs})
-    by_phase = [
-        row_of(
-            [run for run in runs if (run["phase"], run["megabytes"]) == (PHASES[place], megabytes)],
-            **{"phase": PHASES[place], "model, MB": megabytes},
-        )
-        for place, megabytes in pairs
-    ]
-    by_way = [
-        row_of([run for run in runs if run["way"] == way], way=way) for way in sorted({run["way"] for run in runs})
-    ]
-    return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])
-
-
 def show(run: Run) -> None:
     """One line of a run, and what is not as it should be."""
     seconds = "-" if run["seconds"] is None else f"{run['seconds']:.2f}"
@@ -300,7 +284,9 @@ def main() -> None:
         given.name or ("faults-elastic" if given.elastic else "faults"),
         plans,
         partial(make_one, seed=given.seed, constructions={}),
-        faults_elastic.tables_of if given.elastic else tables_of,
+        partial(tables_of, faults_elastic.PHASES, faults_elastic.row_of)
+        if given.elastic
+        else partial(tables_of, PHASES, row_of),
         seed=given.seed,
         minutes=given.minutes,
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from common import RESULTS, machine
+from common import RESULTS, machine, table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
@@ -89,7 +89,8 @@ ELASTIC_WAYS: dict[str, Way] = {
     "bf16, clipped": _half(topology="ring", low_precision="master", max_grad_norm=1.0),
     "averages, one-peer": _sgd(topology="one_peer_exponential", global_average_every=4, momentum=0.9),
 }
-"""Those of elastic runs."""
+"""Those of elastic runs, without push_sum and compressed messages: what a run's number draws depends on this list, and the
+campaign that is kept was drawn before elastic runs took these two."""
 
 
 def model_of(megabytes: float) -> nn.Module:
@@ -201,6 +202,22 @@ def free_gigabytes() -> float:
     return float("inf")
 
 
+def tables_of(phases: Sequence[str], row_of: Callable[..., Run], runs: Sequence[Run]) -> str:
+    """By phase and model, by way of training, and of all; `row_of` makes a line of some runs, behind columns given by name."""
+    pairs = sorted({(phases.index(run["phase"]), run["megabytes"]) for run in runs})
+    by_phase = [
+        row_of(
+            [run for run in runs if (run["phase"], run["megabytes"]) == (phases[place], megabytes)],
+            **{"phase": phases[place], "model, MB": megabytes},
+        )
+        for place, megabytes in pairs
+    ]
+    by_way = [
+        row_of([run for run in runs if run["way"] == way], way=way) for way in sorted({run["way"] for run in runs})
+    ]
+    return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])
+
+
 class Planned(Protocol):
     """One run of a campaign."""
 
@@ -230,7 +247,10 @@ def run_missing(
     known, deadline = {run["number"] for run in runs}, time.monotonic() + 60 * minutes
     missing = sorted((plan for plan in plans if plan.number not in known), key=lambda plan: plan.megabytes)
     for plan in tqdm(missing, desc=name, unit="run", initial=len(plans) - len(missing), total=len(plans)):
-        if time.monotonic() > deadline or plan.gigabytes() > free_gigabytes() - 2:
+        if time.monotonic() > deadline:
+            break
+        if plan.gigabytes() > free_gigabytes() - 2:
+            tqdm.write(f"{plan.number}: not run: it needs {plan.gigabytes():.1f} GB of memory, and 2 that stay free")
             continue
         load = os.getloadavg()[0]
         runs.append(make(plan) | {"load": load})

@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common import table
 from faults_common import ELASTIC_WAYS, LARGE, MODELS, Board, Run, await_moment
 from faults_members import Marks, train
 from faults_processes import Processes
@@ -277,19 +276,3 @@ def row_of(runs: Sequence[Run], **first: Any) -> Run:
         "told who left": f"{told} of {others}",
         "with it as the cause": f"{by_cause} of {others}",
     }
-
-
-def tables_of(runs: Sequence[Run]) -> str:
-    """By phase and model, by way of training, and of all."""
-    pairs = sorted({(PHASES.index(run["phase"]), run["megabytes"]) for run in runs})
-    by_phase = [
-        row_of(
-            [run for run in runs if (run["phase"], run["megabytes"]) == (PHASES[place], megabytes)],
-            **{"phase": PHASES[place], "model, MB": megabytes},
-        )
-        for place, megabytes in pairs
-    ]
-    by_way = [
-        row_of([run for run in runs if run["way"] == way], way=way) for way in sorted({run["way"] for run in runs})
-    ]
-    return "\n".join([table([*by_phase, row_of(runs, **{"phase": "all", "model, MB": ""})]), "", table(by_way)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.elastic import Members, say
+from support.elastic import Members, results_when_one_comes_back, say
 
 import fusedfog
 
@@ -195,11 +195,7 @@ def star_shares(n: int) -> np.ndarray:
 
 def with_newcomer(plan: Plan) -> dict[str, dict[str, Any]]:
     """What all processes return of a run in which the victim is started again."""
-    with Members(SLOTS) as members:
-        members.start(train, plan)
-        members.processes[f"{plan.victim}.0"].join()
-        members.start_again(plan.victim, train, plan)
-        return members.results()
+    return results_when_one_comes_back(SLOTS, plan.victim, train, plan)
 
 
 @pytest.mark.slow

@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members
+from support.elastic import Members, current_run, results_when_one_comes_back
 
 import fusedfog
-from fusedfog.comm.elastic.run import Run
 from fusedfog.optim.recovery import Recovery
 
 SIZE = 6
@@ -99,7 +99,7 @@ def test_a_call_is_completed_by_those_that_are_left(name: str, tmp_path: Path) -
 def at_the_end(folder: str) -> Any:
     """The victim is killed when it has the average, so that one member at least has it too, and not all know of it."""
     model, opt = begin()
-    run: Any = Run.current()
+    run = current_run()
     if own_slot() == VICTIM:
         run.commit = die
     return average(model, opt, folder)
@@ -212,7 +212,7 @@ def hears_in_mid_step(algorithm: str, topology: str, until: int) -> Any:
         fails = opt.steps == 10 and own_slot() == 0 and opt.stats()["epoch"] == 0
         engine, before, scalar = opt._engine, model.weight.detach().clone(), 1.0
         if fails:
-            real, wake = engine.exchanges.start, Run.current().wake  # type: ignore[union-attr]
+            real, wake = engine.exchanges.start, current_run().wake
             engine.exchanges.start = lambda *given, real=real, wake=wake: (wake("unknown"), real(*given))
             if algorithm == "push_sum":
                 scalar = engine.exchanges._push_sum.scalars[fusedfog.rank()]
@@ -237,19 +237,20 @@ def test_a_step_whose_messages_never_left_mixes_nothing(algorithm: str, topology
 def joins_at_the_second_attempt(until: int) -> Any:
     """Slot 1 dies at step 10; when it is back, its first epoch ends before it has taken it up."""
     if os.environ["FUSEDFOG_INCARNATION"] != "0":
-        real = Recovery._adopt
+        fails = [fusedfog.ExchangeError("the epoch is over")]
 
-        def adopt(self: Recovery, record: Any) -> None:
-            Recovery._adopt = real  # type: ignore[method-assign]
-            raise fusedfog.ExchangeError("the epoch is over")
+        def adopt(self: Recovery, record: Any, real: Any = Recovery._adopt) -> None:
+            if fails:
+                raise fails.pop()
+            real(self, record)
 
-        Recovery._adopt = adopt  # type: ignore[method-assign]
+        mock.patch.object(Recovery, "_adopt", adopt).start()
         fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
         model = torch.nn.Linear(SIZE, 1, bias=False).double()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", algorithm="push_sum")
     else:
         model, opt = begin(algorithm="push_sum")
-    fresh = Run.current().record.fresh  # type: ignore[union-attr]
+    fresh = current_run().record.fresh
     while opt.steps < until:
         if opt.steps == 10 and own_slot() == 1 and os.environ["FUSEDFOG_INCARNATION"] == "0":
             die()
@@ -261,11 +262,7 @@ def joins_at_the_second_attempt(until: int) -> Any:
 
 @pytest.mark.slow
 def test_a_newcomer_whose_first_epoch_ends_at_once_is_a_newcomer_in_the_next_one() -> None:
-    with Members(3) as members:
-        members.start(joins_at_the_second_attempt, 1500)
-        members.processes["1.0"].join()
-        members.start_again(1, joins_at_the_second_attempt, 1500)
-        results = members.results()
+    results = results_when_one_comes_back(3, 1, joins_at_the_second_attempt, 1500)
     assert {result[0] for result in results.values()} == {1500}
     assert len({result[1] for result in results.values()}) == 1, "they count exchanges alike"
     assert results["1.1"][2] == ("1.1",)

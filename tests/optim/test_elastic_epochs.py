@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members
+from support.elastic import Members, current_run, results_when_one_comes_back
 
 import fusedfog
 from fusedfog.comm.calls import _Here
-from fusedfog.comm.elastic.run import Run
 from fusedfog.comm.elastic.watching import Watcher
 
 
@@ -53,11 +53,7 @@ def begins_slowly(until: int) -> Any:
 
 
 def test_members_wait_for_a_newcomer_in_the_step_in_which_they_have_admitted_it() -> None:
-    with Members(3) as members:
-        members.start(begins_slowly, 300)
-        members.processes["1.0"].join()
-        members.start_again(1, begins_slowly, 300)
-        results = members.results()
+    results = results_when_one_comes_back(3, 1, begins_slowly, 300)
     assert results == {uid: (300, ("0.0", "1.1", "2.0")) for uid in ("0.0", "1.1", "2.0")}
 
 
@@ -81,7 +77,7 @@ def _be_told_between_two(exchanges: Any) -> None:
     def start(*given: Any) -> None:
         sent.append(given)
         if len(sent) == 2:
-            Run.current().wake("the test ends it")  # type: ignore[union-attr]
+            current_run().wake("the test ends it")
         real(*given)
 
     exchanges.start = start
@@ -101,15 +97,14 @@ def test_an_epoch_that_ends_while_some_buckets_of_a_step_are_on_their_way_ends_n
 def agrees_often(until: int) -> tuple[int, tuple[str, ...]]:
     """Members wait for each other in a call only, and slot 2 is in one whenever it sees that somebody wants to join."""
     if own_slot() == 2:
-        real = Watcher._look
 
-        def look(watcher: Watcher, record: Any) -> None:
+        def look(watcher: Watcher, record: Any, real: Any = Watcher._look) -> None:
             calls = _Here.calls[:1]
             # What holds a step up, it sees there.
             if calls and (calls[0].name == "agree()" or time.monotonic() - calls[0].since > 1.0):
                 real(watcher, record)
 
-        Watcher._look = look  # type: ignore[method-assign]
+        mock.patch.object(Watcher, "_look", look).start()
     params = [torch.nn.Parameter(torch.zeros(6))]
     opt = begin(params, communicate_every=3)
     while opt.steps < until:
@@ -122,10 +117,6 @@ def agrees_often(until: int) -> tuple[int, tuple[str, ...]]:
 
 
 def test_a_newcomer_comes_in_though_members_are_in_a_call_again_and_again() -> None:
-    with Members(4) as members:
-        members.start(agrees_often, 300)
-        members.processes["1.0"].join()
-        members.start_again(1, agrees_often, 300)
-        results = members.results()
+    results = results_when_one_comes_back(4, 1, agrees_often, 300)
     uids = ("0.0", "1.1", "2.0", "3.0")
     assert results == {uid: (300, uids) for uid in uids}

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members, say
+from support.elastic import Members, current_run, results_when_one_comes_back, say
 
 import fusedfog
 from fusedfog.comm.elastic import forming
-from fusedfog.comm.elastic.run import Run
 
 SIZE = 6
 SLOW = pytest.mark.slow
@@ -77,8 +76,8 @@ def dies_while_reforming(at: str) -> tuple[int, tuple[str, ...]]:
         if at == "noted":
             forming._Forming._situation = lambda self, notes: die()  # type: ignore[method-assign]
         elif at == "proposed":
-            swap = Run.current().board.swap  # type: ignore[union-attr]
-            Run.current().board.swap = lambda *given: (swap(*given), die())  # type: ignore[union-attr,method-assign]
+            swap = current_run().board.swap
+            current_run().board.swap = lambda *given: (swap(*given), die())
         else:
             forming.open_epoch = lambda *given: die()  # type: ignore[assignment]
     steps(model, opt, 40)
@@ -165,7 +164,7 @@ def cut_off(sides: list[list[int]], store: bool, until: int) -> Any:
     model, opt = begin(dead_after=2.0)
     steps(model, opt, 10)
     mine = next(side for side in sides if own_slot() in side)
-    run: Any = Run.current()
+    run: Any = current_run()
     real_ask = forming.ask
     others = {f"{slot}.0" for side in sides if side is not mine for slot in side}
 
@@ -203,7 +202,7 @@ def test_of_two_sides_of_a_broken_network_the_larger_one_goes_on(store: bool) ->
 def without_store(victim: int) -> Any:
     model, opt = begin()
     steps(model, opt, 10)
-    run: Any = Run.current()
+    run: Any = current_run()
     say("store")
     real, begin_at = run.board._client, time.monotonic()
 
@@ -243,11 +242,7 @@ def other_model(until: int) -> Any:
 
 
 def test_a_newcomer_with_another_model_is_told_so_and_nobody_else_notices() -> None:
-    with Members(3) as members:
-        members.start(other_model, 120)
-        members.processes["1.0"].join()
-        members.start_again(1, other_model, 120)
-        results = members.results()
+    results = results_when_one_comes_back(3, 1, other_model, 120)
     assert "joins a run of another model" in results["1.1"] and f"({SIZE + 1})" in results["1.1"].replace("1, ", "(")
     assert results["0.0"] == results["2.0"] == (120, ("0.0", "2.0"))
 
@@ -279,7 +274,7 @@ def test_a_slot_that_is_taken_and_a_process_that_is_older_than_its_successor() -
 
 def reforming_again_and_again(times: int) -> Any:
     model, opt = begin()
-    run: Any = Run.current()
+    run: Any = current_run()
     figures = []
     for turn in range(times):
         steps(model, opt, opt.steps + 2)
@@ -389,7 +384,7 @@ def test_a_run_of_which_all_have_died_begins_anew() -> None:
 def through_everything(keywords: dict[str, Any]) -> Any:
     """Steps, measures and averages until the test says that it is enough."""
     model, opt = begin(topology="auto", **keywords)
-    board = Run.current().board  # type: ignore[union-attr]
+    board = current_run().board
     while True:
         model.weight.grad = torch.ones_like(model.weight)
         opt.step()

@@ -128,6 +128,24 @@ class _Own:
     pipe: Connection
 
 
+def results_when_one_comes_back(slots: int, slot: int, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """What all processes return of a run in which this slot's first process ends, and is started again."""
+    with Members(slots) as members:
+        members.start(function, *args)
+        members.processes[f"{slot}.0"].join()
+        members.start_again(slot, function, *args)
+        return members.results()
+
+
+def current_run() -> Any:
+    """In a process: its part in the run, to look into and to disturb."""
+    from fusedfog.comm.elastic.run import Run
+
+    run = Run.current()
+    assert run is not None
+    return run
+
+
 def say(what: object) -> None:
     """In a process: tell the test something."""
     _Own.pipe.send(what)
