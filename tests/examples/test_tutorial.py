@@ -26,8 +26,8 @@ def cells(page: Path) -> list[str]:
     return [code.strip() for kind, code in zip(parts[1::2], parts[2::2], strict=True) if "[markdown]" not in kind]
 
 
-LONG = ("6_", "7_")
-"""These start ranks several times."""
+LONG = ("5_", "6_", "7_")
+"""These start ranks several times, or train for long."""
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "stochastic" else [pytest.mark.slow]) for n in LONG])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
 def test_parameters_are_equal_inside_machines_over_200_steps(ranks: Pool, name: str) -> None:
     found = ranks.run(6, on_machines, *LONG[name], 200, False)
     for members in NODES:

@@ -84,8 +84,9 @@ def test_local_ranks_are_alone(ranks: Pool) -> None:
     np.testing.assert_allclose(got, oracle.local(problem, x0, 0.05, 30), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("topology", ["ring", pytest.param("exponential", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("algorithm", ["awc", pytest.param("atc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["ring", "exponential"])
+@pytest.mark.parametrize("algorithm", ["awc", "atc"])
 def test_limit_points_are_those_of_the_linear_solve(ranks: Pool, algorithm: str, topology: str) -> None:
     # 600 steps contract the slowest mode by exp(-0.1 mu 600) = 1e-15.
     problem = problems.standard()

@@ -161,7 +161,8 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
     window.put(weights=[2 - rank, 1])  # What the victim had before it was stopped it has confirmed, perhaps.
     found["fence"] = ""
     try:
-        window.fence(1.0)
+        # A process that stands still is named after this time; one that has ended is as soon as the living have confirmed.
+        window.fence(1.0 if signal_name == "SIGSTOP" else 20.0)
     except RuntimeError as error:
         found["fence"] = f"{type(error).__name__}: {error}"
     window.fence(20.0) if signal_name != "SIGSTOP" else None
