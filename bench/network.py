@@ -229,7 +229,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def _give_up(number: int, _: object) -> None:
+def give_up(number: int, _: object) -> None:
     raise SystemExit(f"stopped by signal {number}" + (": a host does not answer" if number == signal.SIGALRM else ""))
 
 
@@ -240,7 +240,7 @@ def main() -> None:
         print(f"bench/network.py is skipped: {reason}")
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
-        signal.signal(number, _give_up)  # as an exception, so that namespaces are removed
+        signal.signal(number, give_up)  # as an exception, so that namespaces are removed
     for method in METHODS:
         if not installed(method):
             print(f"decent-dp is not installed: row left out ({method})")

@@ -25,7 +25,7 @@ _HEADERS = 20 + 32
 # with 68,000 bytes eight hosts at 27 MB/s keep two cores busy, with 80,000 one eighth of that.
 _BURST = 80_000
 # A queue longer than any step's messages: where a real switch would drop, TCP's losses would be what is measured.
-_QUEUE = 64 << 20
+QUEUE = 64 << 20
 
 
 def obstacle() -> str | None:
@@ -81,9 +81,9 @@ class Network:
         """The command line that runs `command` on a host."""
         return ["ip", "netns", "exec", self._host(host), *command]
 
-    def shape(self, rate: float) -> None:
-        """Let every machine's link carry `rate` bytes a second of TCP payload each way."""
-        limits = ["rate", _bits(rate), "burst", str(_BURST), "limit", str(_QUEUE)]
+    def shape(self, rate: float, queue: int = QUEUE) -> None:
+        """Let every machine's link carry `rate` bytes a second of TCP payload each way, and hold so many more that wait."""
+        limits = ["rate", _bits(rate), "burst", str(_BURST), "limit", str(queue)]
         for namespace, device in self._shaped:
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *limits)
 
@@ -98,7 +98,7 @@ class Network:
         for number, one in ((1, rate), (2, slow)):
             classid = ("classid", f"1:{number}")
             _tc(*inside, "class", "replace", "parent", "1:", *classid, "htb", "rate", _bits(one), "burst", str(_BURST))
-            _tc(*inside, "qdisc", "replace", "parent", f"1:{number}", "bfifo", "limit", str(_QUEUE))
+            _tc(*inside, "qdisc", "replace", "parent", f"1:{number}", "bfifo", "limit", str(QUEUE))
         matches = ("u32", "match", "ip", "dst", f"{self.address(receiver)}/32", "flowid", "1:2")
         _tc(*inside, "filter", "replace", "parent", "1:", "protocol", "ip", "prio", "1", *matches)
 

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +67,20 @@ class Worker:
         trainer.settle()
         return result
 
+    def every_step(self, kind: str, method: str, warm: int, steps: int) -> dict[str, Any]:
+        """Seconds of each of `steps` steps, and how many TCP segments this host sent and sent again in them."""
+        trainer = self.trainers[kind, method]
+        dist.barrier()
+        for _ in range(warm):
+            trainer.step()
+        before, times = _segments(), [time.perf_counter()]
+        for _ in range(steps):
+            trainer.step()
+            times.append(time.perf_counter())
+        sent = [after - then for after, then in zip(_segments(), before, strict=True)]
+        trainer.settle()
+        return {"step_s": [end - begin for begin, end in pairwise(times)], "segments": sent}
+
     def transfer(self, size: int, repeats: int) -> list[float]:
         """Seconds that `size` bytes take to the same place in the next machine, all hosts at once; each repeat."""
         sent, received = torch.zeros(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
@@ -92,6 +108,15 @@ class Worker:
             operation()
             seconds.append(time.perf_counter() - begin)
         return seconds
+
+
+def _segments() -> list[int]:
+    """How many TCP segments this host has sent, and sent again."""
+    names, numbers = (
+        line.split()[1:] for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")
+    )
+    counts = dict(zip(names, map(int, numbers), strict=True))
+    return [counts["OutSegs"], counts["RetransSegs"]]
 
 
 def main() -> None:
