@@ -7,7 +7,6 @@ import importlib
 import itertools
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.processes import run_all
 from torch.distributed.device_mesh import init_device_mesh
 
 import fusedfog
@@ -102,14 +102,7 @@ def test_the_script_of_the_first_page_runs_as_its_command_says(tmp_path: Path) -
     (tmp_path / "train.py").write_text(script.code)
     arguments = command.replace("4", "2").split()[1:]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_all([sys.executable, "-m", "torch.distributed.run", *arguments], 300, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert "consensus distance" in done.stdout
     assert (tmp_path / "model.pt").exists()
