@@ -3,7 +3,7 @@
 A `Communicator` is a dedicated process group of a set of ranks, which optimizers share, each with a channel number of its own;
 plain-tensor operations have another one on CPUs, and share the optimizers' on GPUs. `Communicator.start` posts all receives and
 sends of one bucket and returns a `Transfer`; `Transfer.wait` makes the data usable: on gloo it blocks the host, on NCCL only
-the current stream.
+the current stream. In an elastic run NCCL's host waits too, so that no pass is queued behind what may never come.
 
 Rules that keep this free of deadlock:
  - Every rank starts the same buckets in the same order, from one thread. NCCL matches by order (one group call a bucket,
@@ -16,7 +16,6 @@ Rules that keep this free of deadlock:
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections import Counter
@@ -31,16 +30,18 @@ import torch.distributed as dist
 from fusedfog.comm import calls
 from fusedfog.comm.agreement import confer, next_agreement
 from fusedfog.comm.batches import batches
+from fusedfog.comm.elastic import nccl
 from fusedfog.comm.elastic.epoch import claim_connections
-from fusedfog.comm.failures import FIRST_LOOK, LOOK_EVERY, Origin, origin_of, set_origin
+from fusedfog.comm.failures import Origin, origin_of, set_origin
 from fusedfog.comm.group import GroupView, check_backend, group_timeout
+from fusedfog.comm.looking import look_after
 from fusedfog.comm.membership import Membership
 from fusedfog.comm.shared_buffers import SharedBuffers
 from fusedfog.comm.shared_opening import open_shared
 from fusedfog.comm.sockets import Sockets
 from fusedfog.comm.subgroup import check_one_rank_per_gpu, dedicated_group, nccl_options
 from fusedfog.comm.transfer import Peers, PeerTensor, Transfer, copy_of, unrecorded
-from fusedfog.comm.waiter import Task, Waiter, await_task, leak, wait_here
+from fusedfog.comm.waiter import Task, Waiter, await_task, leak
 from fusedfog.comm.watchdog import Watchdog
 from fusedfog.comm.whereabouts import State
 from fusedfog.errors import ExchangeError, PeerTimeout, RankLeft
@@ -50,6 +51,9 @@ R = TypeVar("R")
 
 LAST_MOMENT = 5.0
 """Seconds that messages in flight get when the process ends, or its part in training."""
+
+_TO_COME = 1.0
+"""Seconds in which what members that begin the same step have sent each other comes."""
 
 _TO_WAKE = 0.2
 """Seconds in which a thread wakes whose connections are shut down; one that waits for half a message does not."""
@@ -62,17 +66,21 @@ class Communicator:
         view: this rank's place among them.
         device: where its tensors are.
         on_gpu: whether works are queued on streams, as NCCL's.
+        follows: whether the host nevertheless waits until they are over; in elastic runs.
         timeout: how long a wait may last.
         name: a store key prefix of its own, the same on all of its ranks.
         membership: who of these ranks is still there.
     """
 
     _all: ClassVar[weakref.WeakSet[Communicator]] = weakref.WeakSet()
+    follows: bool = False
+    _lost: Exception | None = None
 
     def __init__(self, view: GroupView, place: torch.device, comm_sms: int | None = None) -> None:
         assert view.group is not None
         self.view, self.device = view, place
         self.on_gpu = device.on_gpu(place)
+        self.follows = self.on_gpu and nccl.backend() is not None
         check_backend(view, place)
         self.timeout = group_timeout(view, place)
         calls.enter_world(self.timeout.total_seconds())
@@ -80,13 +88,13 @@ class Communicator:
             check_one_rank_per_gpu(view, place, self.timeout)
         options = nccl_options(view, place, self.timeout, comm_sms) if self.on_gpu else None
         # In an elastic run, the default group is gone with its epoch, as this communicator is.
-        claimed = claim_connections(view.size)
+        claimed = claim_connections(view.size) if not self.follows else None
         self._sockets, self._group = claimed or Sockets(), view.group if claimed is not None else None
         if self._group is None:
-            self._group = dedicated_group(view.ranks, self.timeout, options)
+            self._group = dedicated_group(view.ranks, self.timeout, options, nccl.backend() if self.on_gpu else None)
             self._sockets.take_new()
         self._ended: Exception | None = None
-        self._told: Origin | None = None
+        self.told: Origin | None = None
         self.name = next_agreement(view)
         self.membership = Membership(view, self.name, self.timeout)
         self._channels = 0 if claimed is None else 1  # Tags of channel 0 are those that users give.
@@ -100,6 +108,8 @@ class Communicator:
         self._waiter = Waiter()
         self._watchdog = Watchdog(self) if self.on_gpu else None
         calls.remember_addresses(view)
+        if self.follows:
+            self.run(partial(nccl.connect, self.group, place), "opening the communicator, with all ranks")
         # The first operation of an NCCL group must involve all of its ranks; on gloo this meets every peer once.
         ports = torch.zeros(view.size, dtype=torch.int64, device=place)
         ports[view.rank] = self._sockets.port
@@ -112,9 +122,14 @@ class Communicator:
     @property
     def ended(self) -> Exception | None:
         """Why nothing can be exchanged any more, once that is so."""
-        if self._ended is None and self._told is not None:
-            self._ended = calls.given_up(self.view, self._told)
+        if self._ended is None and self.told is not None:
+            self._ended = calls.given_up(self.view, self.told)
         return self._ended
+
+    @property
+    def broken(self) -> Exception | None:
+        """See `Owner`: `ended`, or the first failure, after which NCCL counts as complete what has not come."""
+        return self.ended or self._lost
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -138,10 +153,10 @@ class Communicator:
         transfer.wait()
 
     def run(self, function: Callable[[], R], what: str) -> R:
-        """What `function` returns, which makes blocking operations with all ranks; otherwise as `collect`."""
+        """What `function` returns, which makes blocking operations with all ranks, none on a GPU if `follows`; as `collect`."""
         _ = self.group
         try:
-            if self.on_gpu:
+            if self.on_gpu and not self.follows:
                 return function()
             task = Task(function)
             origin = await_task(task, calls.vigil(self.name, self.view.ranks), self.view.ranks)
@@ -160,12 +175,7 @@ class Communicator:
         raise found
 
     def meet(self, call: str) -> None:
-        """Return once every rank has come to this call; nothing has been posted to the group until then.
-
-        Raises:
-            MismatchError: another rank is in another call; names both.
-            PeerTimeout: a rank did not come; names it.
-        """
+        """Return once every rank has come to this call, with nothing posted to the group; raises as `confer`."""
         _ = self.group  # Raises why the communicator has ended, if it has.
         confer(self.view, next_agreement(self.view), None, lambda _: None, self.timeout, call)
 
@@ -237,35 +247,8 @@ class Communicator:
             self._waiter.add(transfer)
 
     def look_after(self, transfer: Transfer) -> None:
-        """Return when a transfer is over: after the timeout, or when peers of it have died, it fails.
-
-        Called by whoever waits, from the first look on.
-        """
-        deadline = time.monotonic() + self.timeout.total_seconds() - FIRST_LOOK
-        vigil, ranks = calls.vigil(self.name, self.view.ranks), self.view.ranks
-        if not transfer.begun:
-            # The waiter is held by another transfer, of which this one need not know.
-            threading.Thread(target=wait_here, args=(transfer,), daemon=True, name="fusedfog-waiter").start()
-        while not transfer.over.wait(max(0.0, min(LOOK_EVERY, deadline - time.monotonic()))):
-            works = transfer.pending[:1]
-            peers = [ranks[peer] for peer in transfer.peers_in_flight()]
-            whole = not works or not isinstance(works[0][1], Peers)
-            origin = self._told
-            if origin is None and vigil is not None:
-                origin = vigil.look(ranks if whole else dict.fromkeys(peers), None if whole or not peers else peers[0])
-            if origin is None and time.monotonic() < deadline:
-                continue
-            if transfer.over.is_set():
-                return
-            what = works[0][1] if works else "waiting"
-            if origin is None:
-                transfer.fail(RuntimeError("timed out"), what)
-            elif origin.rank not in ranks:
-                # A rank has given up, and nobody knows of one with which it began.
-                transfer.end(calls.given_up(self.view, origin))
-            else:
-                transfer.fail(RuntimeError(f"rank {ranks.index(origin.rank)} {origin.words}"), what)
-                set_origin(transfer.failure, self.view, origin)
+        """See `looking.look_after`."""
+        look_after(self, transfer)
 
     def _start_tagged(
         self, transfer: Transfer, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor], tag: int
@@ -315,7 +298,9 @@ class Communicator:
 
     def failure(self, error: Exception, what: str) -> Exception:
         """See `Membership.failure`."""
-        return self.membership.failure(error, what)
+        found = self.membership.failure(error, what)
+        self._lost = self._lost or found
+        return found
 
     def conclude(self, failure: Exception, first: Iterable[int]) -> Exception:
         """End the communicator for this failure, and tell all of its ranks where it began; what is to be raised.
@@ -324,9 +309,9 @@ class Communicator:
             first: group ranks that were waited for.
         """
         if self.ended is not None:
-            if self._told is not None and self._group is not None and not self.on_gpu:
+            if self.told is not None and self._group is not None and self.ends_at_once:
                 self.close(0.0)
-            return self.ended if self._told is not None else failure
+            return self.ended if self.told is not None else failure
         if isinstance(failure, (PeerTimeout, ExchangeError)) and not isinstance(failure, RankLeft):
             late, origin = isinstance(failure, PeerTimeout), origin_of(failure)
             if origin is None:
@@ -353,19 +338,23 @@ class Communicator:
 
     def hear(self, origin: Origin) -> None:
         """Another rank has given this communicator up: whoever waits in it wakes, and the next call raises; for any thread."""
-        if self._told is None and self._ended is None:
-            self._told = origin
+        if self.told is None and self._ended is None:
+            self.told = origin
             for transfer in copy_of(self._started):
                 if transfer.queued and not transfer.over.is_set():
                     transfer.failure = self.ended
                     transfer.over.set()
 
+    @property
+    def ends_at_once(self) -> bool:
+        """Whether `close` waits for nobody. Destroying an NCCL group may wait for its peers; in elastic runs it is aborted."""
+        return not self.on_gpu or self.follows
+
     def end(self, reason: Exception, patience: float) -> None:
         """Exchange nothing more, for this reason; what is in flight gets `patience` seconds."""
         if self._ended is None:
             self._ended = reason
-            # Destroying an NCCL group may wait for its peers; there the watchdog reads the notes.
-            if not self.on_gpu:
+            if self.ends_at_once:  # Elsewhere the watchdog reads the notes.
                 self.close(patience)
 
     def close(self, patience: float = LAST_MOMENT) -> None:
@@ -379,6 +368,8 @@ class Communicator:
         for transfer in started:
             if transfer.queued:
                 transfer.over.wait(max(0.0, deadline - time.monotonic()))
+        if self.follows:
+            self._abort(started, deadline)
         self._sockets.shut_down()
         # A transfer may be over, since a rank has given up, while a thread still waits for half of its message.
         stuck = not self._waiter.stop(_TO_WAKE) or any(one.pending and not one.over.is_set() for one in started)
@@ -394,6 +385,15 @@ class Communicator:
         if self._group is not self.view.group and self._group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(self._group)
         self._group = None
+
+    def _abort(self, started: Sequence[Transfer], deadline: float) -> None:
+        """End all NCCL operations of this epoch; what is in flight and not lost may come before."""
+        deadline = max(deadline, time.monotonic() + _TO_COME)
+        for transfer in started if self.broken is None else ():
+            transfer.over_within(deadline - time.monotonic())
+        self._ended = self._ended or RuntimeError("the epoch is over")
+        nccl.abort_all([work for transfer in started for work, _ in transfer.pending])
+        self._group = None  # It goes with the epoch.
 
     def _retire(self) -> None:
         # A failed transfer keeps its other works for good: its connections are broken, but dropping them breaks more.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from fusedfog.comm.calls import enter_world
+from fusedfog.comm.elastic import nccl
 from fusedfog.comm.elastic.identity import read_identity
 from fusedfog.comm.elastic.run import Change, Run
 from fusedfog.comm.group import find_group, store_timeout
@@ -49,7 +50,8 @@ def init(
             for experiments: of a record that a rank was killed in the middle of writing, torch's file store never stops reading.
         elastic: join a run whose members may change: the others train on when a process dies, and it is admitted again when it
             is restarted. See "Survive" in fusedfog/optim/README.md. The process group is that of the current members, and is
-            replaced when they change: ranks count from 0 to their number - 1.
+            replaced when they change: ranks count from 0 to their number - 1. On GPUs it has gloo and NCCL; no GPU has run that
+            yet.
         min_ranks: in an elastic run, with how many members training goes on; fewer wait for others.
         dead_after: seconds after which a member counts as lost that neither answers nor is known to have ended.
         on_membership_change: called, in the thread that trains, with a `Change` (epoch, members, left, joined, cause) when the
@@ -62,7 +64,8 @@ def init(
     Raises:
         LaunchError (a RuntimeError and a ValueError): the launcher's variables do not say who this process is, or where the
             ranks meet; says what is missing. Nothing has been initialized or changed.
-        ValueError: `timeout` is not positive, or a process group of another backend exists already.
+        ValueError: `timeout` is not positive, or a process group of another backend exists already. In an elastic run, `backend`
+            or `init_method` is given, or on GPUs the environment has torch end processes over failures of NCCL's.
         UnsupportedEnvironment: GPUs are to be used by several ranks and this torch was built without NCCL.
 
     Warns:
@@ -80,12 +83,8 @@ def init(
         _check_joined(backend, timeout)
     device = _pick_device(backend, launch)
     joining = not joined and _is_joining(launch, init_method)
-    if joining and device.type == "cuda" and backend is None and not dist.is_nccl_available():
-        who = f"rank {launch.rank}: " if launch is not None else ""
-        raise UnsupportedEnvironment(
-            f"{who}ranks on GPUs talk by NCCL, and this torch ({torch.__version__}) was built without it: "
-            f"install a build that has it (the CUDA wheels for Linux do), or train on the CPU with fusedfog.init('gloo')"
-        )
+    if joining and device.type == "cuda" and backend is None:
+        _check_nccl(launch)
     if joining and launch is not None and init_method in (None, "env://"):
         launch.check_meeting_point()
     if device.type == "cuda":
@@ -109,10 +108,11 @@ def _join_elastic(
     dead_after: float,
     on_change: Callable[[Change], object] | None,
 ) -> torch.device:
-    if backend not in (None, "gloo") or (backend is None and torch.cuda.is_available()) or init_method is not None:
+    if backend not in (None, "gloo") or init_method is not None:
         raise ValueError(
-            f"init(elastic=True) makes groups of gloo, for tensors on CPUs, and finds the others by FUSEDFOG_STORES, or by "
-            f"MASTER_ADDR and MASTER_PORT: take backend 'gloo', and leave init_method out; got {backend!r} and {init_method!r}"
+            f"init(elastic=True) makes groups of gloo, and of NCCL beside it where there are GPUs, and finds the others by "
+            f"FUSEDFOG_STORES, or by MASTER_ADDR and MASTER_PORT: leave backend and init_method out, or take backend 'gloo' to "
+            f"train on the CPU; got {backend!r} and {init_method!r}"
         )
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     seconds = default_pg_timeout.total_seconds() if seconds is None else seconds
@@ -122,11 +122,26 @@ def _join_elastic(
         )
     if dist.is_initialized() or Run.current() is not None:
         raise ValueError("init(elastic=True): a process group exists already, and an elastic run makes its own")
-    run = Run(
-        read_identity(os.environ), timeout=seconds, min_ranks=min_ranks, dead_after=dead_after, on_change=on_change
-    )
+    identity, device = read_identity(os.environ), torch.device("cpu")
+    if backend is None and torch.cuda.is_available():
+        launch = _read_launch(joined=True)  # Who this process is, FUSEDFOG_SLOT and its kin say.
+        device = _pick_device(backend, launch)
+    if device.type == "cuda":
+        _check_nccl(launch)
+        nccl.use()
+        torch.cuda.set_device(device)
+    run = Run(identity, timeout=seconds, min_ranks=min_ranks, dead_after=dead_after, on_change=on_change)
     run.begin()
-    return torch.device("cpu")
+    return device
+
+
+def _check_nccl(launch: Launch | None) -> None:
+    if not dist.is_nccl_available():
+        who = f"rank {launch.rank}: " if launch is not None else ""
+        raise UnsupportedEnvironment(
+            f"{who}ranks on GPUs talk by NCCL, and this torch ({torch.__version__}) was built without it: "
+            f"install a build that has it (the CUDA wheels for Linux do), or train on the CPU with fusedfog.init('gloo')"
+        )
 
 
 def _read_launch(joined: bool) -> Launch | None:

@@ -72,7 +72,7 @@ def communicator_for(
                 what,
                 current_call() or what,
             )
-        if key in known and not known[key].on_gpu:
+        if key in known and known[key].ends_at_once:
             known[key].close(0.0)  # Another rank ended it, perhaps.
         known[key] = Communicator(view, place, comm_sms)
     return known[key]

@@ -30,9 +30,10 @@ def own_store() -> Any:
     return _Own.store
 
 
-def keep_default_store() -> None:
-    """Have `own_store` be the default group's store itself, whose connection has been made for this group alone.
+def keep_store(store: Any) -> None:
+    """Have `own_store` be this one, as long as there is the current default group.
 
-    For epochs of an elastic run: torch's server looks up the name of whoever connects, and answers nobody meanwhile.
+    For epochs of an elastic run, which keep a connection: torch's server looks up the name of whoever connects, and answers
+    nobody meanwhile.
     """
-    _Own.group, _Own.store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
+    _Own.group, _Own.store = dist.distributed_c10d._get_default_group(), store

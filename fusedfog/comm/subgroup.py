@@ -51,11 +51,14 @@ def new_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.Pr
         return dedicated_group(members, timeout)
 
 
-def dedicated_group(ranks: tuple[int, ...], timeout: timedelta, options: Any = None) -> dist.ProcessGroup:
+def dedicated_group(
+    ranks: tuple[int, ...], timeout: timedelta, options: Any = None, backend: str | None = None
+) -> dist.ProcessGroup:
     """A new group of these ranks, made by them alone unless they are all.
 
     Args:
         options: for its NCCL backend.
+        backend: its only one; None takes those of the default group.
 
     Raises:
         PeerTimeout: a rank did not come within the timeout.
@@ -71,6 +74,7 @@ def dedicated_group(ranks: tuple[int, ...], timeout: timedelta, options: Any = N
             group = dist.new_group(
                 list(ranks),
                 timeout=timeout,
+                backend=backend,
                 pg_options=options,
                 use_local_synchronization=not whole,
                 group_desc="fusedfog",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from fusedfog.comm.failures import FIRST_LOOK
 
 _FOR_EVER = timedelta(days=3650)
 """Whoever needs a transfer has a limit, and this thread has none: a wait that times out would close all connections."""
+
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
+"""Seconds between a host's looks at a GPU, doubling."""
 
 PeerTensor = tuple[int, Tensor]
 """A peer's group rank, and the contiguous tensor to send to it or to fill from it."""
@@ -65,6 +69,14 @@ class Owner(Protocol):
     @property
     def ended(self) -> Exception | None:
         """Why nothing can be exchanged any more, once that is so."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the host waits for what comes to the GPU, and for nobody who has died; in elastic runs."""
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why nothing that seems to have come may be used, once that is so; with `follows`."""
 
     @property
     def timeout(self) -> timedelta:
@@ -155,13 +167,42 @@ class Transfer:
     def finish(self) -> None:
         """As `wait`, but a failure is only noted, and ends nothing: what was to come may be wanted by nobody."""
         if self.communicator.on_gpu:
-            self._order_stream()
+            if not self.communicator.follows or self._comes():
+                self._order_stream()
         elif self.pending and self.failure is None:
             self.communicator.begin_waiting(self)
             if not self.over.wait(FIRST_LOOK):
                 self.communicator.look_after(self)
         if self.failure is None and not self.communicator.on_gpu:
             self.keep_alive.clear()
+
+    def _comes(self) -> bool:
+        """Wait on the host until what a GPU is to receive and to send is over; whether it has not failed."""
+        if not self.over_within(FIRST_LOOK):
+            self.communicator.look_after(self)
+        return self.failure is None
+
+    def over_within(self, seconds: float) -> bool:
+        """Wait for so long; whether it is over by then."""
+        if not self.communicator.follows:
+            return self.over.wait(seconds)
+        deadline, pause = time.monotonic() + seconds, _SHORTEST_PAUSE
+        while not self.is_over():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return True
+
+    def is_over(self) -> bool:
+        """Whether it is complete, as far as anybody has noticed, or has failed."""
+        if not self.communicator.follows:
+            return self.over.is_set()
+        # The works first: those that an abort ends count as complete, and the communicator was broken before.
+        complete = all(work.is_completed() for work, _ in self.pending)
+        if self.failure is None and self.communicator.broken is not None:
+            self.failure = self.communicator.broken
+        return complete or self.failure is not None
 
     def peers_in_flight(self) -> list[int]:
         """Group ranks that its works are with, the one that is waited for first; empty where that are all."""

@@ -43,6 +43,10 @@ class Watched(Protocol):
         """How long a wait may last."""
 
     @property
+    def follows(self) -> bool:
+        """Whether the thread that waits looks itself whether somebody has left."""
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
 
@@ -116,6 +120,8 @@ class Watchdog:
 
     def _look_for_notes(self, communicator: Watched) -> None:
         """End the communicator if somebody has left; the store is asked only while a transfer takes seconds."""
+        if communicator.follows:
+            return
         with self._lock:
             started = time.monotonic() - _LATE + self._patience
             late = [f"{label}: {works[0][1]}" for at, label, works in self._watched if at < started]

@@ -14,6 +14,7 @@ from fusedfog.comm.agreement import agree, next_agreement
 from fusedfog.comm.averaging import average_in_place, broadcast
 from fusedfog.comm.calls import collective
 from fusedfog.comm.group import GroupView, check_backend, find_group, group_timeout
+from fusedfog.ops.control import gather
 from fusedfog.ops.edges import read_rank
 from fusedfog.ops.neighbors import open_communicator
 
@@ -111,10 +112,13 @@ def broadcast_optimizer_state(opt: torch.optim.Optimizer, src: int = 0, group: d
     # Local. On ranks other than `src` it only waits for what may be in flight.
     state = opt.state_dict()
     box: list[Any] = [_without_tensors(state, big) if view.rank == src else None]
-    communicator.run(
-        lambda: dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device),
-        f"taking rank {src}'s state, with all ranks",
-    )
+    what = f"taking rank {src}'s state, with all ranks"
+    if communicator.follows:
+        box = [gather(communicator, box[0], what)[src]]
+    else:
+        communicator.run(
+            lambda: dist.broadcast_object_list(box, group=communicator.group, group_src=src, device=device), what
+        )
     if view.rank != src:
         big = [torch.empty(hole.shape, dtype=hole.dtype, device=device) for hole in _holes(box[0])]
     for tensor in big:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fusedfog.comm.calls import collective
 from fusedfog.comm.elastic.again import made_again
+from fusedfog.comm.elastic.run import Run
 from fusedfog.comm.group import GroupView, find_group
 from fusedfog.comm.guard import guarded
 from fusedfog.comm.outcome import Outcome
@@ -256,7 +257,8 @@ def _means(sums: Sums, model: nn.Module, view: GroupView) -> dict[str, Tensor]:
     if not sums.sharded and view.size > 1:
         device = next(model.parameters()).device
         for name, total in sums.totals.items():
-            moved = total.to(device)
+            # By gloo in an elastic run, where nobody ends a wait on a GPU for one that has died.
+            moved = total if Run.current() is not None else total.to(device)
             guarded(view, partial(dist.all_reduce, moved))
             sums.totals[name] = moved.cpu()
     clock = sums.others["optimizer"]["fusedfog"]

@@ -274,7 +274,6 @@ ROWS: tuple[Refusal, ...] = (
             ("fused_backward", "a step begins in backward, where it cannot wait for other members", "leave it out"),
             ("capturable", "a recorded step knows the neighbours that it was recorded with", "leave it out"),
             ("cpu_compile", "a newcomer may come without a compiler", "leave it out"),
-            ("GPU", "NCCL's communicators cannot be left and made anew in this way yet", "train on CPUs"),
         )
     ),
     *(

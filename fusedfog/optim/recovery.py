@@ -249,7 +249,7 @@ class Recovery:
         assert opt is not None
         communicator, topology = None, None
         if len(record.seats) > 1:
-            communicator = communicator_for(find_group(), engine.place)
+            communicator = communicator_for(find_group(), engine.place, opt._options.comm_sms)
             setup = construction.setup_of(opt._family, engine.groups, opt._options, [], sharded=False)
             topology = topology_of_members(setup, opt._options.topology)
         fresh = [record.uids.index(uid) for uid in record.fresh]

@@ -218,7 +218,7 @@ def link_stub(rank: int, size: int, place: torch.device = CPU) -> Any:
     communicator = Communicator.__new__(Communicator)
     communicator.view, communicator.device, communicator.on_gpu = GroupView(rank, size, None), place, True
     communicator._group, communicator._started, communicator._abandoned = object(), set(), []  # type: ignore[assignment]
-    communicator._ended = communicator._told = None
+    communicator._ended = communicator.told = None
     communicator._watchdog = mock.Mock()
     return communicator
 
@@ -325,6 +325,67 @@ def wait_twice() -> tuple[int, float]:
 def test_every_stream_that_uses_a_message_waits_for_it(ranks: Pool) -> None:
     """`drain()` on one stream must not take the order from the stream that makes the step."""
     assert ranks.run(2, wait_twice, init=False) == [(1, 1.0), (1, 0.0)]
+
+
+class Counted:
+    """A work, with what the program's thread asks of it."""
+
+    def __init__(self, work: Any, asked: list[str]) -> None:
+        self._work, self._asked = work, asked
+
+    def wait(self) -> Any:
+        self._asked.append("wait")
+        return self._work.wait()
+
+    def is_completed(self) -> bool:
+        if threading.current_thread().name != "fusedfog-watchdog":
+            self._asked.append("is_completed")
+        return bool(self._work.is_completed())
+
+
+def asked_in_steps(follows: bool) -> list[str]:
+    """What four steps ask of works, in a plain run, or as an elastic one does."""
+    asked: list[str] = []
+    batch = dist.batch_isend_irecv
+    with gpu_world():
+        opt = fusedfog.SGD([nn.Parameter(torch.ones(3))], lr=0.1, topology="ring")
+        opt._engine.communicator.follows = follows
+        with mock.patch.object(dist, "batch_isend_irecv", lambda ops: [Counted(one, asked) for one in batch(ops)]):
+            for _ in range(4):
+                opt.param_groups[0]["params"][0].grad = torch.ones(3)
+                opt.step()
+            opt.drain()
+        opt._engine.communicator.follows = False
+        return asked
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_host_asks_whether_a_message_has_come_in_elastic_runs_alone(ranks: Pool, follows: bool) -> None:
+    for asked in ranks.run(2, asked_in_steps, follows, init=False):
+        assert asked.count("wait") == 5
+        assert ("is_completed" in asked) == follows
+
+
+def wait_for_what_was_aborted() -> float:
+    with gpu_world():
+        communicator = communicator_for(find_group(), CPU)
+        came, wanted = torch.zeros(3), communicator.view.rank == 0
+        wait_for_all("opened")
+        if wanted:
+            communicator.follows = True
+            transfer = communicator.start([], [(1, came)], tag=0, label="step 3")
+            communicator._ended = fusedfog.ExchangeError("rank 1 has ended")
+            communicator._group._get_backend(CPU).abort()  # type: ignore[union-attr]
+            with pytest.raises(fusedfog.ExchangeError, match="rank 1 has ended"):
+                transfer.wait()
+            communicator.follows = False
+        wait_for_all("aborted")
+        return came[0].item()
+
+
+def test_what_an_abort_has_completed_has_not_come(ranks: Pool) -> None:
+    value = ranks.run(2, wait_for_what_was_aborted, init=False)[0]
+    assert value != value, "else this test would prove nothing"
 
 
 def test_batches_are_started_on_the_device_of_their_tensors() -> None:

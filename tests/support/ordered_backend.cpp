@@ -28,6 +28,8 @@ PYBIND11_DECLARE_HOLDER_TYPE(T, c10::intrusive_ptr<T>, true)
 namespace {
 
 constexpr size_t kMostInBatch = 256;
+constexpr const char* kFirst = "first";
+constexpr const char* kWhyFirst = "the first operation of a communicator must involve all of its ranks";
 
 // Of this process, not of a communicator: NCCL's operations must come in one order over all of them.
 std::mutex rules_mutex;
@@ -36,6 +38,7 @@ std::atomic<int64_t> delay_ms{0};
 std::atomic<int64_t> communicators{0};
 py::object* observer = nullptr;
 std::atomic<bool> observed{false};
+std::atomic<bool> silent{false};
 Tensors kept;
 
 struct Part {  // One tensor of an operation.
@@ -114,23 +117,26 @@ struct Job {
 
 class OrderedBackend : public c10d::Backend {
  public:
-  OrderedBackend(intrusive_ptr<c10d::Backend> inner, intrusive_ptr<c10d::Store> store, int rank, int size, Ms timeout)
+  OrderedBackend(py::object connect, intrusive_ptr<c10d::Store> store, int rank, int size, Ms timeout)
       : Backend(rank, size),
-        inner_(std::move(inner)),
+        connect_(std::move(connect)),
         store_(std::move(store)),
         options_(c10::make_intrusive<Options>("nccl", timeout)) {
     runner_ = std::thread([this] { run(); });
   }
 
-  ~OrderedBackend() override { stop(); }
+  ~OrderedBackend() override {
+    stop(false);
+    connect_.release();  // Without the GIL, which nobody has any more when the process ends.
+  }
 
   const std::string getBackendName() const override { return "nccl"; }
   bool supportsSplitting() const override { return true; }
   bool supportsCoalescing() const override { return true; }
   intrusive_ptr<Options> getBackendOptions() override { return options_; }
   void setTimeout(Ms timeout) override { options_->timeout = timeout; }
-  void abort() override { stop(); }
-  void shutdown() override { stop(); }
+  void abort() override { stop(true); }
+  void shutdown() override { stop(false); }
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return issued_; }
 
@@ -189,7 +195,12 @@ class OrderedBackend : public c10d::Backend {
 
   // What torch calls on a new group of a bound world: with NCCL the moment of ncclCommSplit.
   void eagerConnectSingleDevice(at::Device) override {
-    if (parent_) parent_->enter_split();
+    if (parent_) {
+      parent_->enter_split();
+      connect();
+    } else {
+      meet(kFirst, kWhyFirst);
+    }
     met_ = true;
   }
 
@@ -273,15 +284,20 @@ class OrderedBackend : public c10d::Backend {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       wake_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
-      if (stopping_) return;
+      if (stopping_) break;
       Job job = std::move(jobs_.front());
       jobs_.pop_front();
+      busy_with_ = job.work;
       lock.unlock();
       auto error = carry_out(job);
-      job.work->complete(error);
       lock.lock();
+      if (abandoned_) return;
+      finish(*job.work, error);
+      busy_with_.reset();
       over_.push_back(std::move(job));
     }
+    ended_ = true;
+    wake_.notify_all();
   }
 
   std::exception_ptr carry_out(Job& job) {
@@ -293,6 +309,7 @@ class OrderedBackend : public c10d::Backend {
       {
         std::lock_guard<std::mutex> lock(mutex_);
         current_ = works;
+        TORCH_CHECK(!stopping_, "aborted");
       }
       for (auto& work : works) {
         auto left = std::chrono::duration_cast<Ms>(deadline - Clock::now());
@@ -305,8 +322,13 @@ class OrderedBackend : public c10d::Backend {
            << (late ? ": timed out; a peer has not come to it, or in another order or with other sizes (NCCL hangs)"
                     : ": connection lost: ")
            << (late ? "" : error.what());
-      // NCCL takes the process down; here all that follows on this communicator fails.
+      // torch's watchdog takes the process down; here all that follows on this communicator fails.
       broken_ = std::make_exception_ptr(std::runtime_error(text.str()));
+      if (silent && !late && !stopping_) {
+        // A kernel that waits for a rank of this host learns nothing of its death.
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return stopping_.load(); });
+      }
     }
     std::lock_guard<std::mutex> lock(mutex_);
     over_works_.insert(over_works_.end(), current_.begin(), current_.end());
@@ -314,9 +336,11 @@ class OrderedBackend : public c10d::Backend {
     return broken_;
   }
 
-  void stop() {
+  // With `aborts`, as ncclCommAbort: what had not come counts as complete all the same, without an error and with garbage.
+  void stop(bool aborts) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      aborted_ = aborted_ || aborts;
       stopping_ = true;
       for (auto& work : current_) {
         try {
@@ -325,16 +349,39 @@ class OrderedBackend : public c10d::Backend {
         }
       }
     }
-    wake_.notify_one();
+    wake_.notify_all();
     if (!runner_.joinable()) return;
     if (PyGILState_Check()) {
       py::gil_scoped_release release;  // gloo's threads may need it to drop tensors.
-      runner_.join();
+      await_runner(aborts);
     } else {
-      runner_.join();
+      await_runner(aborts);
     }
     auto error = std::make_exception_ptr(std::runtime_error("ordered: the communicator was destroyed"));
-    for (auto& job : jobs_) job.work->complete(error);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (abandoned_) finish(*busy_with_, error);
+    for (auto& job : jobs_) finish(*job.work, error);
+    jobs_.clear();
+    // gloo may wait for ever for what it has begun, as it frees its connections.
+    if (aborted_ && inner_) inner_.release();
+  }
+
+  void await_runner(bool aborts) {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      // gloo does not let go of a collective of which a rank has died; NCCL does.
+      abandoned_ = aborts && !wake_.wait_for(lock, std::chrono::seconds(1), [&] { return ended_; });
+    }
+    if (!abandoned_) return runner_.join();
+    c10::raw::intrusive_ptr::incref(this);  // The thread goes on for some time.
+    runner_.detach();
+  }
+
+  void finish(OrderedWork& work, std::exception_ptr error) {
+    if (!aborted_ || !error) return work.complete(error);
+    for (const auto& part : work.parts())
+      if (part.writes) std::memset(part.tensor.data_ptr(), 0xff, part.tensor.nbytes());
+    work.complete(nullptr);
   }
 
   void one_thread() {
@@ -349,7 +396,7 @@ class OrderedBackend : public c10d::Backend {
   void meet_first() {
     one_thread();
     if (met_) return;
-    meet("first", "the first operation of a communicator must involve all of its ranks");
+    meet(kFirst, kWhyFirst);
     met_ = true;
   }
 
@@ -362,9 +409,19 @@ class OrderedBackend : public c10d::Backend {
       TORCH_CHECK(
           false, "ordered: rank ", rank_, ": timed out: ", why, ", and only ", came, " of ", size_, " have come (NCCL hangs)");
     }
+    connect();
   }
 
-  const intrusive_ptr<c10d::Backend> inner_;
+  // As with NCCL, a communicator connects its ranks when it is made, and not when the process group is.
+  void connect() {
+    if (inner_) return;
+    py::gil_scoped_acquire gil;
+    inner_ = connect_().cast<intrusive_ptr<c10d::Backend>>();
+    connect_ = py::object();
+  }
+
+  py::object connect_;
+  intrusive_ptr<c10d::Backend> inner_;
   const intrusive_ptr<c10d::Store> store_;
   const intrusive_ptr<Options> options_;
   const int64_t communicator_ = communicators++;
@@ -376,7 +433,9 @@ class OrderedBackend : public c10d::Backend {
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<bool> stopping_{false};
+  std::atomic<bool> stopping_{false}, aborted_{false};
+  bool ended_ = false, abandoned_ = false;
+  intrusive_ptr<OrderedWork> busy_with_;
   std::deque<Job> jobs_, over_;
   Works current_, over_works_;
   std::exception_ptr broken_;
@@ -388,8 +447,8 @@ class OrderedBackend : public c10d::Backend {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<OrderedBackend, c10d::Backend, intrusive_ptr<OrderedBackend>>(m, "OrderedBackend")
       .def(
-          py::init([](intrusive_ptr<c10d::Backend> inner, intrusive_ptr<c10d::Store> store, int rank, int size, Ms limit) {
-            return c10::make_intrusive<OrderedBackend>(std::move(inner), std::move(store), rank, size, limit);
+          py::init([](py::object connect, intrusive_ptr<c10d::Store> store, int rank, int size, Ms limit) {
+            return c10::make_intrusive<OrderedBackend>(std::move(connect), std::move(store), rank, size, limit);
           }))
       .def_property_readonly("options", &OrderedBackend::getBackendOptions)
       .def("splits_from", &OrderedBackend::splitsFrom)
@@ -404,5 +463,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     kept.clear();
   });
   m.def("delay", [](double seconds) { delay_ms = static_cast<int64_t>(seconds * 1000); });
+  m.def("silence", [](bool given) { silent = given; });
   m.def("forget_thread", [] { issuer = std::thread::id(); });
 }

@@ -10,10 +10,12 @@ What it shares with NCCL: messages between two ranks match by order, whatever th
 is issued on one communicator is carried out in that order, a batch as one; a batch has one work, which may be waited for
 again; the first operation of a communicator takes all of its ranks; a batch may hold messages to oneself; a send is over
 only when it was received; the default group may be bound to a device (`bound=True`), and then every new group is split from
-it, a collective of all of its ranks.
+it, a collective of all of its ranks. After an abort, what had not come counts as complete: the wait for it raises nothing, and
+its memory has garbage (NaN).
 
 What NCCL answers with a hang is here an error, at once or after the group's timeout: other orders or sizes on two ranks,
-more than 256 operations in a batch, operations from two threads, a first operation or a split that not all ranks enter.
+more than 256 operations in a batch, operations from two threads, a first operation or a split that not all ranks enter. So is
+the death of a rank; after `silence(True)` whoever waits for one waits until it aborts, as a kernel does for a rank of its host.
 
 It is stricter in one way: a work's `wait` blocks the host, since fake streams (`fake_cuda`) run at once. So a program may
 hang here that NCCL lets pass, if the host would have run ahead of a wait to start what a peer waits for.
@@ -106,13 +108,11 @@ def load() -> ModuleType:
 
 
 def _create(options: Any, _: Any) -> dist.Backend:
-    inner = dist.ProcessGroupGloo(
-        dist.PrefixStore("inner", options.store),
-        options.group_rank,
-        options.group_size,
-        timeout=max(options.timeout, _SETTING_UP),
+    place = options.group_rank, options.group_size
+    store, limit = dist.PrefixStore("inner", options.store), max(options.timeout, _SETTING_UP)
+    backend = load().OrderedBackend(
+        lambda: dist.ProcessGroupGloo(store, *place, timeout=limit), options.store, *place, options.timeout
     )
-    backend = load().OrderedBackend(inner, options.store, options.group_rank, options.group_size, options.timeout)
     default = c10d._world.default_pg
     if default is not None and default.bound_device_id is not None:
         backend.splits_from(default._get_backend(default.bound_device_id))
@@ -151,3 +151,8 @@ def observe(observer: Observer | None) -> None:
 def delay(seconds: float) -> None:
     """Have every operation that this process issues begin so much later, so that what is not ordered after it shows."""
     load().delay(seconds)
+
+
+def silence(silent: bool) -> None:
+    """Have this process learn nothing, from now on, of ranks that die."""
+    load().silence(silent)

@@ -174,3 +174,26 @@ def test_a_bound_world_splits_with_all_of_its_ranks(ranks: Pool, local: bool, bo
         assert all("a communicator is split" in text and "only 2 of 3" in text for text in said[:2]), said
     else:
         assert said[:2] == ["no error"] * 2
+
+
+def _aborted() -> tuple[list[bool], str, float]:
+    ordered_backend.open_world()
+    dist.barrier()
+    if dist.get_rank():
+        dist.distributed_c10d._get_default_store().wait(["aborted"])
+        return [], "", 0.0
+    came = torch.zeros(3)
+    work = _batch(("recv", came, 1))[0]
+    time.sleep(0.2)
+    found = [work.is_completed()]
+    dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
+    found.append(work.is_completed())
+    text = _message(work.wait)
+    dist.distributed_c10d._get_default_store().set("aborted", "")
+    return found, text, came[0].item()
+
+
+def test_what_is_aborted_counts_as_complete_and_brings_garbage(ranks: Pool) -> None:
+    found, text, value = ranks.run(2, _aborted, init=False)[0]
+    assert found == [False, True] and text == "no error"
+    assert value != value, "NaN"

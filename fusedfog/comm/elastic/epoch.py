@@ -1,5 +1,7 @@
 """The process groups of an epoch: one set of gloo connections, which is the default group of torch.distributed meanwhile.
 
+On GPUs the default group has NCCL too, which its first user connects, and the optimizer's communicator a group of its own.
+
 The connections are made by a thread that can be abandoned, as gloo waits for several times its timeout for a member that dies
 meanwhile, and only then is the default group made of them, in no time. The optimizer's communicator uses them too (its tags
 begin where a user's end): one set of connections is to be made, and shut down, for each epoch.
@@ -17,9 +19,10 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from fusedfog.comm.elastic import nccl
 from fusedfog.comm.elastic.record import Record
 from fusedfog.comm.sockets import Sockets
-from fusedfog.comm.store import keep_default_store
+from fusedfog.comm.store import keep_store
 from fusedfog.comm.waiter import Task
 
 BACKEND = "fusedfog"
@@ -85,8 +88,11 @@ def open_epoch(
     own = PrefixStore(f"fusedfog/epoch/{record.epoch}", store)
     sockets, waited = Sockets(), 0.0
 
-    def connect() -> Any:
-        return dist.ProcessGroupGloo(PrefixStore("gloo", own), rank, len(record.seats), timedelta(seconds=patience))
+    def connect() -> tuple[Any, Store]:
+        beside = PrefixStore(f"fusedfog/epoch/{record.epoch}", nccl.store_beside(store))
+        return dist.ProcessGroupGloo(
+            PrefixStore("gloo", own), rank, len(record.seats), timedelta(seconds=patience)
+        ), beside
 
     task = Task(connect)
     while not task.over.wait(_LOOK_EVERY):
@@ -95,7 +101,7 @@ def open_epoch(
         if why:
             raise NotFormed(why)
     try:
-        backend = task.result()
+        backend, beside = task.result()
     except RuntimeError as error:
         raise NotFormed(str(error).split("\n")[0]) from None
     sockets.take_new()
@@ -105,14 +111,21 @@ def open_epoch(
         _Current.registered = True
         dist.Backend.register_backend(BACKEND, _create, devices=["cpu"])
     with _one_hook():
-        dist.init_process_group(BACKEND, store=own, rank=rank, world_size=len(record.seats), timeout=timeout)
-    keep_default_store()
+        dist.init_process_group(
+            nccl.backends(BACKEND), store=beside, rank=rank, world_size=len(record.seats), timeout=timeout
+        )
+    keep_store(own)
 
 
 def close_epoch() -> None:
     """The default group is no more. Its communicators have been closed."""
     _Current.epoch = None
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if nccl.backend() is not None:
+        nccl.abort_all()
+        dist.distributed_c10d._abort_process_group()  # It waits for nobody, as destroying does.
+    else:
         dist.destroy_process_group()
 
 

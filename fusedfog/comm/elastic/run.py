@@ -16,11 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from fusedfog.comm import calls, whereabouts
-from fusedfog.comm.elastic import asking
+from fusedfog.comm.elastic import asking, nccl
 from fusedfog.comm.elastic.board import Board
 from fusedfog.comm.elastic.completing import completed
 from fusedfog.comm.elastic.epoch import close_epoch, open_epoch
@@ -358,8 +357,9 @@ class Run:
     def _end(self) -> None:
         """The process ends."""
         self._watcher.stop()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if nccl.backend() is not None:
+            close_all()  # What others wait for is not to be aborted.
+        close_epoch()
         self._listener.stop()
 
 
