@@ -232,13 +232,14 @@ def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) 
         if algorithm.before is not None:
             yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())
         for count in sorted(neighbours) if segment.layout.mix else [0]:
-            inbox = _stand_ins(engine, segment, count)
+            inbox = stand_ins(engine, segment, count)
             yield pass_of(engine, pass_group, algorithm.after, None if algorithm.before is not None else grads, inbox)
     finally:
         engine.inputs = real
 
 
-def _stand_ins(engine: Engine, segment: FlatSegment, count: int) -> Inbox:
+def stand_ins(engine: Engine, segment: FlatSegment, count: int) -> Inbox:
+    """An inbox of so many neighbours whose tensors are like those that come, but small."""
     names, weights = engine.algorithm.messages, (0.0,) * count
     if engine.channels is None or not count:
         sent = [segment.tensor(name) for name in names]

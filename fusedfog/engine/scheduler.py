@@ -25,7 +25,7 @@ forwards, accumulation and skipped updates cannot de-phase ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from fusedfog.engine.phases import Phases
 from fusedfog.gossip.buckets import EMPTY, Buckets, BucketState, Inbox, PassGroup
 from fusedfog.gossip.compression import CompressedChannels, own_states
 from fusedfog.gossip.delivery import ExchangeStats
-from fusedfog.kernels import CompressedChannel, Gradients, device, run_pass, warm_pass
+from fusedfog.kernels import CompressedChannel, Gradients, Pass, device, run_pass, warm_pass
 from fusedfog.params.flat import FlatSegment
 from fusedfog.params.shards import Sharding
 from fusedfog.topology import Topology
@@ -164,8 +164,12 @@ class Scheduler(BetweenPhases):
             return
         counts = self.exchanges.inbox_counts()
         for pass_group in self.buckets.wholes:
-            for work in passes_to_warm(self, pass_group, counts):
+            for work in self.passes_to_warm(pass_group, counts):
                 warm_pass(work)
+
+    def passes_to_warm(self, pass_group: PassGroup, neighbours: set[int]) -> Iterator[Pass]:
+        """See `passes.passes_to_warm`."""
+        return passes_to_warm(self, pass_group, neighbours)
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from fusedfog.comm.profiling import span
 from fusedfog.engine.gradient_scale import gradients_of, own_multipliers
-from fusedfog.engine.passes import weights_of
+from fusedfog.engine.passes import pass_of, stand_ins, weights_of
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.gossip.buckets import PassGroup
+from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
 from fusedfog.params.flat import FlatSegment
 
@@ -70,27 +71,35 @@ class AroundScheduler(Scheduler):
         inbox = self.exchanges.receive(pass_group)
         if not inbox.weights:
             return None
-        (received,), param = inbox.tensors, pass_group.segment.param
-        into = self._room_for(pass_group.segment) if inbox.kept else received[0]
+        into = self._room_for(pass_group.segment) if inbox.kept else inbox.tensors[0][0]
         if self._before_pass(pass_group, inbox):
             self._healed = True
         quarantine = self.exchanges.quarantine
         alarm = None
         if quarantine is not None:
-            alarm = quarantine.alarm_for(param)
+            alarm = quarantine.alarm_for(pass_group.segment.param)
             quarantine.before_overwriting(pass_group, inbox)
         with span("pass", pass_group.numbers, "mix"):
-            run_pass(
-                Pass(
-                    "mix",
-                    into,
-                    (),
-                    (),
-                    pass_group.region,
-                    mixing=Mixing((param,), (received,), weights_of(self, inbox), row_sum=0.0, alarm=alarm),
-                )
-            )
+            run_pass(self._differences(pass_group, inbox, into, alarm))
         return into
+
+    def _differences(self, pass_group: PassGroup, inbox: Inbox, into: Tensor, alarm: Tensor | None) -> Pass:
+        """The pass that makes W x - x."""
+        mixing = Mixing(
+            (pass_group.segment.param,), inbox.tensors, weights_of(self, inbox), row_sum=0.0, alarm=alarm
+        )
+        return Pass("mix", into, (), (), pass_group.region, mixing=mixing)
+
+    def passes_to_warm(self, pass_group: PassGroup, neighbours: set[int]) -> Iterator[Pass]:
+        """See `Scheduler`: the update is another optimizer's, so all passes mix."""
+        segment, quarantine = pass_group.segment, self.exchanges.quarantine
+        alarm = quarantine.alarm_for(segment.param) if quarantine is not None else None
+        for count in sorted(neighbours - {0}) if segment.layout.mix else ():
+            inbox = stand_ins(self, segment, count)
+            if self.algorithm.before is None:
+                yield self._differences(pass_group, inbox, inbox.tensors[0][0], alarm)
+            else:
+                yield pass_of(self, pass_group, self.algorithm.after, None, inbox)
 
     def _room_for(self, segment: FlatSegment) -> Tensor:
         """Zeros like the segment at first: passes leave out the padding between parameters."""

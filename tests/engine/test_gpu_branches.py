@@ -44,6 +44,11 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw start": ("AdamW", {"data_parallel_steps": 3}),
     "sgd allreduce": ("SGD", {"algorithm": "allreduce", "momentum": 0.9}),
     "sgd measured": ("SGD", {"measure": True, "max_grad_norm": 1.0}),
+    "wrapped awc": ("Decentralized", {"topology": "one_peer_exponential"}),
+    "wrapped awc static": ("Decentralized", {"topology": "exponential", "mix_strength": 0.5}),
+    "wrapped atc": ("Decentralized", {"algorithm": "atc"}),
+    "wrapped averaging": ("Decentralized", {"algorithm": "atc", "global_average_every": 3, "topology": "ring"}),
+    "wrapped allreduce": ("Decentralized", {"algorithm": "allreduce"}),
     "adamw awc": ("AdamW", {"weight_decay": 0.1}),
     "adamw awc hooks": ("AdamW", {"fused_backward": True, "topology": "exponential"}),
     # Numbers that fp32 holds: on a GPU recorded passes read them in fp32, on the CPU in fp64.
@@ -75,7 +80,12 @@ def train(kind: str, options: dict[str, Any]) -> tuple[list[torch.Tensor], Any]:
     torch.manual_seed(0)
     model = Model()
     # As a warm-up schedule does, the rate of the first step is set after kernels have been compiled.
-    opt = getattr(fusedfog, kind)(model.parameters(), lr=1.0, **options)
+    given: Any = model.parameters()
+    if kind == "Decentralized":
+        given = torch.optim.SGD(given, lr=1.0, momentum=0.9)
+    else:
+        options["lr"] = 1.0
+    opt = getattr(fusedfog, kind)(given, **options)
     data = torch.Generator().manual_seed(1 + dist.get_rank())
     graph = None
     for step in range(STEPS):
