@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 
 from fusedfog.comm.calls import Call
+from fusedfog.comm.elastic.again import together
 from fusedfog.comm.registry import leave
-from fusedfog.engine.async_gossip import Finish, of_windows, settle
+from fusedfog.engine.async_gossip import finish, of_windows, settle
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.rhythm import Rhythm
@@ -170,13 +171,9 @@ class Controls(UnevenSteps):
             raise ValueError(f"{self._kind}.finish: only asynchronous optimizers finish; see uneven() for uneven data")
         if engine.communicator is None:
             return
-        steps, exchanges = engine.clock.steps, engine.clock.exchanges
-        finish = Finish(engine, steps)
-        self._rank_steps = finish.serve(self._mix_only)
-        # Steps that only mixed are none of training.
-        engine.clock.steps, engine.clock.exchanges = steps, exchanges
+        self._rank_steps = finish(engine, self._mix_only)
         if -1 not in self._rank_steps:
-            engine.discard()
+            together(engine.discard)
 
     def leave(self) -> None:
         """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.

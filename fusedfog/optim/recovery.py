@@ -43,6 +43,9 @@ R = TypeVar("R")
 
 _INTERRUPTED = (PeerTimeout, ExchangeError, StoreLost)
 _ASK_AGAIN = 0.3
+_NEXT_ADMISSION = 5.0
+"""Seconds for which asynchronous members train on when a newcomer could not come in, as one of them was in a call: it may wait
+there for the others' next thousand steps, at whose beginnings they would stop for nothing."""
 _REASON = "given to the run"
 """Of a newcomer's topology, which nobody has told it."""
 
@@ -100,6 +103,8 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
             engine.members = Recovery(opt, run)
             engine.exchanges.survive(engine.members.lost)
             return engine
+        if engine.exchanges.windows is not None:
+            engine.exchanges.windows.close(0.0)
     except _INTERRUPTED as error:
         cause = brief(error, run)
     _begin_anew(run, cause)
@@ -125,8 +130,8 @@ def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
         return None
     run.built = True
     engine.members = recovery = Recovery(opt, run)
-    record = recovery.go_over("join", f"slot {run.identity.slot} came")
-    recovery.clock_reads.move(0, record.steps)
+    recovery.go_over("join", f"slot {run.identity.slot} came")
+    recovery.clock_reads.move(0, engine.clock.steps)
     return engine
 
 
@@ -186,7 +191,10 @@ class Recovery:
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
         run.again, run.write = self.make_again, self._write
+        run.unwaited = opt._options.asynchronous
         self._cause = ""
+        self._served: tuple[int, int] | None = None
+        self._since = time.monotonic()
         self.clock_reads = ClockReads(run.identity.slot)
 
     @property
@@ -209,19 +217,47 @@ class Recovery:
             raise RuntimeError(
                 f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
             )
-        self.clock_reads.begin_step()
+        if self._served is None:
+            self.clock_reads.begin_step()
         self.run.serve()
         if self._is_over():
-            self._begin_behind(self.go_over("begin", self._cause))
+            record = self.go_over("begin", self._cause)
+            if not self._asynchronous:
+                self._begin_behind(record)
+
+    def is_waited_for(self) -> bool:
+        """See `Members`."""
+        return self.run.hand.wanted or self._is_over()
+
+    def serve(self, clock: tuple[int, int] | None) -> None:
+        """See `Members`."""
+        self._served = clock
 
     def clock_is_read(self) -> None:
         """See `Members`."""
         self.clock_reads.read()
 
+    @property
+    def _asynchronous(self) -> bool:
+        """Whether members have clocks of their own."""
+        return self._engine.schedule.asynchronous
+
+    @property
+    def _clock(self) -> tuple[int, int]:
+        """Steps and exchanges; those of training while this rank only serves others."""
+        clock = self._engine.clock
+        return self._served or (clock.steps, clock.exchanges)
+
     def _is_over(self) -> bool:
-        communicator = self._engine.communicator
-        ended = communicator is not None and communicator.ended is not None
-        return ended or self.run.called or bool(self.run.over)
+        run, engine = self.run, self._engine
+        windows, record = engine.exchanges.windows, run.record
+        if windows is not None and record is not None and not self._cause:
+            # Nobody waits for it, so that no exchange fails.
+            self._cause = next((f"slot {record.seats[rank].slot} has ended" for rank in windows.dead()), "")
+        if self._is_over_now() or self._cause:
+            return True
+        waits = self._asynchronous and record is not None and record.passed_over
+        return run.called and not (waits and time.monotonic() - self._since < _NEXT_ADMISSION)
 
     def go_over(self, at: Position, cause: str) -> Record:
         """Be a member of the next epoch, with its topology.
@@ -231,15 +267,16 @@ class Recovery:
         """
         run, engine = self.run, self._engine
         while True:
-            record = run.reform(at, engine.clock.steps, engine.clock.exchanges, cause)
-            self._cause = ""
+            record = run.reform(at, *self._clock, cause)
+            self._cause, self._since = "", time.monotonic()
             try:
                 self._adopt(record)
                 break
             except _INTERRUPTED as error:
                 cause = brief(error, run)
         if at == "join":
-            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
+            clock = record.clock_of(run.source) if self._asynchronous else (record.steps, record.exchanges)
+            engine.clock.steps, engine.clock.exchanges = clock
         with self.clock_reads.ignored():
             run.tell()
         return record
@@ -285,9 +322,10 @@ class Recovery:
             except _INTERRUPTED as error:
                 cause = brief(error, self.run)
             record = self.go_over("call", cause or self._cause)
-            # Who was behind has nothing to make up for here: its next step is that of the others.
-            self._set_steps(record.steps)
-            self._engine.clock.exchanges = record.exchanges
+            if not self._asynchronous:
+                # Who was behind has nothing to make up for here: its next step is that of the others.
+                self._set_steps(record.steps)
+                self._engine.clock.exchanges = record.exchanges
 
     def _set_steps(self, steps: int) -> None:
         """The clock is that of the others."""
@@ -304,7 +342,9 @@ class Recovery:
         opt = self._opt()
         assert opt is not None
         tensors: dict[str, Tensor] = {}
-        said = {"optimizer": opt.state_dict(), "tensors": _tensors(opt), "fields": _fields(opt)}
+        saved = opt.state_dict()
+        saved["fusedfog"]["steps"], saved["fusedfog"]["exchanges"] = self._clock
+        said = {"optimizer": saved, "tensors": _tensors(opt), "fields": _fields(opt)}
         data = encode(said, "state", tensors)
         return write(path, tensors, data).crc32
 

@@ -28,6 +28,7 @@ from fusedfog.comm.elastic.forming import Dropped, form
 from fusedfog.comm.elastic.handing import Hand
 from fusedfog.comm.elastic.identity import Identity
 from fusedfog.comm.elastic.record import Note, Position, Record, Seat, read_record
+from fusedfog.comm.elastic.silence import Silence
 from fusedfog.comm.elastic.watching import Watcher
 from fusedfog.comm.failures import Origin
 from fusedfog.comm.listener import Listener
@@ -75,6 +76,9 @@ class Run:
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
         hand, write: where newcomers' wishes for it arrive, and what writes it into a file; the optimizer's.
+        source: the member whose state this process has begun with; "" if it has begun with its own.
+        silence: of the other members.
+        unwaited: in steps no member waits for another, so that none would miss it; a thread looks after the next one then.
         epochs_store: the connection that process groups use, and where to; made anew when a thread may be blocked in it.
         reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
     """
@@ -99,13 +103,14 @@ class Run:
         self._own_seat()
         self.record: Record | None = None
         self.over, self.built, self.left = "", False, False
+        self.source = ""
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.write: Callable[[Path], int] | None = None
         self.reforms, self.reform_s = 0, 0.0
         self.epochs_store: tuple[tuple[str, int], TCPStore] | None = None
-        self._silent: dict[str, float] = {}
-        self._beats: dict[str, str | None] = {}
+        self.silence = Silence(dead_after)
+        self.unwaited = False
         self._commits, self._called = 0, -1
         self._watcher = Watcher(self, Board(identity.stores, prefix))
         atexit.register(self._end)
@@ -191,8 +196,7 @@ class Run:
         Raises:
             Minority, PeerTimeout: as `form`.
         """
-        lost = tuple(uid for uid in self._silent if self.is_lost(uid, False))
-        note = Note(self.seat, at, steps, exchanges, self.built, lost, cause)
+        note = Note(self.seat, at, steps, exchanges, self.built, self.silence.lost(self.board), cause)
         base = self.record if self.record is not None else read_record(self.board.get("record"))
         return self._enter(note, base)
 
@@ -205,7 +209,7 @@ class Run:
         if record.passed_over:
             self.call(record.epoch)
         self.over, self._commits = "", 0
-        self._silent.clear()
+        self.silence.forget()
         if len(record.seats) > 1:
             calls.change_world(self.timeout, self._oversee)
         self.record = record
@@ -271,23 +275,8 @@ class Run:
         return None
 
     def is_lost(self, uid: str, answered: bool) -> bool:
-        """See `forming.Forms`; lost, too, is one of which the launcher says that it has ended.
-
-        A process whose launcher counts on is not lost, as in a long call that holds Python's lock.
-        """
-        now = time.monotonic()
-        if answered:
-            self._silent.pop(uid, None)
-            return False
-        since = self._silent.setdefault(uid, now)
-        with contextlib.suppress(StoreLost):
-            beat = self.board.get(f"beat/{uid}")
-            if beat != self._beats.setdefault(uid, beat):
-                self._beats[uid], self._silent[uid] = beat, now
-                return False
-            if self.board.get(f"dead/{uid}") is not None:
-                return True
-        return now - since >= self.dead_after
+        """See `forming.Forms`, and `Silence.lasts`; for the program's thread."""
+        return self.silence.lasts(uid, answered, self.board)
 
     def commit(self) -> bool:
         """Whether every member has completed the call that this one has; if not, all of them repeat it."""
@@ -334,6 +323,7 @@ class Run:
         for seat in base.seats if base is not None else ():
             found = asking.fetch(seat, into, _HAND_OVER) if seat.uid != self.seat.uid else None
             if found is not None:
+                self.source = seat.uid
                 return found
         return None
 
