@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from support.deaths import die
 from support.elastic import Members, current_run, results_when_one_comes_back, say
 
 import fusedfog
+from fusedfog.comm.window import opening
 
 SLOTS, SIZE, VICTIM, LR = 4, 5, 2, 0.1
 SLOW = pytest.mark.slow
@@ -54,8 +55,10 @@ def begin(lr: float = LR, dead_after: float = 10.0, **keywords: Any) -> tuple[to
 class Seen:
     """What a process had when it went over to other members."""
 
-    changes: list[fusedfog.Change] = []
-    values: list[np.ndarray] = []
+    changes: ClassVar[list[fusedfog.Change]] = []
+    values: ClassVar[list[np.ndarray]] = []
+    kept: ClassVar[float] = 1.0
+    """What becomes of the gradient of a step in which somebody joins."""
 
     def __init__(self, x: torch.nn.Parameter) -> None:
         self.x = x
@@ -63,6 +66,8 @@ class Seen:
     def see(self, change: fusedfog.Change) -> None:
         Seen.changes.append(change)
         Seen.values.append(self.x.detach().clone().numpy())
+        if change.epoch and change.joined and self.x.grad is not None:
+            self.x.grad.mul_(self.kept)
 
 
 def step(x: torch.nn.Parameter, opt: Any) -> None:
@@ -81,7 +86,13 @@ def enough(steps: int, since: int) -> bool:
 
 def outcome(x: torch.nn.Parameter, opt: Any, **more: Any) -> dict[str, Any]:
     stats = opt.stats()
-    return {"x": x.detach().clone().numpy(), "steps": opt.steps, "members": stats["members"], "changes": Seen.changes, **more}
+    return {
+        "x": x.detach().clone().numpy(),
+        "steps": opt.steps,
+        "members": stats["members"],
+        "changes": Seen.changes,
+        **more,
+    }
 
 
 def trains_until_rest(steps: int, members: int, slowest: int) -> dict[str, Any]:
@@ -128,25 +139,21 @@ def test_all_come_to_rest_on_the_whole_graph_once_the_killed_one_is_back() -> No
 
 
 def mixes_only(algorithm: str, topology: str) -> dict[str, Any]:
-    """Without learning rate: what all come to is a mean of what they had when the members changed for the last time."""
-    x, opt = begin(0.0, algorithm=algorithm, topology=topology)
-    if is_first():
-        with torch.no_grad(), opt.paused():
-            x.copy_(torch.linspace(-1, 1, SIZE, dtype=torch.float64) * (own_slot() + 1) ** 2)
-    else:
-        say(opt.steps)
-    calls, since = 0, 0
+    """Members pull apart until somebody joins, and from that moment on only mix: what do they come to?"""
+    Seen.kept = 0.0
+    x, opt = begin(algorithm=algorithm, topology=topology)
+    target = torch.linspace(-1, 1, SIZE, dtype=torch.float64) * (own_slot() + 1) ** 2
+    made, since = opt.steps, 0
     while not enough(300, since):
-        if is_first() and own_slot() == VICTIM and calls == 3:
+        if is_first() and own_slot() == VICTIM and opt.steps == 10:
             die()
-        x.grad = torch.zeros_like(x)
+        x.grad = torch.zeros_like(x) if "2.1" in Seen.changes[-1].members else x.detach() - target
         opt.step()
-        calls += 1
         stats = opt.stats()
         since += stats["epoch"] > 0 and len(stats["members"]) == SLOTS
         time.sleep(0.001)
     opt.drain()
-    return outcome(x, opt, at_change=Seen.values[-1], mass=opt.stats().get("mass", 1.0))
+    return outcome(x, opt, at_change=Seen.values[-1], mass=opt.stats().get("mass", 1.0), made=opt.steps - made)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +170,166 @@ def test_a_newcomer_takes_the_mean_of_the_others_and_brings_nothing(algorithm: s
         np.testing.assert_allclose(found, np.tile(known.mean(0), (4, 1)), rtol=0, atol=1e-9)
         assert sum(result["mass"] for result in results.values()) == pytest.approx(4.0, abs=1e-9)
     assert (found >= known.min(0) - 1e-9).all() and (found <= known.max(0) + 1e-9).all()
+
+
+def stands_still(until: int, max_lag: int | None) -> Any:
+    """Slot 1 is stopped. Nobody waits for it, or no longer than for a member: the others go on without it."""
+    x, opt = begin(dead_after=2.0, max_lag=max_lag)
+    while own_slot() == 1 or opt.steps < until or len(opt.stats()["members"]) > 2:
+        step(x, opt)
+        if opt.steps == 20:
+            say("trains")
+        time.sleep(0.005)
+    return opt.stats()["members"], [change.cause for change in Seen.changes[1:]], opt.steps
+
+
+@pytest.mark.parametrize("max_lag", [None, 3])
+def test_one_that_stands_still_for_too_long_is_let_go_though_nobody_waits_for_it(max_lag: int | None) -> None:
+    with Members(3) as members:
+        members.start(stands_still, 60, max_lag)
+        for slot in range(3):
+            members.wait_for(f"{slot}.0", "trains")
+        members.signal("1.0", signal.SIGSTOP)
+        for uid in ("0.0", "2.0"):
+            members.processes[uid].join(90)
+        members.kill(1)
+        results = members.results()
+    assert {uid: result[0] for uid, result in results.items()} == dict.fromkeys(("0.0", "2.0"), ("0.0", "2.0"))
+    assert results["0.0"][2] >= 60 and results["2.0"][2] >= 60
+
+
+def is_slow(until: int) -> Any:
+    """A step of slot 1 takes three times `dead_after`, and in the middle of one the members change."""
+    x, opt = begin(dead_after=1.0)
+    while opt.steps < until:
+        if own_slot() == 2 and opt.steps == 5:
+            time.sleep(0.5)
+            die()
+        step(x, opt)
+        time.sleep(3.0 if own_slot() == 1 else 0.05)
+    return opt.steps, opt.stats()["members"], opt.stats()["reforms"]
+
+
+@SLOW
+def test_a_slow_member_is_waited_for_when_members_change() -> None:
+    with Members(3) as members:
+        members.start(is_slow, 12)
+        results = members.results()
+    # Those who are through end first, and the slow one goes on without them.
+    assert results["0.0"] == (12, ("0.0", "1.0"), 1)
+    assert results["1.0"][0] == 12
+
+
+def is_done_early(until: int) -> Any:
+    """Slot 0 has no data and serves from the beginning; slot 1 dies, and comes back; slot 2 has much."""
+    x, opt = begin()
+    with opt.uneven():
+        if not is_first():
+            say(("joined", opt.steps))
+        while own_slot() != 0 and opt.steps < until:
+            if is_first() and own_slot() == 1 and opt.steps == 20:
+                die()
+            step(x, opt)
+            time.sleep(0.002)
+            if own_slot() == 2 and opt.steps == until - 1:
+                # It has more until the killed one is back, and is through.
+                while "1.1" not in opt.stats()["members"]:
+                    step(x, opt)
+                    opt._engine.clock.steps -= 1
+                    time.sleep(0.002)
+    return outcome(x, opt, stats=opt.stats(), distance=opt.consensus_distance())
+
+
+def test_who_is_done_serves_on_through_a_death_and_a_return() -> None:
+    results = results_when_one_comes_back(3, 1, is_done_early, 100)
+    assert list(results) == ["0.0", "2.0", "1.1"]
+    for result in results.values():
+        assert result["members"] == ("0.0", "1.1", "2.0")
+        assert result["stats"]["rank_steps"][0] == 0 and result["stats"]["rank_steps"][2] == 100
+        assert np.isfinite(result["x"]).all() and result["distance"] < 5
+    assert len({tuple(result["stats"]["rank_steps"]) for result in results.values()}) == 1
+    assert results["0.0"]["steps"] == 0, "steps that only mix are none of training"
+
+
+def figures() -> tuple[int, int, int]:
+    """Threads, descriptors, and mapped files of shared memory of this process."""
+    with open("/proc/self/maps") as file:
+        mapped = sum("memfd" in line or "/dev/shm" in line for line in file)
+    return threading.active_count(), len(os.listdir("/proc/self/fd")), mapped
+
+
+def changes_again_and_again(times: int, algorithm: str) -> Any:
+    x, opt = begin(algorithm=algorithm)
+    run: Any = current_run()
+    found: list[tuple[int, int, int]] = []
+    while opt.stats()["reforms"] < times:
+        before = opt.stats()["reforms"]
+        step(x, opt)
+        if opt.stats()["reforms"] > before:
+            found.append(figures())
+        if own_slot() == 0:
+            run.call(run.record.epoch)  # As if a newcomer had come, that goes away.
+    fusedfog.agree(True)
+    return found, opt.stats()["members"]
+
+
+@pytest.mark.parametrize("algorithm", ["awc", pytest.param("push_sum", marks=SLOW)])
+def test_nothing_is_left_of_windows_over_many_changes(algorithm: str) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with Members(3) as members:
+        members.start(changes_again_and_again, 20, algorithm)
+        results = members.results(180)
+    for found, uids in results.values():
+        assert uids == ("0.0", "1.0", "2.0") and len(found) >= 20
+        first, last = found[1], found[-1]
+        assert last[0] <= first[0] + 2 and last[1] <= first[1] + 4 and last[2] <= first[2], found
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "fusedfog" in name}
+
+
+def meets_others(until: int, at: int) -> Any:
+    """All call `averaged()` when their own clock is `at`; the fast one waits there while another dies, and comes back."""
+    x, opt = begin()
+    began, means = opt.steps, []
+    while opt.steps < until:
+        if is_first() and own_slot() == 1 and opt.steps == 5:
+            die()
+        step(x, opt)
+        if opt.steps == at:
+            with opt.averaged():
+                means.append(x.detach().clone().numpy())
+        time.sleep(0.15 if own_slot() == 2 and opt.steps < at else 0.005)
+    return began, opt.steps, means, Seen.changes[-1].members
+
+
+def test_a_newcomer_comes_in_once_those_that_wait_for_each_other_in_a_call_have_met() -> None:
+    results = results_when_one_comes_back(3, 1, meets_others, 400, 40)
+    began, _, none, last = results["1.1"]
+    assert began >= 40 and not none and last == ("0.0", "1.1", "2.0")
+    assert {result[1] for result in results.values()} == {400}
+    (one,), (other,) = results["0.0"][2], results["2.0"][2]
+    np.testing.assert_array_equal(one, other)
+
+
+def dies_in_opening(where: str) -> Any:
+    """Slot 3 dies, and then slot 1, as it opens the windows of those that are left."""
+    x, opt = begin()
+    while opt.steps < 10:
+        step(x, opt)
+    if own_slot() == 3:
+        die()
+    if own_slot() == 1:
+        patched = opening._Opening._connect_all if where == "connects" else opening._Opening._await_senders
+        setattr(opening._Opening, patched.__name__, lambda *given: die())
+    while len(opt.stats()["members"]) > 2 or opt.steps < 60:
+        step(x, opt)
+        time.sleep(0.005)
+    fusedfog.agree(True)
+    return opt.stats()["members"], figures()[2]
+
+
+@pytest.mark.parametrize("where", ["connects", pytest.param("waits", marks=SLOW)])
+def test_a_member_dies_while_windows_are_opened(where: str) -> None:
+    with Members(4) as members:
+        members.start(dies_in_opening, where)
+        results = members.results(100)
+    assert {uid: result[0] for uid, result in results.items()} == dict.fromkeys(("0.0", "2.0"), ("0.0", "2.0"))
