@@ -290,8 +290,8 @@ def elastic_sampler(
     if isinstance(standings, OfOptimizer) and standings.optimizer._options.asynchronous and run is not None:
         raise ValueError(
             f"slot {run.identity.slot}: elastic_sampler deals out each step's samples among its members, and asynchronous "
-            f"members of an elastic run make a step at different times, with others beside them: draw at random, by slot and opt.steps, "
-            f"or leave out asynchronous=True"
+            f"members of an elastic run make a step at different times, with others beside them: draw at random, by slot and "
+            f"opt.steps, or leave out asynchronous=True"
         )
     if slots is None:
         slots = run.identity.slots if run is not None else len(standings.standing().members)
