@@ -16,6 +16,9 @@ has taken become one by their mean weighed by mass. With k over the deposits tak
 
 v is the Perron vector of the shares, with mean 1. In the long run rank i holds mass v_i / (its speed) and makes speed_i steps
 a second, so that all ranks' gradients count alike.
+
+What a newcomer to an elastic run has is a copy of another rank's values, which would count twice: it has no mass until it has
+mixed something, and what it mixes first takes the place of its own. Averages say so to others by a mass of 0.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ class Controls(UnevenSteps):
         """How many steps were made, those before the checkpoint that was loaded included: what an elastic run goes by.
 
         There, data, schedules and the end of training are functions of it: a member that was behind comes out of a change of
-        members with the clock of the one ahead, and a newcomer begins with that of the others. A program whose clock has moved
+        members with the clock of the one ahead, and a newcomer begins with that of the others. (Asynchronous members keep their
+        own, and a newcomer begins with that of the member whose state it got.) A program whose clock has moved
         in this way, and that makes 100 steps without having read this since its first one, is warned once (RuntimeWarning).
         """
         engine = self._engine
@@ -161,7 +162,8 @@ class Controls(UnevenSteps):
 
         Until then this rank goes on mixing, without updates, so that the others do not average with values that stand still.
         Afterwards everything has arrived, `stats()` has `rank_steps`, and training may go on. A rank that has died is not
-        waited for, as far as a neighbour of it is alive. `with opt.uneven():` calls it on leaving.
+        waited for, as far as a neighbour of it is alive. In an elastic run it serves on while members come and go.
+        `with opt.uneven():` calls it on leaving.
 
         Raises:
             ValueError: the optimizer is not asynchronous.

@@ -22,10 +22,15 @@ A member that was behind (by a step or two) comes out of a re-form with the cloc
 gradient in a step that mixed nothing: no gradient is lost or applied twice. A newcomer is admitted only where all members are
 about to begin the same step, so that its program and theirs make the same calls from then on.
 
+Asynchronous members keep the clocks that they have, and a newcomer takes that of the member whose state it got: what that one
+calls from then on together with others, it calls too. In their steps nobody waits for anybody, so that none would miss another:
+the thread of each member asks the one of the next rank now and then.
+
     identity    who this process is, by its environment          record      records and notes, and what follows from them
     board       the store, with deadlines and fallbacks          asking      who answers at the members' ports
     epoch       the process groups of an epoch                   forming     the loop that makes the next one
-    watching    the thread that looks for notes                  run         all of it together: what optimizers use
+    watching    the thread that looks for notes                  silence     since when members have not answered
+    run         all of it together: what optimizers use
 
 Nothing here runs in a process that has not called `fusedfog.init(elastic=True)`.
 """
