@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.agreement import differences
-from fusedfog.comm.elastic.forming import Dropped
+from fusedfog.comm.elastic.forming import Dropped, Evicted
 from fusedfog.comm.elastic.record import Position, Record
 from fusedfog.comm.elastic.run import Run
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StoreLost
+from fusedfog.errors import ExchangeError, Minority, MismatchError, PeerTimeout, StoreLost
 from fusedfog.log import log
 from fusedfog.optim import build as construction
 from fusedfog.optim.checkpoint_file import TensorFile, Written, write
@@ -267,7 +267,14 @@ class Recovery:
         """
         run, engine = self.run, self._engine
         while True:
-            record = run.reform(at, *self._clock, cause)
+            try:
+                record = run.reform(at, *self._clock, cause)
+            except Evicted as why:
+                if at != "begin":
+                    raise  # In a call that the others have made without this one.
+                at, cause = "join", f"slot {run.identity.slot} came back"
+                self._come_back(why)
+                continue
             self._cause, self._since = "", time.monotonic()
             try:
                 self._adopt(record)
@@ -280,6 +287,22 @@ class Recovery:
         with self.clock_reads.ignored():
             run.tell()
         return record
+
+    def _come_back(self, why: Evicted) -> None:
+        """Be a newcomer with a member's parameters, states and clock. The gradients that are there are used, once, by this step.
+
+        Raises:
+            Minority: somebody else has this process' place, or all members have ended.
+        """
+        log.info("%s. It comes back by itself", str(why).partition(". Start it")[0])
+        opt, engine, run = self._opt(), self._engine, self.run
+        assert opt is not None
+        run.come_back()
+        self._adopt(Record(-1, (run.seat,)))
+        steps = engine.clock.steps
+        if not _fetch(opt, engine, run):
+            raise Minority(f"slot {run.identity.slot}: the others have gone on without this process, and have ended") from why
+        self.clock_reads.move(steps, engine.clock.steps)
 
     def _adopt(self, record: Record) -> None:
         opt, engine, last = self._opt(), self._engine, self._engine.phases.last

@@ -27,12 +27,12 @@ class Seat:
     @property
     def slot(self) -> int:
         """Its place in the run."""
-        return int(self.uid.partition(".")[0])
+        return _numbers(self.uid)[0]
 
     @property
-    def incarnation(self) -> int:
-        """How often the process of this place was restarted."""
-        return int(self.uid.partition(".")[2])
+    def incarnation(self) -> tuple[int, ...]:
+        """How often the process of this place was restarted, and how often it has come back by itself; later ones are larger."""
+        return _numbers(self.uid)[1:]
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,19 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     return Record(base.epoch + 1, seats, (*built, *joiners), fresh, *clock, cause, passed_over, clocks)
 
 
+def launched(uid: str) -> str:
+    """What its launcher calls a member, which does not know of a process that it has come back by itself."""
+    return ".".join(uid.split(".")[:2])
+
+
+def _numbers(uid: str) -> tuple[int, ...]:
+    return tuple(map(int, uid.split(".")))
+
+
 def _lowest(uids: Collection[str]) -> str:
-    return min(uids, key=lambda uid: (int(uid.partition(".")[0]), int(uid.partition(".")[2])))
+    return min(uids, key=_numbers)
 
 
 def _words(uids: Sequence[str]) -> str:
     """Members in words, by slot."""
-    return name_ranks([int(uid.partition(".")[0]) for uid in uids]).replace("rank", "slot")
+    return name_ranks([_numbers(uid)[0] for uid in uids]).replace("rank", "slot")

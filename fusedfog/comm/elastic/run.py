@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from fusedfog.comm.failures import Origin
 from fusedfog.comm.listener import Listener
 from fusedfog.comm.registry import close_all, hear_all
 from fusedfog.comm.whereabouts import State
-from fusedfog.errors import LaunchError, StoreLost
+from fusedfog.errors import LaunchError, Minority, StoreLost
 from fusedfog.log import log
 
 _TOLD_EVERY = 0.3
@@ -48,7 +48,8 @@ class Change:
 
     Attributes:
         epoch: the number of the period that begins.
-        members: all of them, by rank; each is "slot.incarnation".
+        members: all of them, by rank; each is "slot.incarnation", or "slot.incarnation.returns" of a process that was let go, as
+            it had not answered for too long, and has come back.
         left, joined: who is no member any more, and who has become one.
         cause: why, for people.
     """
@@ -135,9 +136,9 @@ class Run:
         while True:
             before = self.board.get(key)
             known = Seat(**json.loads(before)) if before else None
-            if known is not None and known.incarnation >= identity.incarnation:
+            if known is not None and known.incarnation >= (identity.incarnation,):
                 living = not asking.ask([known], whereabouts.PATIENCE)[known.uid].dead
-                if living or known.incarnation > identity.incarnation:
+                if living or known.incarnation > (identity.incarnation,):
                     self._listener.stop()
                     raise LaunchError(
                         f"slot {identity.slot} of run {identity.run!r} is taken by {known.uid} on {known.host}"
@@ -181,6 +182,30 @@ class Run:
         alone = Record(-1, (self.seat,))
         open_epoch(alone, 0, HashStore(), timedelta(seconds=self.timeout), self.dead_after, lambda: "")
 
+    def come_back(self) -> None:
+        """Be another member of the same place, which is none of the run's until it joins: the others have let this one go.
+
+        Raises:
+            Minority: another process has the place meanwhile.
+        """
+        key, self.record = f"slot/{self.identity.slot}", None
+        identity = replace(self.identity, returns=self.identity.returns + 1)
+        seat = replace(self.seat, uid=identity.uid, token=secrets.token_hex(8))
+        own, before = json.dumps(vars(seat)), self.board.get(key)
+        while True:
+            known = Seat(**json.loads(before)) if before else self.seat
+            if known.incarnation > self.seat.incarnation:
+                raise Minority(
+                    f"slot {identity.slot}: the others have let this process, {self.seat.uid}, go, and {known.uid} on "
+                    f"{known.host} was started in its place: this one is none of the run's any more. End it"
+                )
+            found = self.board.swap(key, before, own)
+            if found == own:
+                break
+            before = found
+        self.identity, self.seat = identity, seat
+        self.stand_alone()
+
     def newest(self) -> Record | None:
         """The newest record; None if there is none, or none of its members lives."""
         base = read_record(self.board.get("record"))
@@ -194,7 +219,7 @@ class Run:
         """Go over to the next epoch, from wherever the program stands.
 
         Raises:
-            Minority, PeerTimeout: as `form`.
+            Minority, Evicted, PeerTimeout: as `form`.
         """
         note = Note(self.seat, at, steps, exchanges, self.built, self.silence.lost(self.board), cause)
         base = self.record if self.record is not None else read_record(self.board.get("record"))

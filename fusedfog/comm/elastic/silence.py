@@ -7,6 +7,7 @@ import threading
 import time
 
 from fusedfog.comm.elastic.board import Board
+from fusedfog.comm.elastic.record import launched
 from fusedfog.errors import StoreLost
 
 
@@ -36,12 +37,12 @@ class Silence:
                 return False
             since = self._since.setdefault(uid, now)
         with contextlib.suppress(StoreLost):
-            beat = board.get(f"beat/{uid}")
+            beat = board.get(f"beat/{launched(uid)}")
             with self._lock:
                 if beat != self._beats.setdefault(uid, beat):
                     self._beats[uid], self._since[uid] = beat, now
                     return False
-            if board.get(f"dead/{uid}") is not None:
+            if board.get(f"dead/{launched(uid)}") is not None:
                 return True
         return now - since >= self._dead_after
 
