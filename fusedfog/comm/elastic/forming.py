@@ -207,7 +207,7 @@ class _Forming:
         reached = {self._uid, *answered}
         return Situation(self._uid, base, run.identity.slots, notes, reached, dead, lost, late, run.min_ranks)
 
-    def _is_dead(self, seat: Seat, heard: Heard, newer: dict[int, int]) -> bool:
+    def _is_dead(self, seat: Seat, heard: Heard, newer: dict[int, tuple[int, ...]]) -> bool:
         """Whether a process has ended for certain."""
         if heard.dead or newer.get(seat.slot, ()) > seat.incarnation:
             return True
