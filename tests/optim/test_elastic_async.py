@@ -201,7 +201,7 @@ def test_one_that_stands_still_for_too_long_is_let_go_though_nobody_waits_for_it
 def is_slow(until: int) -> Any:
     """A step of slot 1 takes three times `dead_after`, and in the middle of one the members change."""
     x, opt = begin(dead_after=1.0)
-    while opt.steps < until:
+    while opt.steps < until or "2.0" in opt.stats()["members"]:
         if own_slot() == 2 and opt.steps == 5:
             time.sleep(0.5)
             die()
@@ -213,11 +213,11 @@ def is_slow(until: int) -> Any:
 @SLOW
 def test_a_slow_member_is_waited_for_when_members_change() -> None:
     with Members(3) as members:
-        members.start(is_slow, 12)
+        members.start(is_slow, 6)
         results = members.results()
     # Those who are through end first, and the slow one goes on without them.
-    assert results["0.0"] == (12, ("0.0", "1.0"))
-    assert results["1.0"][0] == 12
+    assert results["0.0"][1] == ("0.0", "1.0")
+    assert min(result[0] for result in results.values()) >= 6
 
 
 def is_done_early(until: int) -> Any:
