@@ -43,9 +43,6 @@ R = TypeVar("R")
 
 _INTERRUPTED = (PeerTimeout, ExchangeError, StoreLost)
 _ASK_AGAIN = 0.3
-_NEXT_ADMISSION = 5.0
-"""Seconds for which asynchronous members train on when a newcomer could not come in, as one of them was in a call: it may wait
-there for the others' next thousand steps, at whose beginnings they would stop for nothing."""
 _REASON = "given to the run"
 """Of a newcomer's topology, which nobody has told it."""
 
@@ -194,7 +191,6 @@ class Recovery:
         run.unwaited = opt._options.asynchronous
         self._cause = ""
         self._served: tuple[int, int] | None = None
-        self._since = time.monotonic()
         self.clock_reads = ClockReads(run.identity.slot)
 
     @property
@@ -256,8 +252,10 @@ class Recovery:
             self._cause = next((f"slot {record.seats[rank].slot} has ended" for rank in windows.dead()), "")
         if self._is_over_now() or self._cause:
             return True
-        waits = self._asynchronous and record is not None and record.passed_over
-        return run.called and not (waits and time.monotonic() - self._since < _NEXT_ADMISSION)
+        # A newcomer could not come in as an asynchronous member was in a call, where it may wait for the others' next thousand
+        # steps. When all have met there, all are about to begin a step.
+        waits = self._asynchronous and record is not None and record.passed_over and not run.met
+        return run.called and not waits
 
     def go_over(self, at: Position, cause: str) -> Record:
         """Be a member of the next epoch, with its topology.
@@ -275,7 +273,7 @@ class Recovery:
                 at, cause = "join", f"slot {run.identity.slot} came back"
                 self._come_back(why)
                 continue
-            self._cause, self._since = "", time.monotonic()
+            self._cause = ""
             try:
                 self._adopt(record)
                 break

@@ -333,3 +333,16 @@ def test_a_member_dies_while_windows_are_opened(where: str) -> None:
         members.start(dies_in_opening, where)
         results = members.results(100)
     assert {uid: result[0] for uid, result in results.items()} == dict.fromkeys(("0.0", "2.0"), ("0.0", "2.0"))
+
+
+def asks_for_shares() -> str:
+    _, opt = begin()
+    with pytest.raises(ValueError, match="leave out asynchronous=True") as caught:
+        fusedfog.elastic_sampler(100, opt, 2)
+    return str(caught.value)
+
+
+def test_data_that_is_dealt_out_by_one_clock_is_refused() -> None:
+    with Members(1) as members:
+        members.start(asks_for_shares)
+        assert "slot 0" in members.results()["0.0"]

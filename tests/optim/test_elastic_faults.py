@@ -388,7 +388,14 @@ def through_everything(keywords: dict[str, Any]) -> Any:
 @SLOW
 @pytest.mark.parametrize(
     ("seed", "keywords"),
-    [(0, {}), (1, {"algorithm": "atc"}), (2, {"algorithm": "push_sum"}), (3, {"wire_dtype": "int8"})],
+    [
+        (0, {}),
+        (1, {"algorithm": "atc"}),
+        (2, {"algorithm": "push_sum"}),
+        (3, {"wire_dtype": "int8"}),
+        (4, {"asynchronous": True}),
+        (5, {"asynchronous": True, "algorithm": "push_sum"}),
+    ],
 )
 def test_killed_at_random_moments_and_started_again_at_once_all_go_on(seed: int, keywords: dict[str, Any]) -> None:
     chance = random.Random(seed)

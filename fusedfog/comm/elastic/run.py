@@ -74,6 +74,7 @@ class Run:
         record: of the epoch that this process is a member of; None before its first one.
         left: this process has ended its part, and answers as one that is none of the members.
         over: why the current epoch is over, once it is; "" until then.
+        met: all members have completed a call in the current epoch.
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
         hand, write: where newcomers' wishes for it arrive, and what writes it into a file; the optimizer's.
@@ -103,7 +104,7 @@ class Run:
         self.board = Board(identity.stores, prefix)
         self._own_seat()
         self.record: Record | None = None
-        self.over, self.built, self.left = "", False, False
+        self.over, self.met, self.built, self.left = "", False, False, False
         self.source = ""
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
@@ -233,7 +234,7 @@ class Run:
         # Else members would see at different steps that somebody waits, and one of them would be in a call each time.
         if record.passed_over:
             self.call(record.epoch)
-        self.over, self._commits = "", 0
+        self.over, self.met, self._commits = "", False, 0
         self.silence.forget()
         if len(record.seats) > 1:
             calls.change_world(self.timeout, self._oversee)
@@ -322,6 +323,7 @@ class Run:
 
         key = f"done/{record.epoch}/{self._commits}"
         done = completed(self.board, key, self.seat.uid, record.uids, why_not, self.dead_after)
+        self.met = self.met or done
         if done and self._commits > 1:
             # Who has come to this call knows the verdict on the one before.
             before = f"done/{record.epoch}/{self._commits - 1}"
