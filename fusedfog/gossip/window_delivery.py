@@ -230,7 +230,9 @@ class WindowDelivery:
 
     def _counts(self, link: InLink) -> bool:
         """Whether averages mix what has come from a neighbour; if not, it counts as this rank's own value."""
-        return bool(not link.gone and not link.inbox.blank and link.inbox.mass and link.inbox.stamp // _ERA >= self._era)
+        return bool(
+            not link.gone and not link.inbox.blank and link.inbox.mass and link.inbox.stamp // _ERA >= self._era
+        )
 
     # -- how far others are ------------------------------------------------------------------------------------------
 

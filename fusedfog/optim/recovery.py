@@ -299,7 +299,9 @@ class Recovery:
         self._adopt(Record(-1, (run.seat,)))
         steps = engine.clock.steps
         if not _fetch(opt, engine, run):
-            raise Minority(f"slot {run.identity.slot}: the others have gone on without this process, and have ended") from why
+            raise Minority(
+                f"slot {run.identity.slot}: the others have gone on without this process, and have ended"
+            ) from why
         self.clock_reads.move(steps, engine.clock.steps)
 
     def _adopt(self, record: Record) -> None:
