@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -33,7 +34,8 @@ class Lookout:
         if time.monotonic() < self._next:
             return
         if self._vigil is None:
-            calls.remember_addresses(self._view)
+            with contextlib.suppress(RuntimeError):  # The store may have gone, and the wait does not need it.
+                calls.remember_addresses(self._view)
             self._vigil = calls.vigil(self._communicator, self._view.ranks if self._communicator else ())
         if self._vigil is not None:
             ranks = self._view.ranks
