@@ -72,7 +72,8 @@ class StoreLost(RuntimeError):
 class Minority(RuntimeError):
     """This process is on the smaller side of a broken network, or is none of the members any more; the others train on.
 
-    Its parameters and states are what they were. Restarted, it joins the others again.
+    It is raised where it cannot come back by itself: it reaches no member, another process has its place, or it is in a call that
+    the others have made without it. Its parameters and states are what they were. Restarted, it joins the others again.
     """
 
 

@@ -281,13 +281,19 @@ def elastic_sampler(
             `batches_per_step` and rounded up. Changes of members reach the data that much later.
 
     Raises:
-        ValueError: a number that is too small; too few samples for `slots` ranks to have one in every batch.
+        ValueError: a number that is too small; too few samples for `slots` ranks to have one in every batch; the optimizer is
+            an asynchronous one of an elastic run, whose members have clocks of their own.
         RuntimeError: while iterating: a batch is asked for further ahead.
     """
     samples = whole(dataset if isinstance(dataset, int) else len(dataset), "the number of samples")
-    standings = optimizer if isinstance(optimizer, Standings) else OfOptimizer(optimizer)
+    standings, run = optimizer if isinstance(optimizer, Standings) else OfOptimizer(optimizer), Run.current()
+    if isinstance(standings, OfOptimizer) and standings.optimizer._options.asynchronous and run is not None:
+        raise ValueError(
+            f"slot {run.identity.slot}: elastic_sampler deals out each step's samples among its members, and asynchronous "
+            f"members of an elastic run make a step at different times, with others beside them: draw at random, by slot and "
+            f"opt.steps, or leave out asynchronous=True"
+        )
     if slots is None:
-        run = Run.current()
         slots = run.identity.slots if run is not None else len(standings.standing().members)
     return ElasticSampler(
         samples,

@@ -53,7 +53,8 @@ def init(
             replaced when they change: ranks count from 0 to their number - 1. On GPUs it has gloo and NCCL; no GPU has run that
             yet.
         min_ranks: in an elastic run, with how many members training goes on; fewer wait for others.
-        dead_after: seconds after which a member counts as lost that neither answers nor is known to have ended.
+        dead_after: seconds after which a member counts as lost that neither answers nor is known to have ended. If it is there
+            again later, it comes back by itself, as a restarted one does.
         on_membership_change: called, in the thread that trains, with a `Change` (epoch, members, left, joined, cause) when the
             members have changed, once at the beginning, and in a newcomer when it has been admitted.
 

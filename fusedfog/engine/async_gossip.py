@@ -12,10 +12,21 @@ from fusedfog.comm.agreement import next_agreement
 from fusedfog.comm.communicator import Communicator
 from fusedfog.comm.mixing import mix
 from fusedfog.comm.store import own_store
+from fusedfog.engine.clock import Clock
 from fusedfog.engine.exchanges import Exchanges
 from fusedfog.gossip.buckets import Buckets
 
 _GLANCE = 0.005
+
+
+class Serving(Protocol):
+    """What this needs of `between_phases.Members`."""
+
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits for this rank's next step."""
+
+    def serve(self, clock: tuple[int, int] | None) -> None:
+        """From now on steps only mix, after so many steps and exchanges; for None, they do more again."""
 
 
 class Engine(Protocol):
@@ -24,6 +35,16 @@ class Engine(Protocol):
     communicator: Communicator | None
     exchanges: Exchanges
     buckets: Buckets
+
+
+class Finishing(Engine, Protocol):
+    """What `finish` needs of a scheduler."""
+
+    clock: Clock
+
+    @property
+    def members(self) -> Serving | None:
+        """Who the ranks are in an elastic run."""
 
 
 def settle(engine: Engine, call: str) -> None:
@@ -67,36 +88,81 @@ def of_windows(engine: Engine) -> dict[str, Any]:
     return {"neighbor_exchanges": windows.reached(), **mass}
 
 
-class Finish:
-    """One meeting of ranks that are done: each announces itself, and mixes what comes until all have, or have died."""
+def finish(engine: Finishing, mix_only: Callable[[], None]) -> list[int]:
+    """Mix until all ranks are done; how many steps each has made, -1 of one that has died. Collective.
 
-    def __init__(self, engine: Engine, steps: int) -> None:
+    In an elastic run members come and go meanwhile, and those that there are at the end are counted.
+    """
+    clock, members = engine.clock, engine.members
+    steps, exchanges = clock.steps, clock.exchanges
+    if members is not None:
+        members.serve((steps, exchanges))
+    try:
+        found: list[int] | None = None
+        while found is None:
+            found = [steps] if engine.communicator is None else Finish(engine, steps).serve(mix_only)
+    finally:
+        # Steps that only mixed are none of training.
+        clock.steps, clock.exchanges = steps, exchanges
+        if members is not None:
+            members.serve(None)
+    return found
+
+
+class Finish:
+    """One meeting of ranks that are done: each announces itself, and mixes what comes until all have, or have died.
+
+    Members of an elastic run may go over to others in a step of theirs. Whether all were done before is one verdict then, which
+    whoever comes first writes into the store: else one would go on that others wait for.
+    """
+
+    def __init__(self, engine: Finishing, steps: int) -> None:
         assert engine.communicator is not None and engine.exchanges.windows is not None
+        self._engine, self._communicator = engine, engine.communicator
         self._windows, self._view = engine.exchanges.windows, engine.communicator.view
         self._store: Any = own_store()
         self._prefix = f"{next_agreement(self._view)}/finish"
+        self._waiting, self._looked = set(range(self._view.size)), 0.0
         self._store.set(self._key("done", self._view.rank), str(steps))
 
     def _key(self, name: str, rank: int) -> str:
         return f"{self._prefix}/{name}/{rank}"
 
-    def serve(self, mix_only: Callable[[], None]) -> list[int]:
-        """Mix until all are done; returns how many steps each has made, -1 of a rank that has died."""
+    def serve(self, mix_only: Callable[[], None]) -> list[int] | None:
+        """Mix until all are done; returns how many steps each has made, -1 of a rank that has died.
+
+        None if the members have changed before all were done: those that there are now meet anew.
+        """
+        members = self._engine.members
         self._windows.done = True
-        waiting = set(range(self._view.size)) - {self._view.rank}
-        looked = 0.0
         mix_only()  # So that the others learn that they need not wait for this one.
-        while waiting:
-            if self._windows.has_news():
+        while not self._changed() and not self._complete():
+            if self._windows.has_news() or (members is not None and members.is_waited_for()):
                 mix_only()
-            if time.monotonic() - looked > 10 * _GLANCE:
-                looked = time.monotonic()
-                for rank in self._windows.dead():
-                    self._store.set(self._key("dead", rank), "")
-                waiting = {rank for rank in waiting if not self._over(rank)}
             time.sleep(_GLANCE)
         self._windows.done = False
+        if self._changed() and self._verdict("again") == "again":
+            return None
         return [self._steps(rank) for rank in range(self._view.size)]
+
+    def _changed(self) -> bool:
+        return self._engine.communicator is not self._communicator
+
+    def _complete(self) -> bool:
+        """Whether all are done, or have died; looked at now and then."""
+        if time.monotonic() - self._looked < 10 * _GLANCE:
+            return False
+        self._looked = time.monotonic()
+        for rank in self._windows.dead() if self._engine.members is None else ():
+            self._store.set(self._key("dead", rank), "")
+        self._waiting = {rank for rank in self._waiting if not self._over(rank)}
+        return not self._waiting and self._verdict("done") == "done"
+
+    def _verdict(self, own: str) -> str:
+        """Whether all were "done" before the members changed; where they cannot, at once."""
+        if self._engine.members is None:
+            return own
+        return str(self._store.compare_set(f"{self._prefix}/verdict", "", own).decode())
 
     def _over(self, rank: int) -> bool:
         return bool(self._store.check([self._key("done", rank)]) or self._store.check([self._key("dead", rank)]))

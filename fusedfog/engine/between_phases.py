@@ -37,6 +37,12 @@ class Members(Protocol):
     def before_step(self) -> None:
         """If the members have changed, go over to those that there are now; see `change_members`."""
 
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits for this rank's next step: the members, to go over, or a newcomer for its state."""
+
+    def serve(self, clock: tuple[int, int] | None) -> None:
+        """From now on steps only mix: newcomers are given this as steps and exchanges. For None, they are training again."""
+
     def clock_is_read(self) -> None:
         """The program reads how many steps were made."""
 
@@ -230,11 +236,15 @@ class BetweenPhases(BetweenSteps):
             fresh: ranks whose values are another one's; see `Exchanges.admit`.
             exchange: the number of the next one.
         """
+        if self.exchanges.windows is not None:
+            # What is in flight is dropped, and whoever has gone would be waited for. All members have left them.
+            self.exchanges.windows.close(0.0)
         self.discard()
         self.hooks.detach()
         self.communicator, self._channel = communicator, 0 if communicator is None else communicator.open_channel()
         self.phases = self.phases.with_last(phase)
-        self.clock.push_sum = None  # Scalars of the ranks that there were: a checkpoint of one that is alone would keep them.
+        # Scalars of the ranks that there were: a checkpoint of one that is alone would keep them.
+        self.clock.push_sum, self.clock.masses = None, None
         self.enter(phase)
         self.exchanges.restart()
         self.compare_numbers()

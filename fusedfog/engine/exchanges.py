@@ -153,8 +153,14 @@ class Exchanges:
                 self._push_sum.scalars, self._push_sum.exchanges = old.scalars, old.exchanges
 
     def admit(self, fresh: Collection[int], exchange: int) -> None:
-        """Have these ranks take their neighbours' mean in the exchange of this number, and the others nothing of theirs."""
+        """Have these ranks take their neighbours' mean in the exchange of this number, and the others nothing of theirs.
+
+        Asynchronous ones take it in the first exchange in which they have something of others; see `WindowDelivery.admit`.
+        """
         assert self.topology is not None
+        if self.windows is not None:
+            self.windows.admit(fresh)
+            return
         if self._push_sum is not None:
             self._push_sum.exchanges = exchange
         if fresh:

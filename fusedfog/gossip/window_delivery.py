@@ -16,24 +16,26 @@ has taken become one by their mean weighed by mass. With k over the deposits tak
 
 v is the Perron vector of the shares, with mean 1. In the long run rank i holds mass v_i / (its speed) and makes speed_i steps
 a second, so that all ranks' gradients count alike.
+
+What a newcomer to an elastic run has is a copy of another rank's values, which would count twice: it has no mass until it has
+mixed something, and what it mixes first takes the place of its own. Averages say so to others by a mass of 0.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fusedfog.comm.communicator import Communicator
+from fusedfog.comm.lookout import Lookout
 from fusedfog.comm.transfer import Transfer
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.comm.window.edge import SLOTS, Kind, Message
-from fusedfog.comm.window.endpoint import Endpoint
+from fusedfog.comm.window.endpoint import LAST_MOMENT
 from fusedfog.comm.window.links import InLink
 from fusedfog.comm.window.opening import Plan, check_descriptors, open_endpoint
 from fusedfog.comm.window.region import Layout
@@ -42,7 +44,7 @@ from fusedfog.errors import PeerTimeout
 from fusedfog.gossip.buckets import BucketState, Inbox
 from fusedfog.gossip.delivery import ExchangeStats, InboxTensors
 from fusedfog.gossip.mailbox import Mailbox
-from fusedfog.kernels import device
+from fusedfog.gossip.stations import Station, Stations
 from fusedfog.params.flat import FlatSegment
 from fusedfog.topology import Topology
 
@@ -53,54 +55,6 @@ DONE = 1 << 40
 """The number of exchanges that a rank without data gives as its own: nobody waits for it."""
 
 _GLANCE = 0.002
-
-
-@dataclass(eq=False)
-class Station:
-    """One segment's window.
-
-    Attributes:
-        endpoint: this rank's end of it.
-        buckets: how many buckets the segment has.
-        mass: push-sum's, what this rank holds of it.
-        filled: how many buckets have been passed over since the last message.
-        inbox: what this step mixes, once it is known.
-        rooms: on a GPU, where the fronts are copied to, by in-neighbour.
-    """
-
-    segment: FlatSegment
-    endpoint: Endpoint
-    buckets: int
-    mass: float = 1.0
-    filled: int = 0
-    inbox: Inbox | None = None
-    rooms: dict[int, Tensor] = field(default_factory=dict)
-
-    def front(self, link: InLink, mixed: bool) -> Tensor:
-        """What has arrived from a neighbour, on the parameters' device; zeros there if it is not to be mixed."""
-        if not device.on_gpu(self.segment.param):
-            return link.inbox.front
-        if link.peer not in self.rooms:
-            self.rooms[link.peer] = torch.empty_like(self.segment.param)
-        room = self.rooms[link.peer]
-        if mixed:
-            link.inbox.read(room)
-        else:
-            room.zero_()  # Whatever is not finite there would spread, times a weight of 0.
-        return room
-
-
-@dataclass
-class _Stations:
-    """All of them; what a finalizer closes."""
-
-    by_segment: dict[int, Station] = field(default_factory=dict)
-
-    def close(self) -> None:
-        """Close all windows."""
-        for station in self.by_segment.values():
-            station.endpoint.close()
-        self.by_segment.clear()
 
 
 class Sent(Transfer):
@@ -137,7 +91,7 @@ class WindowDelivery:
         self.deposits, self._max_lag = deposits, max_lag
         self.topology: Topology | None = None
         self._layout: list[tuple[FlatSegment, int]] = []
-        self._stations = _Stations()
+        self._stations = Stations()
         self._era = self._exchange = 0
         self._closed = self.done = False
         self._finalizer = weakref.finalize(self, self._stations.close)
@@ -201,10 +155,23 @@ class WindowDelivery:
         """Whether there are windows."""
         return bool(self._stations.by_segment)
 
-    def close(self) -> None:
-        """This rank mixes nothing more, and the others without it; local."""
+    def close(self, patience: float = LAST_MOMENT) -> None:
+        """This rank mixes nothing more, and the others without it; local. What is in flight gets `patience` seconds."""
         self._closed = True
-        self._stations.close()
+        self._stations.close(patience)
+
+    def admit(self, fresh: Collection[int]) -> None:
+        """Have these ranks begin with what first comes from others, and the others mix nothing of theirs until then.
+
+        What the others hold of push-sum's mass counts so much more that the ranks' masses sum to their number. A rank that
+        none of the others reaches, however long it takes, begins with what it has.
+        """
+        assert self.topology is not None
+        fresh = set(fresh) & _reached_by(self.topology, set(range(self.topology.size)) - set(fresh))
+        own, size = self.communicator.view.rank, self.topology.size
+        mass = size / (size - len(fresh)) if self.deposits else 1.0
+        for station in self._in_order():
+            station.mass = 0.0 if own in fresh else mass
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -222,7 +189,7 @@ class WindowDelivery:
         stamp = self._era * _ERA + (DONE if self.done else self._exchange)
         here = [peer for peer, link in endpoint.out.items() if not link.gone]
         share = station.mass / (len(here) + 1)
-        kind, mass = (Kind.MEAN, share) if self.deposits else (Kind.PUT, 1.0)
+        kind, mass = (Kind.MEAN, share) if self.deposits else (Kind.PUT, station.mass)
         with endpoint.lock:
             held = endpoint.hold(values)
             for peer in here:
@@ -248,12 +215,11 @@ class WindowDelivery:
             if self.deposits:
                 masses = [0.0 if link.inbox.blank else link.inbox.mass for link in links.values()]
                 station.mass += sum(masses)
-                found = tuple(mass / station.mass for mass in masses)
+                found = tuple(mass / station.mass if mass else 0.0 for mass in masses)
             else:
-                found = tuple(
-                    0.0 if link.gone or link.inbox.blank or link.inbox.stamp // _ERA < self._era else weights[peer]
-                    for peer, link in links.items()
-                )
+                found = tuple(weights[peer] if self._counts(link) else 0.0 for peer, link in links.items())
+                if not station.mass and (total := sum(found)):
+                    found, station.mass = tuple(weight / total for weight in found), 1.0
             fronts = tuple(
                 station.front(link, bool(weight)) for link, weight in zip(links.values(), found, strict=True)
             )
@@ -261,6 +227,12 @@ class WindowDelivery:
                 # The values stay where they are until the next `take`.
                 link.inbox.clear()
         return Inbox((fronts,), found, ranks=tuple(links), kept=True)
+
+    def _counts(self, link: InLink) -> bool:
+        """Whether averages mix what has come from a neighbour; if not, it counts as this rank's own value."""
+        return bool(
+            not link.gone and not link.inbox.blank and link.inbox.mass and link.inbox.stamp // _ERA >= self._era
+        )
 
     # -- how far others are ------------------------------------------------------------------------------------------
 
@@ -287,17 +259,24 @@ class WindowDelivery:
 
         Raises:
             PeerTimeout: a neighbour stays too far behind; names it.
+            PeerTimeout, ExchangeError: no exchange of these ranks will be complete any more; in elastic runs, members change.
         """
-        limit = self.communicator.timeout.total_seconds()
+        if not self.too_far_ahead():
+            return
+        communicator, own = self.communicator, self.communicator.view.rank
+        limit = communicator.timeout.total_seconds()
         deadline = time.monotonic() + limit
+        lookout = Lookout(communicator.view, f"rank {own}: {label}", communicator.name)
         while self.too_far_ahead():
+            assert self._max_lag is not None
+            behind = [peer for peer, at in self.reached().items() if self._exchange - at > self._max_lag]
             if time.monotonic() > deadline:
-                assert self._max_lag is not None
-                behind = [peer for peer, at in self.reached().items() if self._exchange - at > self._max_lag]
                 raise PeerTimeout(
-                    f"rank {self.communicator.view.rank}: {label}: {name_ranks(behind)} stayed more than max_lag behind for "
-                    f"{limit:g} s"
+                    f"rank {own}: {label}: {name_ranks(behind)} stayed more than max_lag behind for {limit:g} s"
                 )
+            if communicator.ended is not None:
+                raise communicator.ended
+            lookout.look(behind)
             time.sleep(_GLANCE)
 
     def has_news(self) -> bool:
@@ -333,8 +312,10 @@ class WindowDelivery:
 
     def settle(self, call: str) -> None:
         """Return once all that any rank has sent lies in its receiver's inbox. Collective."""
+        view = self.communicator.view
+        lookout = Lookout(view, f"rank {view.rank}: {call}")
         for station in self._stations.by_segment.values():
-            station.endpoint.fence(None)
+            station.endpoint.fence(None, look=lookout.look)
             station.filled, station.inbox = 0, None
         self.communicator.meet(call)
 
@@ -361,6 +342,16 @@ def rate(topology: Topology, rank: int) -> float:
     system = np.vstack([shares - np.eye(size), np.ones((1, size))])
     stationary = np.linalg.lstsq(system, np.array([*[0.0] * size, float(size)]), rcond=None)[0]
     return 1 / float(stationary[rank])
+
+
+def _reached_by(topology: Topology, known: Collection[int]) -> set[int]:
+    """The ranks to which values of these come, in however many steps."""
+    found, left = set(known), list(known)
+    while left:
+        further = set(topology.round(left.pop()).send) - found
+        found |= further
+        left += further
+    return found
 
 
 def _too_many(edges: int) -> Exception | None:

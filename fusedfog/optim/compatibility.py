@@ -267,7 +267,6 @@ ROWS: tuple[Refusal, ...] = (
             ("group", "the process group is that of the members, and is another one when they change", "leave it out"),
             ("unmixed groups", "a newcomer would take what belongs to another rank", "give them a torch.optim optimizer"),
             ("outer", "what has gathered since the last exchange would have to be cut off", "use communicate_every"),
-            ("asynchronous", "windows have the same neighbours for as long as they live", _ONE_OF_THEM),
             ("data_parallel_steps", "every rank needs all others in these steps", "leave it out"),
             ("adapt", "which rounds were slow is known of the ranks that there were", "leave it out"),
             ("weight", "shares would have to be agreed on anew", "leave it out"),

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 
 from fusedfog.comm.calls import Call
+from fusedfog.comm.elastic.again import together
 from fusedfog.comm.registry import leave
-from fusedfog.engine.async_gossip import Finish, of_windows, settle
+from fusedfog.engine.async_gossip import finish, of_windows, settle
 from fusedfog.engine.capture import CapturableScheduler
 from fusedfog.engine.gradient_scale import measured_norms
 from fusedfog.engine.rhythm import Rhythm
@@ -91,7 +92,8 @@ class Controls(UnevenSteps):
         """How many steps were made, those before the checkpoint that was loaded included: what an elastic run goes by.
 
         There, data, schedules and the end of training are functions of it: a member that was behind comes out of a change of
-        members with the clock of the one ahead, and a newcomer begins with that of the others. A program whose clock has moved
+        members with the clock of the one ahead, and a newcomer begins with that of the others. (Asynchronous members keep their
+        own, and a newcomer begins with that of the member whose state it got.) A program whose clock has moved
         in this way, and that makes 100 steps without having read this since its first one, is warned once (RuntimeWarning).
         """
         engine = self._engine
@@ -160,7 +162,8 @@ class Controls(UnevenSteps):
 
         Until then this rank goes on mixing, without updates, so that the others do not average with values that stand still.
         Afterwards everything has arrived, `stats()` has `rank_steps`, and training may go on. A rank that has died is not
-        waited for, as far as a neighbour of it is alive. `with opt.uneven():` calls it on leaving.
+        waited for, as far as a neighbour of it is alive. In an elastic run it serves on while members come and go.
+        `with opt.uneven():` calls it on leaving.
 
         Raises:
             ValueError: the optimizer is not asynchronous.
@@ -170,13 +173,9 @@ class Controls(UnevenSteps):
             raise ValueError(f"{self._kind}.finish: only asynchronous optimizers finish; see uneven() for uneven data")
         if engine.communicator is None:
             return
-        steps, exchanges = engine.clock.steps, engine.clock.exchanges
-        finish = Finish(engine, steps)
-        self._rank_steps = finish.serve(self._mix_only)
-        # Steps that only mixed are none of training.
-        engine.clock.steps, engine.clock.exchanges = steps, exchanges
+        self._rank_steps = finish(engine, self._mix_only)
         if -1 not in self._rank_steps:
-            engine.discard()
+            together(engine.discard)
 
     def leave(self) -> None:
         """End this rank's part in training: it makes no further step, and the others are told. Local; at most 5 seconds.

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from fusedfog.comm.agreement import differences
-from fusedfog.comm.elastic.forming import Dropped
+from fusedfog.comm.elastic.forming import Dropped, Evicted
 from fusedfog.comm.elastic.record import Position, Record
 from fusedfog.comm.elastic.run import Run
 from fusedfog.comm.group import find_group
 from fusedfog.comm.registry import communicator_for
 from fusedfog.engine.scheduler import Scheduler
-from fusedfog.errors import ExchangeError, MismatchError, PeerTimeout, StoreLost
+from fusedfog.errors import ExchangeError, Minority, MismatchError, PeerTimeout, StoreLost
 from fusedfog.log import log
 from fusedfog.optim import build as construction
 from fusedfog.optim.checkpoint_file import TensorFile, Written, write
@@ -100,6 +100,8 @@ def _with_others(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
             engine.members = Recovery(opt, run)
             engine.exchanges.survive(engine.members.lost)
             return engine
+        if engine.exchanges.windows is not None:
+            engine.exchanges.windows.close(0.0)
     except _INTERRUPTED as error:
         cause = brief(error, run)
     _begin_anew(run, cause)
@@ -125,8 +127,8 @@ def _as_newcomer(opt: Recovering, run: Run, claim: Claim) -> Scheduler | None:
         return None
     run.built = True
     engine.members = recovery = Recovery(opt, run)
-    record = recovery.go_over("join", f"slot {run.identity.slot} came")
-    recovery.clock_reads.move(0, record.steps)
+    recovery.go_over("join", f"slot {run.identity.slot} came")
+    recovery.clock_reads.move(0, engine.clock.steps)
     return engine
 
 
@@ -186,7 +188,9 @@ class Recovery:
     def __init__(self, opt: Recovering, run: Run) -> None:
         self._opt, self.run = weakref.ref(opt), run
         run.again, run.write = self.make_again, self._write
+        run.unwaited = opt._options.asynchronous
         self._cause = ""
+        self._served: tuple[int, int] | None = None
         self.clock_reads = ClockReads(run.identity.slot)
 
     @property
@@ -209,19 +213,49 @@ class Recovery:
             raise RuntimeError(
                 f"slot {self.run.identity.slot} has left its elastic run (opt.leave()): start the process again to train on"
             )
-        self.clock_reads.begin_step()
+        if self._served is None:
+            self.clock_reads.begin_step()
         self.run.serve()
         if self._is_over():
-            self._begin_behind(self.go_over("begin", self._cause))
+            record = self.go_over("begin", self._cause)
+            if not self._asynchronous:
+                self._begin_behind(record)
+
+    def is_waited_for(self) -> bool:
+        """See `Members`."""
+        return self.run.hand.wanted or self._is_over()
+
+    def serve(self, clock: tuple[int, int] | None) -> None:
+        """See `Members`."""
+        self._served = clock
 
     def clock_is_read(self) -> None:
         """See `Members`."""
         self.clock_reads.read()
 
+    @property
+    def _asynchronous(self) -> bool:
+        """Whether members have clocks of their own."""
+        return self._engine.schedule.asynchronous
+
+    @property
+    def _clock(self) -> tuple[int, int]:
+        """Steps and exchanges; those of training while this rank only serves others."""
+        clock = self._engine.clock
+        return self._served or (clock.steps, clock.exchanges)
+
     def _is_over(self) -> bool:
-        communicator = self._engine.communicator
-        ended = communicator is not None and communicator.ended is not None
-        return ended or self.run.called or bool(self.run.over)
+        run, engine = self.run, self._engine
+        windows, record = engine.exchanges.windows, run.record
+        if windows is not None and record is not None and not self._cause:
+            # Nobody waits for it, so that no exchange fails.
+            self._cause = next((f"slot {record.seats[rank].slot} has ended" for rank in windows.dead()), "")
+        if self._is_over_now() or self._cause:
+            return True
+        # A newcomer could not come in as an asynchronous member was in a call, where it may wait for the others' next thousand
+        # steps. When all have met there, all are about to begin a step.
+        waits = self._asynchronous and record is not None and record.passed_over and not run.met
+        return run.called and not waits
 
     def go_over(self, at: Position, cause: str) -> Record:
         """Be a member of the next epoch, with its topology.
@@ -231,7 +265,14 @@ class Recovery:
         """
         run, engine = self.run, self._engine
         while True:
-            record = run.reform(at, engine.clock.steps, engine.clock.exchanges, cause)
+            try:
+                record = run.reform(at, *self._clock, cause)
+            except Evicted as why:
+                if at != "begin":
+                    raise  # In a call that the others have made without this one.
+                at, cause = "join", f"slot {run.identity.slot} came back"
+                self._come_back(why)
+                continue
             self._cause = ""
             try:
                 self._adopt(record)
@@ -239,10 +280,29 @@ class Recovery:
             except _INTERRUPTED as error:
                 cause = brief(error, run)
         if at == "join":
-            engine.clock.steps, engine.clock.exchanges = record.steps, record.exchanges
+            clock = record.clock_of(run.source) if self._asynchronous else (record.steps, record.exchanges)
+            engine.clock.steps, engine.clock.exchanges = clock
         with self.clock_reads.ignored():
             run.tell()
         return record
+
+    def _come_back(self, why: Evicted) -> None:
+        """Be a newcomer with a member's parameters, states and clock. The gradients that are there are used, once, by this step.
+
+        Raises:
+            Minority: somebody else has this process' place, or all members have ended.
+        """
+        log.info("%s. It comes back by itself", str(why).partition(". Start it")[0])
+        opt, engine, run = self._opt(), self._engine, self.run
+        assert opt is not None
+        run.come_back()
+        self._adopt(Record(-1, (run.seat,)))
+        steps = engine.clock.steps
+        if not _fetch(opt, engine, run):
+            raise Minority(
+                f"slot {run.identity.slot}: the others have gone on without this process, and have ended"
+            ) from why
+        self.clock_reads.move(steps, engine.clock.steps)
 
     def _adopt(self, record: Record) -> None:
         opt, engine, last = self._opt(), self._engine, self._engine.phases.last
@@ -285,9 +345,10 @@ class Recovery:
             except _INTERRUPTED as error:
                 cause = brief(error, self.run)
             record = self.go_over("call", cause or self._cause)
-            # Who was behind has nothing to make up for here: its next step is that of the others.
-            self._set_steps(record.steps)
-            self._engine.clock.exchanges = record.exchanges
+            if not self._asynchronous:
+                # Who was behind has nothing to make up for here: its next step is that of the others.
+                self._set_steps(record.steps)
+                self._engine.clock.exchanges = record.exchanges
 
     def _set_steps(self, steps: int) -> None:
         """The clock is that of the others."""
@@ -304,7 +365,9 @@ class Recovery:
         opt = self._opt()
         assert opt is not None
         tensors: dict[str, Tensor] = {}
-        said = {"optimizer": opt.state_dict(), "tensors": _tensors(opt), "fields": _fields(opt)}
+        saved = opt.state_dict()
+        saved["fusedfog"]["steps"], saved["fusedfog"]["exchanges"] = self._clock
+        said = {"optimizer": saved, "tensors": _tensors(opt), "fields": _fields(opt)}
         data = encode(said, "state", tensors)
         return write(path, tensors, data).crc32
 

@@ -198,8 +198,9 @@ class Block:
         self._outer, self._asynchronous = True, kinds == {True}
         self._communicator: Communicator = found[0]
         self._view, self._timeout = found[0].view, found[0].timeout
-        self._store: Any = own_store()
-        self._prefix = f"{next_agreement(self._view)}/uneven"
+        if not self._asynchronous:  # These only end together, and in elastic runs not all members begin together.
+            self._store: Any = own_store()
+            self._prefix = f"{next_agreement(self._view)}/uneven"
         self._open.append(self)
         for optimizer in self.optimizers:
             optimizer._block = self
@@ -223,8 +224,9 @@ class Block:
         if isinstance(error, (PeerTimeout, ExchangeError)):
             return  # All ranks have one.
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        with contextlib.suppress(RuntimeError):  # The store may have gone, and the error is not about that.
-            self._store.set(self._key("raised"), f"rank {self._view.rank} by {reason}")
+        if not self._asynchronous:
+            with contextlib.suppress(RuntimeError):  # The store may have gone, and the error is not about that.
+                self._store.set(self._key("raised"), f"rank {self._view.rank} by {reason}")
         leave_word(self._view, f"uneven(), left by {reason}")
 
     def begin_step(self, optimizer: UnevenSteps) -> None:

@@ -14,7 +14,7 @@ from fusedfog.comm.elastic.asking import Heard, ask
 from fusedfog.comm.elastic.board import Board, open_store
 from fusedfog.comm.elastic.epoch import NotFormed, open_epoch
 from fusedfog.comm.elastic.identity import Identity
-from fusedfog.comm.elastic.record import Note, Record, Seat, Situation, judge, read_note, read_record
+from fusedfog.comm.elastic.record import Note, Record, Seat, Situation, judge, launched, read_note, read_record
 from fusedfog.errors import Minority, PeerTimeout, StoreLost
 from fusedfog.log import log
 
@@ -44,6 +44,10 @@ class Dropped(RuntimeError):
     """The others have an optimizer and go on without this process, which has none: it is to join them as a newcomer."""
 
 
+class Evicted(Minority):
+    """The others have let this process go, and it reaches them: it may come back as a newcomer."""
+
+
 def form(run: Forms, note: Note, base: Record | None, leave: Callable[[], None]) -> Record:
     """The next epoch that this process is in, with its default group open.
 
@@ -52,7 +56,7 @@ def form(run: Forms, note: Note, base: Record | None, leave: Callable[[], None])
         leave: called when all are ready, before the new epoch is opened.
 
     Raises:
-        Minority: the others go on without this process.
+        Minority: the others go on without this process; `Evicted` if it reaches them.
         Dropped: the same, before it has an optimizer.
         PeerTimeout: a member lives and does not come, within the run's timeout; names it.
     """
@@ -159,12 +163,23 @@ class _Forming:
         if self._uid in newest.uids:
             return newest
         if self._note.at != "join":
-            raise (Dropped if self._note.at == "construction" else Minority)(
+            raise self._left_out(newest)(
                 f"slot {self._run.identity.slot}: {newest.cause or 'the members changed'}, and the others go on without this "
                 f"process (epoch {newest.epoch}). Start it again to have it join them"
             )
         self._base, self._written = newest, False
         return None
+
+    def _left_out(self, newest: Record) -> type[RuntimeError]:
+        """What it is that the others go on without this process."""
+        if self._note.at == "construction":
+            return Dropped
+        deadline = time.monotonic() + self._run.dead_after
+        while time.monotonic() < deadline:
+            if any(heard.said is not None and not heard.dead for heard in ask(newest.seats, _PATIENCE).values()):
+                return Evicted
+            time.sleep(_PAUSE)
+        return Minority
 
     def _write(self) -> None:
         """Say that this process is ready."""
@@ -192,11 +207,11 @@ class _Forming:
         reached = {self._uid, *answered}
         return Situation(self._uid, base, run.identity.slots, notes, reached, dead, lost, late, run.min_ranks)
 
-    def _is_dead(self, seat: Seat, heard: Heard, newer: dict[int, int]) -> bool:
+    def _is_dead(self, seat: Seat, heard: Heard, newer: dict[int, tuple[int, ...]]) -> bool:
         """Whether a process has ended for certain."""
-        if heard.dead or newer.get(seat.slot, -1) > seat.incarnation:
+        if heard.dead or newer.get(seat.slot, ()) > seat.incarnation:
             return True
-        return heard.said is None and self._board.get(f"dead/{seat.uid}") is not None
+        return heard.said is None and self._board.get(f"dead/{launched(seat.uid)}") is not None
 
     def _check_alone(self, error: StoreLost) -> None:
         """Without a store nobody can say who goes on: the smaller side of a broken network has none."""

@@ -20,6 +20,7 @@ class Identity:
         run: the run's name, the same for all of its processes.
         slot, slots: this process' place, and how many places there are.
         incarnation: how often the process of this place was restarted.
+        returns: how often this process has come back to members that had let it go.
         stores: (host, port) of the stores, the first to be used if it answers.
         hosts: this process hosts the first store, since no launcher does.
     """
@@ -30,11 +31,12 @@ class Identity:
     incarnation: int
     stores: tuple[tuple[str, int], ...]
     hosts: bool
+    returns: int = 0
 
     @property
     def uid(self) -> str:
-        """The member: "slot.incarnation"."""
-        return f"{self.slot}.{self.incarnation}"
+        """The member: "slot.incarnation", and once it has come back "slot.incarnation.returns"."""
+        return f"{self.slot}.{self.incarnation}{f'.{self.returns}' if self.returns else ''}"
 
 
 def read_identity(env: Mapping[str, str]) -> Identity:

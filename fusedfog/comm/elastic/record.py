@@ -27,12 +27,12 @@ class Seat:
     @property
     def slot(self) -> int:
         """Its place in the run."""
-        return int(self.uid.partition(".")[0])
+        return _numbers(self.uid)[0]
 
     @property
-    def incarnation(self) -> int:
-        """How often the process of this place was restarted."""
-        return int(self.uid.partition(".")[2])
+    def incarnation(self) -> tuple[int, ...]:
+        """How often the process of this place was restarted, and how often it has come back by itself; later ones are larger."""
+        return _numbers(self.uid)[1:]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Record:
         seats: of its members, by slot: their order is that of ranks.
         built: members that had an optimizer when it began.
         fresh: those of them that have a copy of another one's values.
-        steps, exchanges: the clock that it begins with.
+        steps, exchanges: the clock that it begins with: that of the member that is ahead.
+        clocks: of each member, by rank, its own steps and exchanges, which asynchronous ones keep.
         cause: why it began, for people.
         passed_over: somebody wants to join, and could not, as a member was in a call: the next step of all begins another epoch.
     """
@@ -57,11 +58,18 @@ class Record:
     exchanges: int = 0
     cause: str = ""
     passed_over: bool = False
+    clocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def uids(self) -> tuple[str, ...]:
         """Its members, by rank."""
         return tuple(seat.uid for seat in self.seats)
+
+    def clock_of(self, uid: str) -> tuple[int, int]:
+        """A member's own steps and exchanges; of one that is none, those of the first member that has no copy of another's."""
+        uids = self.uids
+        settled = [one for one in uids if one not in self.fresh] or uids
+        return self.clocks[uids.index(uid if uid in uids else settled[0])]
 
     def text(self) -> str:
         """As it is written into the store."""
@@ -99,7 +107,9 @@ def read_record(text: str | None) -> Record | None:
     try:
         said: Any = json.loads(text or "")
         seats = tuple(Seat(**one) for one in said.pop("seats"))
-        return replace(Record(**{**said, "seats": seats}), built=tuple(said["built"]), fresh=tuple(said["fresh"]))
+        lists = {name: tuple(said[name]) for name in ("built", "fresh")}
+        clocks = tuple((int(steps), int(exchanges)) for steps, exchanges in said["clocks"])
+        return Record(**{**said, **lists, "seats": seats, "clocks": clocks})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -194,8 +204,9 @@ def _found(now: Situation, ready: Mapping[str, Note]) -> Verdict:
         return Verdict(waits_for=(seats[0].uid,))
     epoch = now.base.epoch + 1 if now.base is not None else 0
     built = {note.seat.uid: note for note in newest.values() if note.built}
+    clocks = tuple((newest[slot].steps, newest[slot].exchanges) for slot in sorted(newest))
     clock = max(((note.steps, note.exchanges) for note in built.values()), default=(0, 0))
-    return Verdict(propose=Record(epoch, seats, tuple(built), (), *clock, cause="the run begins"))
+    return Verdict(propose=Record(epoch, seats, tuple(built), (), *clock, cause="the run begins", clocks=clocks))
 
 
 def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], now: Situation) -> Record:
@@ -214,18 +225,28 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     waiting = [uid for uid, note in built.items() if note.at == "join"]
     fresh = (*(waiting if len(waiting) < len(built) else ()), *joiners)
     ahead = max(stay.values(), key=lambda note: (note.steps, note.exchanges))
-    seats = sorted([note.seat for note in (*stay.values(), *joiners.values())], key=lambda seat: seat.slot)
+    notes = sorted((*stay.values(), *joiners.values()), key=lambda note: note.seat.slot)
+    seats, clocks = tuple(note.seat for note in notes), tuple((note.steps, note.exchanges) for note in notes)
     causes = [note.cause for note in stay.values() if note.cause]
     left = [uid for uid in base.uids if uid not in stay]
     cause = causes[0] if causes and (left or not joiners) else f"{_words(list(joiners))} came" if joiners else ""
     clock = ahead.steps, ahead.exchanges
-    return Record(base.epoch + 1, tuple(seats), (*built, *joiners), fresh, *clock, cause, passed_over)
+    return Record(base.epoch + 1, seats, (*built, *joiners), fresh, *clock, cause, passed_over, clocks)
+
+
+def launched(uid: str) -> str:
+    """What its launcher calls a member, which does not know of a process that it has come back by itself."""
+    return ".".join(uid.split(".")[:2])
+
+
+def _numbers(uid: str) -> tuple[int, ...]:
+    return tuple(map(int, uid.split(".")))
 
 
 def _lowest(uids: Collection[str]) -> str:
-    return min(uids, key=lambda uid: (int(uid.partition(".")[0]), int(uid.partition(".")[2])))
+    return min(uids, key=_numbers)
 
 
 def _words(uids: Sequence[str]) -> str:
     """Members in words, by slot."""
-    return name_ranks([int(uid.partition(".")[0]) for uid in uids]).replace("rank", "slot")
+    return name_ranks([_numbers(uid)[0] for uid in uids]).replace("rank", "slot")

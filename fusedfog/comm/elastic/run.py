@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,12 +27,13 @@ from fusedfog.comm.elastic.forming import Dropped, form
 from fusedfog.comm.elastic.handing import Hand
 from fusedfog.comm.elastic.identity import Identity
 from fusedfog.comm.elastic.record import Note, Position, Record, Seat, read_record
+from fusedfog.comm.elastic.silence import Silence
 from fusedfog.comm.elastic.watching import Watcher
 from fusedfog.comm.failures import Origin
 from fusedfog.comm.listener import Listener
 from fusedfog.comm.registry import close_all, hear_all
 from fusedfog.comm.whereabouts import State
-from fusedfog.errors import LaunchError, StoreLost
+from fusedfog.errors import LaunchError, Minority, StoreLost
 from fusedfog.log import log
 
 _TOLD_EVERY = 0.3
@@ -46,7 +47,8 @@ class Change:
 
     Attributes:
         epoch: the number of the period that begins.
-        members: all of them, by rank; each is "slot.incarnation".
+        members: all of them, by rank; each is "slot.incarnation", or "slot.incarnation.returns" of a process that was let go, as
+            it had not answered for too long, and has come back.
         left, joined: who is no member any more, and who has become one.
         cause: why, for people.
     """
@@ -71,9 +73,13 @@ class Run:
         record: of the epoch that this process is a member of; None before its first one.
         left: this process has ended its part, and answers as one that is none of the members.
         over: why the current epoch is over, once it is; "" until then.
+        met: all members have completed a call in the current epoch.
         built: this process has an optimizer, whose state newcomers may have.
         again: what makes a call again whose epoch ends before all have completed it; the optimizer's.
         hand, write: where newcomers' wishes for it arrive, and what writes it into a file; the optimizer's.
+        source: the member whose state this process has begun with; "" if it has begun with its own.
+        silence: of the other members.
+        unwaited: in steps no member waits for another, so that none would miss it; a thread looks after the next one then.
         epochs_store: the connection that process groups use, and where to; made anew when a thread may be blocked in it.
         reforms, reform_s: how many epochs it has gone over to, and for how many seconds it waited for them.
     """
@@ -97,14 +103,15 @@ class Run:
         self.board = Board(identity.stores, prefix)
         self._own_seat()
         self.record: Record | None = None
-        self.over, self.built, self.left = "", False, False
+        self.over, self.met, self.built, self.left = "", False, False, False
+        self.source = ""
         self.again: Callable[..., Any] | None = None
         self.hand = Hand()
         self.write: Callable[[Path], int] | None = None
         self.reforms, self.reform_s = 0, 0.0
         self.epochs_store: tuple[tuple[str, int], TCPStore] | None = None
-        self._silent: dict[str, float] = {}
-        self._beats: dict[str, str | None] = {}
+        self.silence = Silence(dead_after)
+        self.unwaited = False
         self._commits, self._called = 0, -1
         self._watcher = Watcher(self, Board(identity.stores, prefix))
         atexit.register(self._end)
@@ -129,9 +136,9 @@ class Run:
         while True:
             before = self.board.get(key)
             known = Seat(**json.loads(before)) if before else None
-            if known is not None and known.incarnation >= identity.incarnation:
+            if known is not None and known.incarnation >= (identity.incarnation,):
                 living = not asking.ask([known], whereabouts.PATIENCE)[known.uid].dead
-                if living or known.incarnation > identity.incarnation:
+                if living or known.incarnation > (identity.incarnation,):
                     self._listener.stop()
                     raise LaunchError(
                         f"slot {identity.slot} of run {identity.run!r} is taken by {known.uid} on {known.host}"
@@ -175,6 +182,30 @@ class Run:
         alone = Record(-1, (self.seat,))
         open_epoch(alone, 0, HashStore(), timedelta(seconds=self.timeout), self.dead_after, lambda: "")
 
+    def come_back(self) -> None:
+        """Be another member of the same place, which is none of the run's until it joins: the others have let this one go.
+
+        Raises:
+            Minority: another process has the place meanwhile.
+        """
+        key, self.record = f"slot/{self.identity.slot}", None
+        identity = replace(self.identity, returns=self.identity.returns + 1)
+        seat = replace(self.seat, uid=identity.uid, token=secrets.token_hex(8))
+        own, before = json.dumps(vars(seat)), self.board.get(key)
+        while True:
+            known = Seat(**json.loads(before)) if before else self.seat
+            if known.incarnation > self.seat.incarnation:
+                raise Minority(
+                    f"slot {identity.slot}: the others have let this process, {self.seat.uid}, go, and {known.uid} on "
+                    f"{known.host} was started in its place: this one is none of the run's any more. End it"
+                )
+            found = self.board.swap(key, before, own)
+            if found == own:
+                break
+            before = found
+        self.identity, self.seat = identity, seat
+        self.stand_alone()
+
     def newest(self) -> Record | None:
         """The newest record; None if there is none, or none of its members lives."""
         base = read_record(self.board.get("record"))
@@ -188,10 +219,9 @@ class Run:
         """Go over to the next epoch, from wherever the program stands.
 
         Raises:
-            Minority, PeerTimeout: as `form`.
+            Minority, Evicted, PeerTimeout: as `form`.
         """
-        lost = tuple(uid for uid in self._silent if self.is_lost(uid, False))
-        note = Note(self.seat, at, steps, exchanges, self.built, lost, cause)
+        note = Note(self.seat, at, steps, exchanges, self.built, self.silence.lost(self.board), cause)
         base = self.record if self.record is not None else read_record(self.board.get("record"))
         return self._enter(note, base)
 
@@ -203,8 +233,8 @@ class Run:
         # Else members would see at different steps that somebody waits, and one of them would be in a call each time.
         if record.passed_over:
             self.call(record.epoch)
-        self.over, self._commits = "", 0
-        self._silent.clear()
+        self.over, self.met, self._commits = "", False, 0
+        self.silence.forget()
         if len(record.seats) > 1:
             calls.change_world(self.timeout, self._oversee)
         self.record = record
@@ -270,23 +300,8 @@ class Run:
         return None
 
     def is_lost(self, uid: str, answered: bool) -> bool:
-        """See `forming.Forms`; lost, too, is one of which the launcher says that it has ended.
-
-        A process whose launcher counts on is not lost, as in a long call that holds Python's lock.
-        """
-        now = time.monotonic()
-        if answered:
-            self._silent.pop(uid, None)
-            return False
-        since = self._silent.setdefault(uid, now)
-        with contextlib.suppress(StoreLost):
-            beat = self.board.get(f"beat/{uid}")
-            if beat != self._beats.setdefault(uid, beat):
-                self._beats[uid], self._silent[uid] = beat, now
-                return False
-            if self.board.get(f"dead/{uid}") is not None:
-                return True
-        return now - since >= self.dead_after
+        """See `forming.Forms`, and `Silence.lasts`; for the program's thread."""
+        return self.silence.lasts(uid, answered, self.board)
 
     def commit(self) -> bool:
         """Whether every member has completed the call that this one has; if not, all of them repeat it."""
@@ -307,6 +322,7 @@ class Run:
 
         key = f"done/{record.epoch}/{self._commits}"
         done = completed(self.board, key, self.seat.uid, record.uids, why_not, self.dead_after)
+        self.met = self.met or done
         if done and self._commits > 1:
             # Who has come to this call knows the verdict on the one before.
             before = f"done/{record.epoch}/{self._commits - 1}"
@@ -333,6 +349,7 @@ class Run:
         for seat in base.seats if base is not None else ():
             found = asking.fetch(seat, into, _HAND_OVER) if seat.uid != self.seat.uid else None
             if found is not None:
+                self.source = seat.uid
                 return found
         return None
 

@@ -1,4 +1,6 @@
-"""The thread of a member that looks, now and then, whether there are notes for the next epoch."""
+"""The thread of a member that looks, now and then, whether there are notes for the next epoch; and where no member waits for
+another in steps, as asynchronous ones, whether the next member is still there.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,19 @@ import threading
 import time
 from typing import Protocol
 
+from fusedfog.comm import whereabouts
+from fusedfog.comm.elastic.asking import ask
 from fusedfog.comm.elastic.board import Board
-from fusedfog.comm.elastic.record import Record, read_record
+from fusedfog.comm.elastic.record import Record, Seat, read_record
+from fusedfog.comm.elastic.silence import Silence
 from fusedfog.errors import StoreLost
 from fusedfog.log import log
 
 EVERY = 0.25
 """Seconds between two looks; one is two questions to the store."""
+
+_ASK_EVERY = 1.0
+"""Seconds between two questions to the next member; one is a connection."""
 
 _GRACE = 0.5
 """Seconds in which a member that has gone on to the next epoch is followed at the beginning of a step."""
@@ -22,6 +30,9 @@ class Watched(Protocol):
     """What the thread asks, and tells."""
 
     record: Record | None
+    seat: Seat
+    silence: Silence
+    unwaited: bool
 
     def call(self, epoch: int) -> None:
         """Others are ready for the epoch after this one."""
@@ -36,6 +47,7 @@ class Watcher:
     def __init__(self, run: Watched, board: Board) -> None:
         self._run, self._board = run, board
         self._since: dict[int, float] = {}
+        self._asked = 0.0
         self._said_lost = False
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="fusedfog-members").start()
@@ -71,3 +83,15 @@ class Watcher:
             if newest is not None and newest.epoch > record.epoch and self._run.record is record:
                 self._run.wake("the other members have gone on without this rank")
         self._since = {epoch: since for epoch, since in self._since.items() if epoch >= following}
+        if self._run.unwaited and len(record.seats) > 1 and time.monotonic() - self._asked > _ASK_EVERY:
+            self._asked = time.monotonic()
+            self._look_after_next(record)
+
+    def _look_after_next(self, record: Record) -> None:
+        """Ask the member of the next rank whether it is there: of each one, one other knows."""
+        seats = record.seats
+        following = seats[(record.uids.index(self._run.seat.uid) + 1) % len(seats)]
+        heard = ask([following], whereabouts.QUICKLY)[following.uid]
+        answered = heard.said is not None and not heard.dead
+        if heard.dead or self._run.silence.lasts(following.uid, answered, self._board):
+            self._run.call(record.epoch)

@@ -13,6 +13,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from fusedfog.comm.failures import LOOK_EVERY
 from fusedfog.comm.whereabouts import name_ranks
 from fusedfog.comm.window import answers
 from fusedfog.comm.window.edge import Message
@@ -41,6 +42,10 @@ class Identity:
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.name}"
+
+
+def _see_nothing() -> None:
+    """Where nobody looks: the wait ends as its links say, or by its timeout."""
 
 
 def _failure(text: str, gone: Sequence[Link]) -> ExchangeError:
@@ -117,8 +122,15 @@ class Endpoint:
         """All edges."""
         return [*self.out.values(), *self.into.values()]
 
-    def fence(self, timeout: float | None, peers: Iterable[int] | None = None) -> None:
+    def fence(
+        self, timeout: float | None, peers: Iterable[int] | None = None, look: Callable[[], object] = _see_nothing
+    ) -> None:
         """Wait until all that was sent lies where its receiver's program finds it, and the receivers have said so.
+
+        Args:
+            timeout: in seconds; None for the window's.
+            peers: the receivers; None for all.
+            look: called now and then; raises if the wait is in vain.
 
         Raises:
             PeerTimeout: a receiver did not confirm in time.
@@ -137,7 +149,7 @@ class Endpoint:
             return link.peer in pinged and link.pong >= pinged[link.peer]
 
         try:
-            gone = self.wait("fence", links, confirmed, timeout)
+            gone = self.wait("fence", links, confirmed, timeout, look)
         finally:
             lost = [link.peer for link in links if link.gone and not link.left and link.confirmed < sent[link.peer]]
             for link in links:
@@ -214,7 +226,14 @@ class Endpoint:
         finally:
             answers.grant(self, link, link.gate.leave(claim))
 
-    def wait(self, what: str, links: Sequence[L], done: Callable[[L], bool], timeout: float | None) -> list[L]:
+    def wait(
+        self,
+        what: str,
+        links: Sequence[L],
+        done: Callable[[L], bool],
+        timeout: float | None,
+        look: Callable[[], object] = _see_nothing,
+    ) -> list[L]:
         """Wait until `done` is true of each link, or its peer has gone; returns those of the second kind.
 
         Raises:
@@ -237,10 +256,11 @@ class Endpoint:
                     f"{self.identity}: {what}: nothing from {name_ranks(link.peer for link in left)} within {limit:g} s: "
                     f"{_WHY[what]}"
                 )
+            look()
             busy = any(isinstance(link, OutLink) and link.sender.waits for link in left)
             with self.changed:
                 if seen == self._changes:
-                    self.changed.wait(min(deadline - now, OFTEN if busy else 1.0))
+                    self.changed.wait(min(deadline - now, OFTEN if busy else LOOK_EVERY))
 
     def _all_there(self, what: str, gone: Sequence[Link]) -> None:
         if gone:

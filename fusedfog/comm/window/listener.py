@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 
+from fusedfog.comm.window.memory import machine
 from fusedfog.comm.window.wire import GREETING_BYTES, Greeting, Malformed, read_greeting
 
 _STRANGERS = 64
@@ -111,3 +112,16 @@ def route_to(address: str, port: int = 9) -> str:
             probe.connect((address, port))
             return str(probe.getsockname()[0])
     return ""
+
+
+def network() -> str:
+    """What processes have in common that reach each other over the loopback interface."""
+    try:
+        return f"{socket.gethostname()} {machine()} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()} {machine()}"
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether an address reaches nothing but its own host."""
+    return ip.startswith("127.") or ip == "::1"

@@ -24,7 +24,9 @@ from typing import Any
 from torch import Tensor
 
 from fusedfog.comm.agreement import absent, confer, differences, next_agreement
+from fusedfog.comm.failures import LOOK_EVERY
 from fusedfog.comm.group import GroupView, store_timeout
+from fusedfog.comm.lookout import Lookout
 from fusedfog.comm.store import own_store
 from fusedfog.comm.whereabouts import own_ip
 from fusedfog.comm.window import answers, memory
@@ -33,7 +35,7 @@ from fusedfog.comm.window.courier import IncomingCourier, OutgoingCourier, keep_
 from fusedfog.comm.window.edge import ARRIVAL_SLOTS, Inbox, Sender
 from fusedfog.comm.window.endpoint import Endpoint, Identity, Source
 from fusedfog.comm.window.links import InLink, OutLink
-from fusedfog.comm.window.listener import Listener, interface_of_gloo, route_to
+from fusedfog.comm.window.listener import Listener, interface_of_gloo, is_loopback, network, route_to
 from fusedfog.comm.window.memory import Invitation
 from fusedfog.comm.window.region import Layout, Note, Region
 from fusedfog.comm.window.staging import Staging
@@ -129,7 +131,7 @@ def _agree(view: GroupView, prefix: str, plan: Plan, timeout: timedelta) -> str:
     value = {
         "problem": str(plan.problem) if plan.problem is not None else "",
         "fields": dict(plan.fields),
-        "host": _network(),
+        "host": network(),
         "ip": ip,
     }
     verdict = confer(view, prefix, value, _judge, timeout, plan.name, "Window()")
@@ -139,9 +141,9 @@ def _agree(view: GroupView, prefix: str, plan: Plan, timeout: timedelta) -> str:
         raise MismatchError(f"rank {view.rank}: {plan.name}: {verdict['faults']}")
     if verdict["local"]:
         return "127.0.0.1"
-    if _is_loopback(ip):  # This host is the store's, and knows the way to it as the way to itself.
-        routes = (route_to(other) for other in verdict["ips"] if not _is_loopback(other))
-        ip = next((route for route in routes if route and not _is_loopback(route)), ip)
+    if is_loopback(ip):  # This host is the store's, and knows the way to it as the way to itself.
+        routes = (route_to(other) for other in verdict["ips"] if not is_loopback(other))
+        ip = next((route for route in routes if route and not is_loopback(route)), ip)
     return ip
 
 
@@ -153,18 +155,6 @@ def _judge(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "local": len({one["host"] for one in values}) == 1,
         "ips": [one["ip"] for one in values],
     }
-
-
-def _network() -> str:
-    """What processes have in common that reach each other over the loopback interface."""
-    try:
-        return f"{socket.gethostname()} {memory.machine()} {os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
-        return f"{socket.gethostname()} {memory.machine()}"
-
-
-def _is_loopback(ip: str) -> bool:
-    return ip.startswith("127.") or ip == "::1"
 
 
 def _conclude(view: GroupView, prefix: str, plan: Plan, failures: Sequence[str], timeout: timedelta) -> None:
@@ -185,6 +175,7 @@ class _Opening:
     def __init__(self, view: GroupView, plan: Plan, endpoint: Endpoint, prefix: str) -> None:
         self.view, self.plan, self.endpoint, self.prefix = view, plan, endpoint, prefix
         self.listener: Listener | None = None
+        self._lookout = Lookout(view, str(endpoint.identity))
 
     def open(self, address: str, timeout: timedelta, failures: list[str]) -> None:
         """Make what this end consists of; what cannot be is said in `failures`."""
@@ -249,10 +240,10 @@ class _Opening:
         where, token = (there["ip"], there["port"]), bytes.fromhex(there["token"])
         try:
             greeting = Greeting(self.view.rank, Purpose.CONTROL, region is None)
-            link.control = Control(_dial(where, greeting.pack(token), deadline, self.endpoint.timeout))
+            link.control = Control(self._dial(where, greeting.pack(token), deadline))
             if region is None:
                 greeting = Greeting(self.view.rank, Purpose.MESSAGES, True)
-                self._carry_out(link, _dial(where, greeting.pack(token), deadline, self.endpoint.timeout))
+                self._carry_out(link, self._dial(where, greeting.pack(token), deadline))
         except OSError as error:
             late = f"nothing within {_SHARE_OF_TIMEOUT * self.endpoint.timeout:g} s"
             why = late if isinstance(error, TimeoutError) else str(error)
@@ -263,6 +254,29 @@ class _Opening:
             link.process = memory.watch_process(invitation)
             if link.process is not None:
                 self.endpoint.service.watch(link.process, partial(answers.lose, self.endpoint, link, answers.DIED))
+
+    def _dial(self, where: tuple[str, int], greeting: bytes, deadline: float) -> socket.socket:
+        """A connection to a listener that has taken this greeting."""
+        connection = socket.create_connection(where, max(0.001, deadline - time.monotonic()))
+        try:
+            keep_alive(connection, self.endpoint.timeout)
+            connection.sendall(greeting)
+            connection.settimeout(LOOK_EVERY)
+            if self._read_answer(connection, deadline) != WELCOME:
+                raise ConnectionRefusedError("it is not accepted there")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _read_answer(self, connection: socket.socket, deadline: float) -> bytes:
+        while True:
+            try:
+                return connection.recv(1)
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise
+                self._lookout.look()
 
     def _carry_out(self, link: OutLink, connection: socket.socket) -> None:
         endpoint = self.endpoint
@@ -290,6 +304,7 @@ class _Opening:
                 return
             if time.monotonic() >= deadline:
                 break
+            self._lookout.look()
             with self.endpoint.changed:
                 self.endpoint.changed.wait(0.02)
         assert self.listener is not None
@@ -380,18 +395,3 @@ class _Opening:
         for one in (listener.server, *listener.strangers):
             self.endpoint.service.ignore(one)
         listener.close()
-
-
-def _dial(where: tuple[str, int], greeting: bytes, deadline: float, timeout: float) -> socket.socket:
-    """A connection to a listener that has taken this greeting."""
-    connection = socket.create_connection(where, max(0.001, deadline - time.monotonic()))
-    try:
-        keep_alive(connection, timeout)
-        connection.sendall(greeting)
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        if connection.recv(1) != WELCOME:
-            raise ConnectionRefusedError("it is not accepted there")
-    except BaseException:
-        connection.close()
-        raise
-    return connection

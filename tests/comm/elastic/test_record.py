@@ -16,6 +16,7 @@ from fusedfog.comm.elastic.record import (
     Verdict,
     has_quorum,
     judge,
+    launched,
     read_note,
     read_record,
 )
@@ -154,3 +155,20 @@ def test_records_and_notes_come_back_as_they_were() -> None:
     assert read_record(one.text()) == one
     two = note("1.3", lost=("0.0",), cause='it "ended"')
     assert read_note(two.text()) == two
+
+
+def test_a_record_has_each_member_s_clock_and_a_newcomer_that_of_its_source() -> None:
+    notes = [note("0.0", steps=50), note("1.0", steps=40), note("2.1", at="join", steps=35)]
+    found = read_record(proposed(look("0.0", record("0.0", "1.0"), notes)).text())
+    assert found is not None and found.fresh == ("2.1",) and found.steps == 50
+    assert [found.clock_of(uid)[0] for uid in ("0.0", "1.0", "2.1")] == [50, 40, 35]
+    assert found.clock_of("3.0") == found.clock_of("0.0"), (
+        "of a source that has gone, the first one's that is no newcomer"
+    )
+
+
+def test_a_process_that_has_come_back_is_later_than_it_was_and_earlier_than_the_next_one() -> None:
+    uids = ["1.0", "1.0.1", "1.0.2", "1.1", "1.1.1", "1.10"]
+    incarnations = [seat(uid).incarnation for uid in uids]
+    assert incarnations == sorted(set(incarnations)) and {seat(uid).slot for uid in uids} == {1}
+    assert [launched(uid) for uid in uids] == ["1.0", "1.0", "1.0", "1.1", "1.1", "1.10"]
