@@ -85,9 +85,7 @@ class AroundScheduler(Scheduler):
 
     def _differences(self, pass_group: PassGroup, inbox: Inbox, into: Tensor, alarm: Tensor | None) -> Pass:
         """The pass that makes W x - x."""
-        mixing = Mixing(
-            (pass_group.segment.param,), inbox.tensors, weights_of(self, inbox), row_sum=0.0, alarm=alarm
-        )
+        mixing = Mixing((pass_group.segment.param,), inbox.tensors, weights_of(self, inbox), row_sum=0.0, alarm=alarm)
         return Pass("mix", into, (), (), pass_group.region, mixing=mixing)
 
     def passes_to_warm(self, pass_group: PassGroup, neighbours: set[int]) -> Iterator[Pass]:
