@@ -77,11 +77,11 @@ def descend(how: str, kind: str, slower: int, steps: int) -> tuple[list[float], 
 @pytest.mark.parametrize(
     ("how", "kind", "slower", "steps"),
     [
-        ("memory", "step", 1, 400),
-        ("memory", "step", 10, 300),
+        ("memory", "step", 1, 800),
+        ("memory", "step", 10, 500),
         pytest.param("tcp", "step", 3, 1500, marks=pytest.mark.slow),  # Messages take as long as several steps.
-        ("memory", "fused", 3, 400),
-        ("memory", "Decentralized", 3, 400),
+        ("memory", "fused", 3, 800),
+        ("memory", "Decentralized", 3, 800),
     ],
 )
 def test_the_limit_of_averages_depends_on_no_rank_s_speed(
