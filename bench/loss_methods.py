@@ -63,6 +63,7 @@ AWC, ATC = Method(), Method("atc")
 DENSE = Method("atc", average_until=1.0)
 STATIC = Method(graph="exponential")
 INT8 = Method(graph="exponential", wire="int8")
+ATC_INT8 = replace(INT8, algorithm="atc")
 BF16 = Method(graph="exponential base 4", wire="bf16")
 
 
@@ -81,11 +82,15 @@ GRAPHS = (
     "fully_connected",
 )
 DAG = tuple(Method("dag", graph) for graph in GRAPHS)
-MACHINES = tuple(replace(method, machine=4) for method in (AWC, ATC, start(AWC, 0.1)))
+MACHINES = tuple(replace(method, machine=4) for method in (AWC, ATC, start(AWC, 0.1), start(ATC, 0.1)))
 
 GPT_4, GPT_8, GPT_16 = Case("GPT", 4), Case("GPT", 8), Case("GPT", 16)
 MLP_4, MLP_8, MLP_16, MLP_16_X4 = Case("MLP", 4), Case("MLP", 8), Case("MLP", 16), Case("MLP", 16, batch=4)
-DIGITS_8, DIGITS_8_SGD, MLP_4_SGD = Case("digits", 8), Case("digits", 8, optimizer="SGD"), Case("MLP", 4, optimizer="SGD")
+DIGITS_8, DIGITS_8_SGD, MLP_4_SGD = (
+    Case("digits", 8),
+    Case("digits", 8, optimizer="SGD"),
+    Case("MLP", 4, optimizer="SGD"),
+)
 
 Group = tuple[Case, int, Sequence[Method]]
 """A case, the number of seeds, and methods."""
@@ -96,10 +101,11 @@ PLAN: tuple[Group, ...] = (
     (GPT_4, 8, _MAIN),
     (MLP_4, 8, (DATA_PARALLEL, AWC, start(AWC, 0.1), start(AWC, 0.2), ATC, start(ATC, 0.2), DENSE)),
     (MLP_16, 4, (DATA_PARALLEL, AWC, start(INT8, 0.2), start(AWC, 0.2), MACHINES[0])),
-    (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), MACHINES[2])),
+    (GPT_16, 2, (DATA_PARALLEL, start(INT8, 0.1), start(ATC_INT8, 0.1), *MACHINES[2:])),
+    (GPT_16, 4, (DATA_PARALLEL, MACHINES[3])),
     (GPT_4, 4, (start(ATC, 0.1),)),
     (GPT_8, 2, (DATA_PARALLEL, start(AWC, 0.1), start(ATC, 0.1))),
-    (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:], STATIC, INT8, start(STATIC, 0.2), start(BF16, 0.2))),
+    (MLP_16, 4, (ATC, start(ATC, 0.2), *MACHINES[1:3], STATIC, INT8, ATC_INT8, start(STATIC, 0.2), start(BF16, 0.2))),
     (GPT_16, 2, (AWC, start(AWC, 0.1), start(STATIC, 0.1), *MACHINES[:2])),
     (DIGITS_8, 16, (DATA_PARALLEL, AWC, start(AWC, 0.1), ATC, *DAG)),
     (MLP_8, 2, (DATA_PARALLEL, AWC, *DAG)),

@@ -41,6 +41,9 @@ class CompressedRanks(Ranks):
     codes = torch.int8
 
     def _pass(self, stage: Any, gradients: Tensor | None, mixing: Any) -> None:
+        if stage is self.row.before:  # Nothing is exchanged before it.
+            super()._pass(stage, gradients, mixing)
+            return
         x = self.flat["param"]
         replica = self.flat.setdefault("replica", torch.zeros_like(x))
         replica += torch.stack([decode(*encode(row, self.codes), row.dtype) for row in x - replica])

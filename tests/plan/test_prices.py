@@ -71,7 +71,7 @@ def test_what_was_not_measured_is_expected_to_do_as_the_like_of_it() -> None:
 
     assert above(way("exponential", "int8")) == (1.8, True)
     assert above(way("exponential", "bf16")) == (1.9, False)
-    assert above(way("one_peer_exponential", "int8")) == (3.7, False)
+    assert above(way("one_peer_exponential", "int8")) == (8.4, False)
     sgd = expected(Way("SGD", "atc", "exponential", wire="int8"), 16)
     assert sgd is not None and (sgd[0].graph, sgd[0].ranks, sgd[1]) == ("one_peer_exponential", 4, False)
     assert expected(way("ring", "int8"), 16) is None
@@ -99,7 +99,7 @@ def test_a_time_is_steps_needed_times_their_length_over_the_fastest_all_reduce()
     assert (ring.time, hierarchical.time) == (ring.seconds / base, hierarchical.seconds / base)
     assert machines.time == pytest.approx(84 / 77 * machines.seconds / base)
     assert (ranks.time, unknown.time) == (None, None)
-    assert ranks.loss is not None and ranks.loss.above == 3.7 and unknown.loss is None
+    assert ranks.loss is not None and ranks.loss.above == 8.4 and unknown.loss is None
 
 
 def test_losses_are_those_of_the_optimizer() -> None:
@@ -130,7 +130,7 @@ def test_a_line_shows_all_prices() -> None:
     assert re.search(r"by machine +loss +time$", lines[0])
     assert re.search(r"^    DDP .* 0 +1\.00$", lines[1])
     assert re.search(r"^\*\+? +awc .* by machine .* \+0\.5% n=16 +0\.\d\d$", lines[2])
-    assert re.search(r"^    awc .* \+3\.7% n=16 +never$", lines[3])
+    assert re.search(r"^    awc .* \+8\.4% n=16 +never$", lines[3])
 
 
 # -- wires and starts ------------------------------------------------------------------------------------------------
