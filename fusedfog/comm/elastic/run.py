@@ -98,6 +98,7 @@ class Run:
         self.identity, self.timeout, self.min_ranks, self.dead_after = identity, timeout, min_ranks, dead_after
         self._on_change = on_change
         self._change: Change | None = None
+        self._known: tuple[str, ...] = ()
         self._hosted = _host(identity) if identity.hosts else None
         prefix = f"fusedfog/{identity.run}/"
         self.board = Board(identity.stores, prefix)
@@ -253,7 +254,7 @@ class Run:
         old = before.uids if before is not None else ()
         left = tuple(uid for uid in old if uid not in record.uids)
         joined = tuple(uid for uid in record.uids if uid not in old)
-        self._change = Change(record.epoch, record.uids, left, joined, record.cause)
+        self._note(old, record)
         parts = [f"without {', '.join(left)}" if left else "", f"with {', '.join(joined)}" if joined and old else ""]
         log.info(
             "slot %d: epoch %d has %d members%s, from step %d on (%s), after %.2f s",
@@ -265,6 +266,15 @@ class Run:
             record.cause or "no member has changed",
             taken,
         )
+
+    def _note(self, old: tuple[str, ...], record: Record) -> None:
+        """What is to be told: all that has changed since the last time, as an epoch may end before its members are ready."""
+        untold = self._change if self._on_change is not None else None
+        self._known = old if untold is None else self._known
+        causes = dict.fromkeys(["" if untold is None else untold.cause, record.cause])
+        left = tuple(uid for uid in self._known if uid not in record.uids)
+        joined = tuple(uid for uid in record.uids if uid not in self._known)
+        self._change = Change(record.epoch, record.uids, left, joined, "; ".join(filter(None, causes)))
 
     def tell(self) -> None:
         """Call the user's function, once this process is ready to train in the new epoch."""
