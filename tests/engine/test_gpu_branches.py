@@ -45,7 +45,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd allreduce": ("SGD", {"algorithm": "allreduce", "momentum": 0.9}),
     "sgd measured": ("SGD", {"measure": True, "max_grad_norm": 1.0}),
     "wrapped awc": ("Decentralized", {"topology": "one_peer_exponential"}),
-    "wrapped awc static": ("Decentralized", {"topology": "exponential", "mix_strength": 0.5}),
+    "wrapped awc static": ("Decentralized", {"topology": "exponential", "mix_strength": lambda step, rate: 0.5 * rate}),
     "wrapped atc": ("Decentralized", {"algorithm": "atc"}),
     "wrapped averaging": ("Decentralized", {"algorithm": "atc", "global_average_every": 3, "topology": "ring"}),
     "wrapped allreduce": ("Decentralized", {"algorithm": "allreduce"}),
