@@ -134,8 +134,8 @@ def _to_nobody() -> str:
 @pytest.mark.parametrize(
     ("program", "size", "says"),
     [
-        (_bad_order, 2, "message 0, .* timed out"),
-        (_crossed_batches, 2, "sending to rank . .* timed out"),
+        (_bad_order, 2, "message 0, .* (timed out|connection lost)"),
+        (_crossed_batches, 2, "sending to rank . .* (timed out|connection lost)"),
         (_too_many, 1, "258 operations in one batch"),
         (_two_threads, 1, "from two threads"),
         (_first_of_some, 3, "first operation .* only 2 of 3 have come"),
@@ -146,6 +146,8 @@ def test_what_hangs_on_nccl_is_an_error_here(ranks: Pool, program: Callable[[], 
     said = ranks.run(size, program, init=False)
     for text in said[:2]:
         assert re.search(says, text), said
+    # The first whose time is over closes its connections, and that may be what the other hears first.
+    assert any("timed out" in text for text in said) or "timed out" not in says, said
 
 
 def _split(use_local_synchronization: bool, bound: bool) -> str:
