@@ -89,8 +89,11 @@ ELASTIC_WAYS: dict[str, Way] = {
     "bf16, clipped": _half(topology="ring", low_precision="master", max_grad_norm=1.0),
     "averages, one-peer": _sgd(topology="one_peer_exponential", global_average_every=4, momentum=0.9),
 }
-"""Those of elastic runs, without push_sum and compressed messages: what a run's number draws depends on this list, and the
-campaign that is kept was drawn before elastic runs took these two."""
+"""Those of elastic runs, of which run numbers below `LATER_FROM` draw."""
+
+LATER_FROM = 300
+LATER_WAYS: dict[str, Way] = {name: WAYS[name] for name in ("push_sum", "int8")}
+"""Those of later numbers: elastic runs took these after some of the first 300 had been drawn, which are to stay as drawn."""
 
 
 def model_of(megabytes: float) -> nn.Module:

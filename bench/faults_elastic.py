@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from faults_common import ELASTIC_WAYS, LARGE, MODELS, Board, Run, await_moment
+from faults_common import ELASTIC_WAYS, LARGE, LATER_FROM, LATER_WAYS, MODELS, Board, Run, await_moment
 from faults_members import Marks, train
 from faults_processes import Processes
 from tqdm import tqdm
@@ -66,7 +66,7 @@ class Plan:
     def draw(cls, number: int, seed: int) -> Plan:
         """The trial of this number. Phases and models go round, so that each pair is as frequent."""
         chance = random.Random(f"elastic {seed} {number}")
-        ranks, way = chance.choice((4, 6)), chance.choice(list(ELASTIC_WAYS))
+        ranks, way = chance.choice((4, 6)), chance.choice(list(LATER_WAYS if number >= LATER_FROM else ELASTIC_WAYS))
         phase, megabytes = PHASES[number % len(PHASES)], MODELS[number // len(PHASES) % len(MODELS)]
         victim, first = chance.sample(range(ranks), 2)
         if phase not in ADDED:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults_common import ELASTIC_WAYS, LARGE, Board, Run, model_of
+from faults_common import ELASTIC_WAYS, LARGE, LATER_WAYS, Board, Run, model_of
 
 import fusedfog
 from fusedfog.comm.elastic import run as elastic
@@ -124,7 +124,7 @@ class Member:
         torch.manual_seed(0)
         self.model, begin = model_of(plan.megabytes), time.monotonic()
         with board.phase(slot, "joining" if incarnation else "construction"):
-            self.opt = ELASTIC_WAYS[plan.way](self.model, None)
+            self.opt = (ELASTIC_WAYS | LATER_WAYS)[plan.way](self.model, None)
         marks.built(slot, time.monotonic() - begin)
         self.calls, self.updates_before = 0, max(0, self._updates())
 
