@@ -84,17 +84,19 @@ class Members:
             while True:
                 self._hear(uid, time.monotonic() + 1.0)
                 result = self._said[uid][-1]
-                assert not isinstance(result, Result), f"{uid} has ended before it was killed: {result.error or result.value}"
+                assert not isinstance(result, Result), (
+                    f"{uid} has ended before it was killed: {result.error or result.value}"
+                )
         self.signal(uid, signal.SIGKILL)
         self.processes[uid].join()
 
-    def wait_for(self, uid: str, said: object, timeout: float = 60.0) -> None:
+    def wait_for(self, uid: str, said: object, timeout: float = 240.0) -> None:
         """Return once a process has `say`ed this."""
         deadline = time.monotonic() + timeout
         while said not in self._said[uid]:
             self._hear(uid, deadline)
 
-    def results(self, timeout: float = 90.0) -> dict[str, Any]:
+    def results(self, timeout: float = 240.0) -> dict[str, Any]:
         """What each process returned that was not killed; raises what one raised."""
         deadline, found = time.monotonic() + timeout, {}
         for uid in self.processes:
