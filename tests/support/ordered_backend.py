@@ -132,7 +132,6 @@ def open_world(timeout: float = 20.0, *, bound: bool = False) -> None:
     delay(0.0)
     dist.init_process_group("ordered", timeout=_SETTING_UP)
     default = c10d._get_default_group()
-    default._get_backend(_GPU).options._timeout = timedelta(seconds=timeout)
     if bound:
         default.bound_device_id = _GPU
         default._get_backend(_GPU).eager_connect_single_device(_GPU)
@@ -141,6 +140,13 @@ def open_world(timeout: float = 20.0, *, bound: bool = False) -> None:
     if store.add("ordered/opened", 1) == dist.get_world_size():
         store.set("ordered/all", "in")
     store.wait(["ordered/all"], _SETTING_UP)
+    limit(timeout)
+
+
+def limit(seconds: float, group: dist.ProcessGroup | None = None) -> None:
+    """Have operations of this process in a group, by default the default group, wait for so long from now on."""
+    group = group if group is not None else c10d._get_default_group()
+    group._get_backend(_GPU).options._timeout = timedelta(seconds=seconds)
 
 
 def observe(observer: Observer | None) -> None:
