@@ -282,9 +282,9 @@ def no_memory(nbytes: int) -> Any:
     ("how", "why"), [("memfd", "rank 1: this system has no memfd"), ("memory", "rank 1: this system refuses")]
 )
 def test_all_ranks_go_on_by_messages_where_one_cannot_share(ranks: Pool, how: str, why: str) -> None:
-    shared = ranks.run(2, refused, -1, how)
+    shared = ranks.run(2, refused, -1, how, pg_timeout=120)
     assert "ranks [0, 1] exchange with each other through shared memory" in shared[0][1]
-    instead = ranks.run(2, refused, 1, how)
+    instead = ranks.run(2, refused, 1, how, pg_timeout=120)
     assert "ranks [0, 1] exchange with each other by messages (" in instead[0][1] and why in instead[0][1]
     for one, other in ((shared[0][0], instead[0][0]), (instead[0][0], instead[1][0])):
         for a, b in zip(one, other, strict=True):
