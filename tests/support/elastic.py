@@ -148,6 +148,24 @@ def current_run() -> Any:
     return run
 
 
+def let_go_after(seconds: float) -> None:
+    """In a process: from now on a member that has not answered for so long counts as lost.
+
+    If `init` were given so few, the run would begin without a process that a busy machine starts so much later.
+    """
+    run = current_run()
+    run.dead_after = run.silence._dead_after = seconds
+
+
+def linger(opt: Any, uid: str, until: int) -> None:
+    """In a process, after each of its steps: take time for the last third of them unless a newcomer is a member by then.
+
+    However late that one is started, the others are still there.
+    """
+    if 3 * opt.steps > 2 * until and uid not in opt.stats()["members"]:
+        time.sleep(0.2)
+
+
 def say(what: object) -> None:
     """In a process: tell the test something."""
     _Own.pipe.send(what)
