@@ -205,8 +205,8 @@ def test_one_that_stands_still_for_too_long_is_let_go_though_nobody_waits_for_it
 
 
 def is_slow(until: int) -> Any:
-    """A step of slot 1 takes three times `dead_after`, and in the middle of one the members change."""
-    x, opt = begin(dead_after=1.0)
+    """A step of slot 1 takes longer than `dead_after`, and in the middle of one the members change."""
+    x, opt = begin(dead_after=2.0)
     while opt.steps < until or "2.0" in opt.stats()["members"]:
         if own_slot() == 2 and opt.steps == 5:
             time.sleep(0.5)

@@ -119,7 +119,7 @@ def test_a_process_that_stands_still_for_a_while_is_no_less_a_member() -> None:
 
 
 def behind_a_launcher(until: int) -> Any:
-    model, opt = begin(dead_after=1.5)
+    model, opt = begin(dead_after=3.0)
     steps(model, opt, until, 0.01)
     return outcome(opt)
 
