@@ -70,8 +70,8 @@ def test_every_section_runs_without_a_gpu(gpu: ModuleType, tmp_path: Path) -> No
 
 
 def test_a_section_that_fails_costs_itself_and_is_named(gpu: ModuleType, tmp_path: Path) -> None:
-    broken = gpu.Section("no_such_section", "gpu_sections", 20)
-    entry = gpu.perform(broken, tmp_path, time.time() + 30, False)
+    broken = gpu.Section("no_such_section", "gpu_sections", 300)
+    entry = gpu.perform(broken, tmp_path, time.time() + 310, False)
     assert entry["status"] == "process 0 failed with exit status 2"
     assert "invalid choice" in entry["log"]
     line = importlib.import_module("gpu_notes").verdict({"passes": {"status": "ok"}, "speed": entry})

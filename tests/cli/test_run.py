@@ -12,10 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.ports import free_port
 from torch.distributed import TCPStore
 
 from fusedfog.cli import run_launcher, run_stores
@@ -41,15 +44,13 @@ def wait(name):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (run_launcher, run_stores):
         monkeypatch.setattr(module, "EVERY", 0.05)
-    monkeypatch.setattr(run_stores, "DEADLINE", 2.0)
+    monkeypatch.setattr(run_stores, "DEADLINE", 5.0)
     monkeypatch.setattr(run_launcher, "STILL", 0.5)
 
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    return free_port()
 
 
 def launch(folder: Path, body: str, *options: str, ranks: int = 2) -> int:
@@ -86,6 +87,12 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def patient(store: TCPStore) -> TCPStore:
+    """The same, for the test's own questions: the launcher's deadlines are short here, and answers late on a busy machine."""
+    store.set_timeout(timedelta(seconds=PATIENCE))
+    return store
+
+
 class Run:
     """The store of a run that is being launched at this port, as its ranks see it."""
 
@@ -98,7 +105,7 @@ class Run:
         while self._store is None:
             time.sleep(0.02)
             with contextlib.suppress(OSError, RuntimeError):
-                self._store = connect(("127.0.0.1", self._port))
+                self._store = patient(connect(("127.0.0.1", self._port)))
         return self._store
 
     def be_elastic(self) -> None:
@@ -373,19 +380,19 @@ def test_a_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_second_launcher_for_the_same_places_is_refused(
-    tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosted, over = host_store(("127.0.0.1", port)), threading.Event()
+    hosted = host_store(("127.0.0.1", port))
     hosted.set("fusedfog/r/launcher/1", "hostB (process 12, abcd)")
 
-    def beat() -> None:
-        while not over.wait(0.05):
-            hosted.set("fusedfog/r/launcher-beat/1", str(time.monotonic()))
+    def sleep(seconds: float) -> None:
+        """The other launcher's heart beats meanwhile, and be it as slow as it may."""
+        time.sleep(seconds)
+        hosted.set("fusedfog/r/launcher-beat/1", str(time.monotonic()))
 
+    monkeypatch.setattr(run_launcher, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     options = ["--nnodes", "2", "--node-rank", "1", "--run-id", "r", "--stores", f"127.0.0.1:{port}"]
-    with meanwhile(beat):
-        assert launch(tmp_path, "note('ran')", *options) == 2
-        over.set()
+    assert launch(tmp_path, "note('ran')", *options) == 2
     assert "node 1 of the run 'r' is run by hostB (process 12, abcd) already" in capsys.readouterr().err
     assert launch(tmp_path, "note('ran')", *options, ranks=3) == 2
     assert "node 1 of 2 machines of 3 ranks, but the run 'r' is one of 2 machines of 2" in capsys.readouterr().err
@@ -413,9 +420,7 @@ def test_a_launcher_says_where_it_looked_for_a_store(
 
 
 def test_ranks_wait_for_the_first_store_and_use_the_one_that_knows_most_of_their_run(tmp_path: Path, port: int) -> None:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        own = one.getsockname()[1]
+    own = free_port()
     both = f"127.0.0.1:{port},127.0.0.1:{own}"
     options = ["--nnodes", "2", "--node-rank", "1", "--run-id", "r", "--stores", both, "--max-restarts", "1"]
     hosted: list[TCPStore] = []
@@ -436,7 +441,7 @@ def test_ranks_wait_for_the_first_store_and_use_the_one_that_knows_most_of_their
         while True:
             time.sleep(0.02)
             with contextlib.suppress(OSError, RuntimeError):
-                return connect(("127.0.0.1", number))
+                return patient(connect(("127.0.0.1", number)))
 
     body = """
 note('env', os.environ['FUSEDFOG_STORES'])
@@ -479,17 +484,19 @@ def test_a_store_that_is_silent_or_gone_does_not_keep_anything_from_the_others(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_stores, "DEADLINE", 0.5)
-    hosted = host_store(("127.0.0.1", port))
+    hosted = patient(host_store(("127.0.0.1", port)))
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         stores = Stores([silent.getsockname()[:2], free.getsockname()[:2], ("127.0.0.1", port)], "p/")
         stores.watch("failed")
         stores.state("dead/1.0", "exit code 3")
-        stores.beat("beat/0.0", "4")
-        until(lambda: hosted.check(["p/dead/1.0", "p/beat/0.0"]))
+        # Hearts beat again and again: a beat is not repeated that a store was too busy to take.
+        until(lambda: stores.beat("beat/0.0", "4") or hosted.check(["p/dead/1.0", "p/beat/0.0"]))
         hosted.set("p/failed", "rank 3")
         assert until(lambda: stores.seen("failed")) == ["rank 3"]
-        assert stores.ask(lambda store, prefix: store.get(prefix + "beat/0.0")) == {("127.0.0.1", port): b"4"}
+        # It may also need more than the half second in which the silent one is given up.
+        answers = until(lambda: stores.ask(lambda store, prefix: store.get(prefix + "beat/0.0")))
+        assert answers == {("127.0.0.1", port): b"4"}
         stores.close(0.1)
 
 

@@ -61,7 +61,7 @@ def test_a_mismatch_raises_on_every_rank_and_names_rank_and_field(ranks: Pool, w
         assert outcome.error_type == "MismatchError", outcome.traceback
         assert field in outcome.message
         assert "on rank 2" in outcome.message
-        assert outcome.seconds < 5
+        assert outcome.seconds < 20  # of the 30 of the timeout
 
 
 def mismatch_then_agree() -> float:

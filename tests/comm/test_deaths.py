@@ -77,7 +77,7 @@ def in_mid_message(algorithm: str) -> tuple[str, int | None, str]:
 
 @pytest.mark.parametrize("algorithm", ["awc", pytest.param("atc", marks=pytest.mark.slow)])
 def test_a_death_in_the_middle_of_a_message_is_noticed_at_once(ranks: Pool, algorithm: str) -> None:
-    check_told(ranks.outcomes(4, in_mid_message, algorithm, pg_timeout=LONG, timeout=40))
+    check_told(ranks.outcomes(4, in_mid_message, algorithm, pg_timeout=LONG))
 
 
 X = torch.ones(3)
@@ -111,7 +111,7 @@ FAST = ("step()", "consensus_distance()", "save_checkpoint()", "SGD()")
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
 )
 def test_whoever_waits_in_any_call_is_told_by_name(ranks: Pool, name: str, tmp_path: Path) -> None:
-    check_told(ranks.outcomes(4, all_but_one, name, str(tmp_path / "checkpoint"), pg_timeout=LONG, timeout=40))
+    check_told(ranks.outcomes(4, all_but_one, name, str(tmp_path / "checkpoint"), pg_timeout=LONG))
 
 
 def before_anything_is_built() -> tuple[str, int | None, str]:
@@ -123,7 +123,7 @@ def before_anything_is_built() -> tuple[str, int | None, str]:
 
 
 def test_a_rank_that_dies_after_init_is_missed_by_those_that_build(ranks: Pool) -> None:
-    check_told(ranks.outcomes(4, before_anything_is_built, pg_timeout=LONG, timeout=40))
+    check_told(ranks.outcomes(4, before_anything_is_built, pg_timeout=LONG))
 
 
 def a_rank_that_is_not_waited_for() -> tuple[str, int | None, str]:
@@ -143,7 +143,7 @@ def a_rank_that_is_not_waited_for() -> tuple[str, int | None, str]:
 
 
 def test_a_rank_that_waits_for_nobody_is_told_by_its_next_call_and_by_all_later_ones(ranks: Pool) -> None:
-    check_told(ranks.outcomes(4, a_rank_that_is_not_waited_for, pg_timeout=LONG, timeout=40))
+    check_told(ranks.outcomes(4, a_rank_that_is_not_waited_for, pg_timeout=LONG))
 
 
 def with_a_connection_of_its_own() -> bytes:
@@ -163,7 +163,7 @@ def with_a_connection_of_its_own() -> bytes:
 
 @pytest.mark.slow
 def test_other_connections_of_the_process_are_left_alone(ranks: Pool) -> None:
-    outcomes = ranks.outcomes(3, with_a_connection_of_its_own, pg_timeout=LONG, timeout=40)
+    outcomes = ranks.outcomes(3, with_a_connection_of_its_own, pg_timeout=LONG)
     assert [outcome.value for outcome in outcomes[1:]] == [b"alive"] * 2
 
 

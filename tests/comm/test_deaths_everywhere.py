@@ -233,9 +233,9 @@ def cases(names: dict[str, Any], quick: tuple[str, ...]) -> list[Any]:
 def test_a_death_in_a_step_of_any_kind_is_told_by_name(
     ranks: Pool, name: str, victim: int, part: float, tmp_path: Path
 ) -> None:
-    check_named(ranks.outcomes(4, repeat, name, victim, part, tmp_path, pg_timeout=LONG, timeout=40), victim)
+    check_named(ranks.outcomes(4, repeat, name, victim, part, tmp_path, pg_timeout=LONG), victim)
 
 
 @pytest.mark.parametrize(("name", "victim", "part"), cases(CALLS, ("hierarchical", "uneven()", "load_checkpoint()")))
 def test_a_death_in_any_call_is_told_by_name(ranks: Pool, name: str, victim: int, part: float, tmp_path: Path) -> None:
-    check_named(ranks.outcomes(4, repeat, name, victim, part, tmp_path, pg_timeout=LONG, timeout=40), victim)
+    check_named(ranks.outcomes(4, repeat, name, victim, part, tmp_path, pg_timeout=LONG), victim)

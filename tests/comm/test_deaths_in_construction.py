@@ -100,7 +100,7 @@ def cases() -> list[Any]:
 def test_a_death_in_construction_is_told_by_name(ranks: Pool, setup: str, victim: int, place: int) -> None:
     calls = min(ranks.run(4, count_calls, setup))
     fatal = max(1, calls * place // PLACES)
-    check_named(ranks.outcomes(4, die_at, setup, victim, fatal, pg_timeout=LONG, timeout=40), victim)
+    check_named(ranks.outcomes(4, die_at, setup, victim, fatal, pg_timeout=LONG), victim)
 
 
 def dies_before_it_connects(victim: int) -> tuple[str, int | None, str]:
@@ -119,7 +119,7 @@ def dies_before_it_connects(victim: int) -> tuple[str, int | None, str]:
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_death_between_an_offer_of_memory_and_the_connection_is_told_by_name(ranks: Pool, victim: int) -> None:
-    check_named(ranks.outcomes(4, dies_before_it_connects, victim, pg_timeout=LONG, timeout=25), victim)
+    check_named(ranks.outcomes(4, dies_before_it_connects, victim, pg_timeout=LONG), victim)
 
 
 def test_what_listens_is_never_shut_down() -> None:
@@ -166,7 +166,7 @@ def dies_in_new_group(victim: int) -> list[tuple[str, int | None, str]]:
 
 @pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_a_death_in_the_making_of_a_group_later_calls_are_told_so_too(ranks: Pool, victim: int) -> None:
-    outcomes = ranks.outcomes(4, dies_in_new_group, victim, timeout=40, init=False)
+    outcomes = ranks.outcomes(4, dies_in_new_group, victim, init=False)
     assert outcomes[victim].error_type == "Died"
     for rank, outcome in enumerate(outcomes):
         if rank != victim:

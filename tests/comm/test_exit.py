@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.ports import free_port
 
 SCRIPT = """
 import torch
@@ -51,13 +51,10 @@ for _ in range(2):
 def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: str, option: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(last=last, option=option))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     base = os.environ | {
         "WORLD_SIZE": "3",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
@@ -67,6 +64,6 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
         for rank in range(3)
     ]
     for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
+        _, errors = rank.communicate(timeout=300)
         assert rank.returncode == 0, errors
         assert "Exception" not in errors

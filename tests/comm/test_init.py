@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from support.launches import LAUNCHERS, SHELLS, VARIABLES, alone, hydra, open_mpi, srun, torchrun
 from support.pool import Pool
+from support.ports import free_port
 from torch import nn
 
 import fusedfog
@@ -62,12 +63,6 @@ def joined_beside_an_unknown_name(port: int) -> str:
 
 def test_srun_whose_hosts_have_names_that_nobody_knows_is_joined_at_its_own_address(ranks: Pool) -> None:
     assert ranks.run(2, joined_beside_an_unknown_name, free_port(), init=False) == ["127.0.0.1"] * 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun (Open MPI)", "mpirun (MVAPICH)", "mpiexec (PMI)", "torchrun"])
@@ -233,7 +228,7 @@ def run_alone(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         env=clean | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])} | env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool, fail_at
+from support.waits import await_said, meet, say, shorten
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -137,9 +138,9 @@ WAYS = [{"algorithm": "allreduce"}, {"inside": "gradients"}, {"inside": "paramet
 
 @pytest.mark.parametrize("keywords", WAYS, ids=str)
 def test_a_killed_rank_is_named_at_once(ranks: Pool, keywords: dict[str, Any]) -> None:
-    outcomes = ranks.outcomes(3, train, fail_at(1, 5, "kill"), keywords, pg_timeout=30)
+    outcomes = ranks.outcomes(3, train, fail_at(1, 5, "kill"), keywords, pg_timeout=60)
     for rank in (0, 2):
-        assert outcomes[rank].error_type == "ExchangeError" and outcomes[rank].seconds < 15
+        assert outcomes[rank].error_type == "ExchangeError" and outcomes[rank].seconds < 30
         # Whoever notices first tells the other.
         assert "rank 1: connection lost" in outcomes[rank].message or "rank 1 has ended" in outcomes[rank].message
 
@@ -147,14 +148,17 @@ def test_a_killed_rank_is_named_at_once(ranks: Pool, keywords: dict[str, Any]) -
 def too_late(late: int) -> float:
     communicator, shared = opened()
     buffer = shared.buffer()
+    meet("opened")
+    shorten(2.0)
     if dist.get_rank() != late:
         begin = time.monotonic()
         with pytest.raises(fusedfog.PeerTimeout, match=f"gradients: waiting for rank {late}: nothing within .* 2 s"):
             summed_late(communicator, buffer)
         with pytest.raises(fusedfog.ExchangeError):  # Its connections are closed.
             summed_late(communicator, buffer)
+        say("given up")
         return time.monotonic() - begin
-    time.sleep(4)
+    await_said("given up")
     with pytest.raises((fusedfog.ExchangeError, fusedfog.PeerTimeout), match=r"connection lost|rank 0 has given up"):
         summed_late(communicator, buffer)
     return 0.0
@@ -166,7 +170,7 @@ def summed_late(communicator: Communicator, buffer: Buffer) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named_after_the_timeout(ranks: Pool) -> None:
-    assert ranks.run(2, too_late, 1, pg_timeout=2)[0] < 15
+    assert ranks.run(2, too_late, 1)[0] < 20
 
 
 # -- processes and memory ---------------------------------------------------------------------------------------------
@@ -201,19 +205,17 @@ def fork_and_die(path: str) -> str:
 
 
 def test_a_forked_child_neither_writes_nor_keeps_a_connection(ranks: Pool, tmp_path: Path) -> None:
-    outcomes = ranks.outcomes(2, fork_and_die, str(tmp_path / "child"), pg_timeout=20)
-    assert outcomes[1].error_type == "Died" and outcomes[0].ok and outcomes[0].seconds < 15
+    outcomes = ranks.outcomes(2, fork_and_die, str(tmp_path / "child"), pg_timeout=60)
+    assert outcomes[1].error_type == "Died" and outcomes[0].ok and outcomes[0].seconds < 30
     assert "rank 1: connection lost" in outcomes[0].value or "rank 1 has ended" in outcomes[0].value
 
 
 def counts() -> tuple[int, int, int]:
-    gc.collect()
-    time.sleep(0.1)  # Its thread hears of the others' buffers.
-    dist.barrier()
     return len(shared_memory._mapped), sum(shared_memory._mapped.values()), len(os.listdir("/proc/self/fd"))
 
 
-def many_optimizers() -> list[tuple[int, int, int]]:
+def many_optimizers() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """What there is after two optimizers, and after four."""
     mesh, found = init_device_mesh("cpu", (1, 2)), []
     for _ in range(4):
         model = nn.Linear(50, 50)
@@ -225,14 +227,20 @@ def many_optimizers() -> list[tuple[int, int, int]]:
         opt.drain()
         during = shared_memory._mapped.copy()
         del opt, model
+        gc.collect()
+        time.sleep(0.1)  # Its thread hears of the others' buffers, if it is not kept from it.
+        dist.barrier()
         found.append(counts())
-        assert during and len(during) > found[-1][0]
-    return found
+    deadline = time.monotonic() + 20
+    while any(now > then for now, then in zip(counts(), found[1], strict=True)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert during and len(during) > counts()[0]
+    return found[1], counts()
 
 
 def test_optimizers_that_are_gone_leave_no_memory_and_no_descriptors(ranks: Pool) -> None:
-    for _, *others in ranks.run(2, many_optimizers):
-        assert len(set(others)) == 1
+    for two, four in ranks.run(2, many_optimizers):
+        assert all(now <= then for now, then in zip(four, two, strict=True)), (two, four)
 
 
 # -- where it cannot be -----------------------------------------------------------------------------------------------
@@ -274,9 +282,9 @@ def no_memory(nbytes: int) -> Any:
     ("how", "why"), [("memfd", "rank 1: this system has no memfd"), ("memory", "rank 1: this system refuses")]
 )
 def test_all_ranks_go_on_by_messages_where_one_cannot_share(ranks: Pool, how: str, why: str) -> None:
-    shared = ranks.run(2, refused, -1, how)
+    shared = ranks.run(2, refused, -1, how, pg_timeout=120)
     assert "ranks [0, 1] exchange with each other through shared memory" in shared[0][1]
-    instead = ranks.run(2, refused, 1, how)
+    instead = ranks.run(2, refused, 1, how, pg_timeout=120)
     assert "ranks [0, 1] exchange with each other by messages (" in instead[0][1] and why in instead[0][1]
     for one, other in ((shared[0][0], instead[0][0]), (instead[0][0], instead[1][0])):
         for a, b in zip(one, other, strict=True):

@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.waits import await_said, end_all_but, is_said, meet, say, shorten
 from torch import nn
 
 import fusedfog
 
-NAP = 0.6
+NAP = 0.3
 
 
 def net(width: int = 40) -> nn.Sequential:
@@ -37,8 +38,11 @@ def iterate(model: nn.Module, opt: Any, steps: int = 1) -> None:
 # -- stragglers -------------------------------------------------------------------------------------------------------
 
 
-def straggle(algorithm: str, fused_backward: bool) -> list[tuple[float, float]]:
-    """Times of (forward + backward, step) per iteration; rank 2 sleeps before its step number 5."""
+def straggle(algorithm: str, fused_backward: bool, first: int) -> list[int]:
+    """On rank 2, the step that each neighbour has come to, its forward and backward made, while rank 2 naps before its step 5.
+
+    It naps until both have come to step `first`, and then for a while in which they could go on.
+    """
     model = net()
     opt = fusedfog.SGD(
         model.parameters(),
@@ -49,19 +53,17 @@ def straggle(algorithm: str, fused_backward: bool) -> list[tuple[float, float]]:
         bucket_mb=0.001,
     )
     x = torch.ones(2, 40)
-    dist.barrier()
-    times = []
+    found: list[int] = []
     for step in range(9):
-        begin = time.perf_counter()
         opt.zero_grad()
         model(x).sum().backward()
-        middle = time.perf_counter()
+        say(f"{step}/{dist.get_rank()}")
         if step == 5 and dist.get_rank() == 2:
+            await_said(f"{first}/1", f"{first}/3")
             time.sleep(NAP)
-        nap_over = time.perf_counter()
+            found = [max(other for other in range(9) if is_said(f"{other}/{rank}")) for rank in (1, 3)]
         opt.step()
-        times.append((middle - begin, time.perf_counter() - nap_over))
-    return times
+    return found
 
 
 @pytest.mark.parametrize(
@@ -73,15 +75,7 @@ def straggle(algorithm: str, fused_backward: bool) -> list[tuple[float, float]]:
 def test_a_straggler_delays_only_the_step_that_needs_its_message(
     ranks: Pool, algorithm: str, fused_backward: bool, delayed: set[int]
 ) -> None:
-    times = ranks.run(4, straggle, algorithm, fused_backward)
-    for rank in (1, 3):
-        computing = [t for t, _ in times[rank]]
-        stepping = [t for _, t in times[rank]]
-        assert max(computing) < NAP / 2, f"rank {rank} was held up in forward or backward"
-        late = [step for step, t in enumerate(stepping) if t > NAP / 2]
-        assert len(late) == 1, f"rank {rank} waited in steps {late}"
-        assert late[0] in delayed
-        assert stepping[late[0]] < 2 * NAP
+    assert set(ranks.run(4, straggle, algorithm, fused_backward, min(delayed))[2]) <= delayed
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
@@ -113,9 +107,7 @@ def exit_first(survivors: list[int]) -> tuple[int, float]:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.01, topology="ring")
     iterate(model, opt, 3)
-    if dist.get_rank() not in survivors:
-        os._exit(0)
-    time.sleep(0.5)
+    end_all_but(survivors)
     saved = opt.state_dict()
     total = torch.ones(1)
     dist.all_reduce(total, group=group)
@@ -134,36 +126,44 @@ def test_ranks_that_finish_first_leave_the_others_and_their_group_usable(ranks: 
 def never_step() -> None:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.01, topology="ring")
-    if dist.get_rank() == 2:
-        time.sleep(6)
-        return
-    iterate(model, opt, 3)
+    meet("built")
+    shorten(3.0)
+    try:
+        if dist.get_rank() != 2:
+            iterate(model, opt, 3)
+    finally:
+        say(f"told/{dist.get_rank()}")
+        await_said("told/1", "told/3")
 
 
 def test_a_peer_that_never_steps_is_named_within_the_timeout(ranks: Pool) -> None:
-    outcomes = ranks.outcomes(4, never_step, pg_timeout=3)
+    outcomes = ranks.outcomes(4, never_step)
     for rank in (1, 3):
         assert outcomes[rank].error_type == "PeerTimeout"
         # Whoever is the first to give up tells the other.
         assert f"rank {rank}: step" in outcomes[rank].message
         assert "step 0, bucket 0: receiving from rank 2" in outcomes[rank].message
         assert "3 s" in outcomes[rank].message
-        assert outcomes[rank].seconds < 5
+        assert outcomes[rank].seconds < 20
 
 
 def never_build() -> None:
-    if dist.get_rank() == 2:
-        time.sleep(4)
-        return
-    fusedfog.SGD(net().parameters(), lr=0.01)
+    meet("begun")
+    shorten(3.0)
+    try:
+        if dist.get_rank() != 2:
+            fusedfog.SGD(net().parameters(), lr=0.01)
+    finally:
+        say(f"told/{dist.get_rank()}")
+        await_said("told/0", "told/1", "told/3")
 
 
 def test_a_peer_that_never_builds_its_optimizer_is_named_within_the_timeout(ranks: Pool) -> None:
-    outcomes = ranks.outcomes(4, never_build, pg_timeout=3)
+    outcomes = ranks.outcomes(4, never_build)
     for rank in (0, 1, 3):
         assert outcomes[rank].error_type == "PeerTimeout"
         assert "rank 2 did not come" in outcomes[rank].message
-        assert outcomes[rank].seconds < 4
+        assert outcomes[rank].seconds < 20
 
 
 def killed() -> None:
@@ -176,12 +176,12 @@ def killed() -> None:
 
 
 def test_a_killed_peer_is_named(ranks: Pool) -> None:
-    outcomes = ranks.outcomes(4, killed, pg_timeout=5)
+    outcomes = ranks.outcomes(4, killed, pg_timeout=60)
     assert outcomes[1].error_type == "Died"
     for rank in (0, 2):
         assert outcomes[rank].error_type == "ExchangeError"
         assert "rank 1: connection lost" in outcomes[rank].message or "rank 1 has ended" in outcomes[rank].message
-        assert outcomes[rank].seconds < 4
+        assert outcomes[rank].seconds < 30
 
 
 # -- edits and pauses ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from support import fake_cuda, ordered_backend
 from support.pool import Pool
+from support.waits import await_said, await_true, meet, say, unhurried
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -317,48 +318,65 @@ def step_once(model: Model, opt: Any) -> None:
     opt.step()
 
 
+WAITING = "rank 0: step 3, bucket 0: receiving from ranks [1], sending to ranks [1]: still waiting after 1 s. "
+
+
+def shorten(communicator: Any) -> None:
+    """From now on the watchdog speaks after about a second, and a wait ends two seconds later, however busy the machine is."""
+    ordered_backend.shorten(communicator, 3.5)
+    communicator._watchdog._patience = 1.2
+
+
+@unhurried()
 def step_with_a_late_peer() -> tuple[list[str], str]:
-    with heard() as encoded, gpu_world(timeout=2.4):
+    with heard() as encoded, gpu_world():
         model = Model()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, bucket_mb=TINY, topology="ring")
         for _ in range(2):
             step_once(model, opt)
+        meet("trained")
         failure = "none"
         if dist.get_rank() == 0:
+            shorten(opt._engine.communicator)
             with pytest.raises(fusedfog.PeerTimeout) as error:
                 for _ in range(2):
                     step_once(model, opt)
             failure = str(error.value)
-        else:
-            time.sleep(3.5)
+            # What it says it has asked others for, which may take longer than the rest of the timeout.
+            await_true(lambda: any(line.startswith(WAITING) for line in encoded))
+            say("told")
+        await_said("told")
     return encoded, failure
 
 
 def test_the_watchdog_names_step_bucket_and_peers_before_the_timeout(ranks: Pool) -> None:
     (encoded, failure), _ = ranks.run(2, step_with_a_late_peer, init=False)
-    waiting = "rank 0: step 3, bucket 0: receiving from ranks [1], sending to ranks [1]: still waiting after 1 s. "
-    found = [line.removeprefix(waiting) for line in encoded if line.startswith(waiting)]
+    found = [line.removeprefix(WAITING) for line in encoded if line.startswith(WAITING)]
     assert found[0].startswith("rank 0 is in step() 3, rank 1 is in no call of fusedfog, its last was step() ")
     assert "step 3, bucket 0: receiving from ranks [1]" in failure
 
 
 def step_after_a_rank_has_left() -> tuple[list[str], str]:
-    with heard() as encoded, gpu_world(timeout=2.4), mock.patch.object(watchdog, "_LATE", 0.1):
+    with heard() as encoded, gpu_world(), mock.patch.object(watchdog, "_LATE", 0.1):
         model = Model()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, bucket_mb=TINY, topology="ring")
         failure = "none"
         for _ in range(2):
             step_once(model, opt)
         if dist.get_rank() == 0:
+            await_said("left")
+            shorten(opt._engine.communicator)
             with pytest.raises(fusedfog.RankLeft) as error:
                 for _ in range(2):
                     step_once(model, opt)
             failure = str(error.value)
             with pytest.raises(fusedfog.RankLeft):
                 step_once(model, opt)
+            say("told")
         else:
             opt.leave()
-            time.sleep(3.5)
+            say("left")
+        await_said("told")
     return encoded, failure
 
 

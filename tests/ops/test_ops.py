@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Outcome, Pool
+from support.waits import meet, shorten
 
 import fusedfog
 from fusedfog import topology as topologies
@@ -422,7 +423,7 @@ def all_mistakes() -> dict[str, tuple[str, str, float]]:
 
 
 def test_mistakes_of_one_rank_raise_on_every_rank(ranks: Pool) -> None:
-    for rank, seen in enumerate(ranks.run(4, all_mistakes, pg_timeout=15)):
+    for rank, seen in enumerate(ranks.run(4, all_mistakes, pg_timeout=60)):
         assert seen.keys() == ONE_SIDED.keys()
         for kind, (name, text, seconds) in seen.items():
             own = rank == 2 and kind in ("weight", "integer", "out")
@@ -430,7 +431,7 @@ def test_mistakes_of_one_rank_raise_on_every_rank(ranks: Pool) -> None:
                 kind
             )
             assert text.startswith(f"rank {rank}: ") and (own or all(word in text for word in ONE_SIDED[kind])), text
-            assert seconds < 10
+            assert seconds < 30
 
 
 def alone_or_absent(kind: str) -> Any:
@@ -443,17 +444,20 @@ def alone_or_absent(kind: str) -> Any:
 
 def first_contact(kind: str) -> Any:
     neighbor_allreduce(torch.ones(2))
+    if kind == "absent":
+        meet("contact")
+        shorten(2.0)
     return alone_or_absent(kind)
 
 
 def test_an_absent_rank_ends_in_an_error_and_unknown_receivers_are_refused(ranks: Pool) -> None:
     for outcome in ranks.outcomes(3, first_contact, "unchecked"):
         assert outcome.error_type == "ValueError" and "check=False" in outcome.message
-    outcomes: list[Outcome] = ranks.outcomes(3, first_contact, "absent", pg_timeout=2.0)
+    outcomes: list[Outcome] = ranks.outcomes(3, first_contact, "absent", pg_timeout=60.0)
     assert outcomes[1].ok
     for rank in (0, 2):
         assert outcomes[rank].error_type in ("PeerTimeout", "ExchangeError"), outcomes[rank].message
-        assert outcomes[rank].seconds < 10
+        assert outcomes[rank].seconds < 30
 
 
 def in_a_subgroup() -> None:

@@ -102,7 +102,7 @@ def refusals(mesh: DeviceMesh) -> None:
         begin = time.monotonic()
         with pytest.raises((ValueError, TypeError), match=text) as caught:
             hierarchical_neighbor_allreduce(x, topology, mesh=mesh)
-        assert f"rank {last}" in str(caught.value) and time.monotonic() - begin < 10
+        assert f"rank {last}" in str(caught.value) and time.monotonic() - begin < 20
         hierarchical_neighbor_allreduce(torch.ones(3), mesh=mesh)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from support import ordered_backend
 from support.pool import Pool
+from support.waits import await_said, meet, say
 
 import fusedfog
 from fusedfog.comm.group import find_group
@@ -106,15 +106,17 @@ def test_what_is_wrong_is_still_said_on_every_rank(ranks: Pool) -> None:
 
 
 def late(check: bool) -> str:
-    ordered_backend.open_world(timeout=1.0)
+    ordered_backend.open_world()
     with mock.patch.object(device, "on_gpu", lambda where: True):
-        communicator_for(find_group(), torch.device("cpu"))
+        communicator = communicator_for(find_group(), torch.device("cpu"))
+        meet("opened")
         if dist.get_rank() == 1:
-            dist.distributed_c10d._get_default_store().wait(["given up"], timedelta(seconds=30))
+            await_said("given up")
             return ""
+        ordered_backend.shorten(communicator, 1.0)
         with pytest.raises(fusedfog.PeerTimeout) as error:
             fusedfog.neighbor_allgather(torch.ones(1), recv_ranks=[1], send_ranks=[1], check=check)
-        dist.distributed_c10d._get_default_store().set("given up", "")
+        say("given up")
         return str(error.value)
 
 

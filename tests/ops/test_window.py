@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.waits import await_said, say
 from support.windows import TRANSPORTS, held_by_process, settle, transport
 
 import fusedfog
@@ -174,10 +175,11 @@ def got_while_owner_sleeps(how: str) -> tuple[list[float], int]:
             with torch.no_grad():
                 x.fill_(7.0)
             dist.barrier()
-            time.sleep(1.0)  # Its program calls nothing.
+            await_said("got")  # Its program calls nothing.
         else:
             dist.barrier()
             window.get({1: 0.5})
+            say("got")
             versions = window.versions[1]
             window.update(0.0, {1: 1.0})
             assert window.p == 0.5
@@ -359,7 +361,7 @@ def push_sum() -> tuple[list[float], float, float]:
             window.accumulate(weights=dict.fromkeys(out, share), self_weight=share)
             if (step + rank) % 3 == 0:
                 window.collect()
-            if step % 10 == 9:
+            if step % 5 == 4:
                 dist.barrier()  # On a busy machine one rank may be through before another begins.
         settle(window)
         window.collect()

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.ports import free_port
 from support.windows import TRANSPORTS, die_inside_lock, held_by_process, transport
 
 import fusedfog
@@ -114,6 +114,18 @@ def stopped(process: int) -> bool:
     return set(states) <= {"T", "t"}
 
 
+def fence(window: fusedfog.Window, seconds: float) -> str:
+    """The error of a fence in which rank 1 does not confirm; "" for none."""
+    while True:
+        try:
+            window.fence(seconds)
+            return ""
+        except RuntimeError as error:
+            # Whoever lives confirms in the end: on a busy machine a fence of a second may name both of the others.
+            if not isinstance(error, fusedfog.PeerTimeout) or "from rank 1 within" in str(error):
+                return f"{type(error).__name__}: {error}"
+
+
 INSIDE_LOCK = "SIGKILL inside the lock of an edge's memory"
 
 
@@ -159,12 +171,8 @@ def beside_a_victim(how: str, size: int, signal_name: str, delay: float) -> dict
         with window.mutex([2 - rank]):
             pass
     window.put(weights=[2 - rank, 1])  # What the victim had before it was stopped it has confirmed, perhaps.
-    found["fence"] = ""
-    try:
-        # A process that stands still is named after this time; one that has ended is as soon as the living have confirmed.
-        window.fence(1.0 if signal_name == "SIGSTOP" else 20.0)
-    except RuntimeError as error:
-        found["fence"] = f"{type(error).__name__}: {error}"
+    # A process that stands still is named after this time; one that has ended is as soon as the living have confirmed.
+    found["fence"] = fence(window, 1.0 if signal_name == "SIGSTOP" else 20.0)
     window.fence(20.0) if signal_name != "SIGSTOP" else None
     found["alive"] = window.alive
     tell(f"through/{rank}")
@@ -204,7 +212,7 @@ def test_ranks_killed_at_fifty_random_moments_tear_nothing_and_hold_up_nobody(ra
 
 @pytest.mark.parametrize("how", TRANSPORTS)
 def test_a_stopped_rank_holds_up_nobody_and_fence_names_it(ranks: Pool, how: str) -> None:
-    outcomes = ranks.outcomes(3, beside_a_victim, how, 1000, "SIGSTOP", 0.05, timeout=60)
+    outcomes = ranks.outcomes(3, beside_a_victim, how, 1000, "SIGSTOP", 0.05)
     assert outcomes[1].error_type == "Died"
     for rank in (0, 2):
         found = outcomes[rank].value
@@ -275,13 +283,10 @@ def test_a_script_that_just_ends_exits_with_status_zero(tmp_path: Path, last: st
     script, mark = tmp_path / "train.py", f"FUSEDFOG_TEST_OF_EXITS={tmp_path}"
     script.write_text(SCRIPT.format(last=last))
     for _ in range(times):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         base = os.environ | {
             "WORLD_SIZE": "3",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
             "FUSEDFOG_TEST_OF_EXITS": str(tmp_path),
         }

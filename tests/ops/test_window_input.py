@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.waits import await_true, shorten
 from support.windows import TRANSPORTS, transport
 
 import fusedfog
+from fusedfog.comm.store import own_store
 from fusedfog.comm.window import memory, opening
 from fusedfog.topology import fully_connected
 
@@ -209,6 +212,9 @@ def test_too_little_memory_on_one_rank_is_told_to_all_at_once(ranks: Pool, edges
         assert "rank 1: a window needs 0 MiB for one edge, and 0 MiB are available here" in text
 
 
+TIMEOUT = 30.0
+
+
 def unreachable(where: str) -> str:
     """Rank 1 says that it listens where nobody does, or nobody answers."""
     original = opening._Opening._prepare
@@ -219,17 +225,25 @@ def unreachable(where: str) -> str:
             told |= {"ip": "127.0.0.1", "port": 1} if where == "refused" else {"ip": "192.0.2.1"}
         return told
 
+    connect = socket.create_connection
+
+    def impatiently(there: Any, timeout: float) -> socket.socket:
+        """What comes to nothing does so soon, and yet the ranks may be late by seconds."""
+        assert timeout <= opening._SHARE_OF_TIMEOUT * TIMEOUT
+        return connect(there, min(timeout, 1.0))
+
     opening._Opening._prepare = elsewhere
+    socket.create_connection = impatiently  # type: ignore[assignment]
     begin = time.monotonic()
     try:
         return f"{said(fusedfog.Window, ONE, [(0, 1), (1, 2)])} {time.monotonic() - begin < 10}"
     finally:
-        opening._Opening._prepare = original
+        opening._Opening._prepare, socket.create_connection = original, connect
 
 
 @pytest.mark.parametrize("where", ["refused", "silent"])
 def test_ranks_that_cannot_reach_each_other_are_named_with_the_address(ranks: Pool, where: str) -> None:
-    for rank, text in enumerate(ranks.run(3, unreachable, where, pg_timeout=4)):
+    for rank, text in enumerate(ranks.run(3, unreachable, where, pg_timeout=TIMEOUT)):
         assert f"Error: rank {rank}: Window: " in text or f"PeerTimeout: rank {rank}: Window: " in text
         address = "127.0.0.1:1" if where == "refused" else "192.0.2.1:"
         assert f"rank 0 cannot reach rank 1 at {address}" in text or f"rank 0 did not reach rank 1 at {address}" in text
@@ -256,11 +270,15 @@ def test_more_edges_than_descriptors_are_refused_before_any_is_made(ranks: Pool)
 def late() -> str:
     if dist.get_rank() == 1:
         return ""
+    if dist.get_rank() == 0:
+        # Rank 0 says who has not come: it begins to wait when rank 2 has.
+        await_true(lambda: own_store().check(["fusedfog/0-1-2/0/2"]))
+        shorten(2.0)
     return said(fusedfog.Window, ONE, "ring")
 
 
 def test_a_rank_that_does_not_come_is_named(ranks: Pool) -> None:
-    assert "PeerTimeout: rank 0: Window: rank 1 did not come within" in ranks.run(3, late, pg_timeout=2)[0]
+    assert "PeerTimeout: rank 0: Window: rank 1 did not come within" in ranks.run(3, late)[0]
 
 
 def elsewhere() -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.elastic import Members, results_when_one_comes_back, say
+from support.elastic import Members, linger, results_when_one_comes_back, say
 
 import fusedfog
+from fusedfog.comm.elastic import watching
 
 SLOTS, SIZE = 4, 5
 
@@ -41,7 +42,7 @@ def rest_of_ring(slots: list[int], lr: float, *, adapt_first: bool) -> np.ndarra
 
 
 class Plan:
-    """What a process does beside training; plain, as it travels."""
+    """What a process does beside training; plain, as it travels. There is a pause after each step where the victim comes back."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ def one_step(model: torch.nn.Linear, opt: Any) -> None:
 
 def train(plan: Plan) -> dict[str, Any]:
     changes: list[fusedfog.Change] = []
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0, on_membership_change=changes.append)
+    fusedfog.init(elastic=True, timeout=60, on_membership_change=changes.append)
     model, opt = build(plan)
     began = opt.steps
     first, calls = os.environ["FUSEDFOG_INCARNATION"] == "0", 0
@@ -93,6 +94,8 @@ def train(plan: Plan) -> dict[str, Any]:
         if opt.steps % 10 == 0:
             say(opt.steps)
         time.sleep(plan.pause)
+        if plan.pause:
+            linger(opt, f"{plan.victim}.1", plan.steps)
     return {
         "x": model.weight.detach()[0].double().numpy(),
         "steps": opt.steps,
@@ -105,9 +108,15 @@ def train(plan: Plan) -> dict[str, Any]:
     }
 
 
+def train_and_see_who_died(plan: Plan) -> dict[str, Any]:
+    """As `train`; a member that is late does not hear that others are ready for the next epoch before it has seen why."""
+    watching._GRACE = 60.0
+    return train(plan)
+
+
 def test_three_of_four_train_on_when_one_is_killed() -> None:
     with Members(SLOTS) as members:
-        members.start(train, Plan(60, victim=2, at=20))
+        members.start(train_and_see_who_died, Plan(60, victim=2, at=20))
         results = members.results()
     assert list(results) == ["0.0", "1.0", "3.0"]
     for place, result in enumerate(results.values()):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members, current_run, results_when_one_comes_back, say
+from support.elastic import Members, current_run, let_go_after, linger, results_when_one_comes_back, say
 
 import fusedfog
 from fusedfog.comm.window import opening
@@ -45,10 +45,11 @@ def rest_of_ring(slots: list[int]) -> np.ndarray:
     return found
 
 
-def begin(lr: float = LR, dead_after: float = 10.0, **keywords: Any) -> tuple[torch.nn.Parameter, Any]:
+def begin(lr: float = LR, dead_after: float = 30.0, **keywords: Any) -> tuple[torch.nn.Parameter, Any]:
     x = torch.nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
     given = {"topology": "ring", "asynchronous": True, **keywords}
-    fusedfog.init(elastic=True, timeout=120, dead_after=dead_after, on_membership_change=Seen(x).see)
+    fusedfog.init(elastic=True, timeout=120, on_membership_change=Seen(x).see)
+    let_go_after(dead_after)
     return x, fusedfog.SGD([x], lr=lr, **given)
 
 
@@ -90,7 +91,7 @@ def outcome(x: torch.nn.Parameter, opt: Any, **more: Any) -> dict[str, Any]:
         "x": x.detach().clone().numpy(),
         "steps": opt.steps,
         "members": stats["members"],
-        "changes": Seen.changes,
+        "changes": list(Seen.changes),
         **more,
     }
 
@@ -175,10 +176,14 @@ def test_a_newcomer_takes_the_mean_of_the_others_and_brings_nothing(algorithm: s
 def stands_still(until: int, max_lag: int | None) -> Any:
     """Slot 1 is stopped. Nobody waits for it, or no longer than for a member: the others go on without it."""
     x, opt = begin(dead_after=2.0, max_lag=max_lag)
-    while own_slot() == 1 or opt.steps < until or len(opt.stats()["members"]) > 2:
+    board = current_run().board
+    # One that is through goes on: it must not end while the other opens its windows with it, or waits for it.
+    while not board.has(["through/0", "through/2"]):
         step(x, opt)
         if opt.steps == 20:
             say("trains")
+        if opt.steps >= until and len(opt.stats()["members"]) <= 2:
+            board.set(f"through/{own_slot()}", "")
         time.sleep(0.005)
     return [change.members for change in Seen.changes], opt.steps
 
@@ -200,8 +205,8 @@ def test_one_that_stands_still_for_too_long_is_let_go_though_nobody_waits_for_it
 
 
 def is_slow(until: int) -> Any:
-    """A step of slot 1 takes three times `dead_after`, and in the middle of one the members change."""
-    x, opt = begin(dead_after=1.0)
+    """A step of slot 1 takes longer than `dead_after`, and in the middle of one the members change."""
+    x, opt = begin(dead_after=2.0)
     while opt.steps < until or "2.0" in opt.stats()["members"]:
         if own_slot() == 2 and opt.steps == 5:
             time.sleep(0.5)
@@ -301,6 +306,7 @@ def meets_others(until: int, at: int) -> Any:
             with opt.averaged():
                 means.append(x.detach().clone().numpy())
         time.sleep(0.15 if own_slot() == 2 and opt.steps < at else 0.005)
+        linger(opt, "1.1", until)
     return began, opt.steps, means, [change.members for change in Seen.changes]
 
 

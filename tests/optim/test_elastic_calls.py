@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members, current_run, results_when_one_comes_back
+from support.elastic import Members, current_run, linger, results_when_one_comes_back
 
 import fusedfog
 from fusedfog.optim.recovery import Recovery
@@ -27,7 +27,7 @@ def own_slot() -> int:
 
 
 def begin(**keywords: Any) -> tuple[torch.nn.Linear, Any]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     model = torch.nn.Linear(SIZE, 1, bias=False).double()
     opt = fusedfog.SGD(model.parameters(), lr=0.1, **{"topology": "ring", **keywords})
     model.weight.grad = torch.full_like(model.weight, 1.0 + own_slot())
@@ -115,7 +115,7 @@ def test_who_has_completed_a_call_makes_it_again_if_another_one_has_not(tmp_path
 
 
 def build_late() -> tuple[int, tuple[str, ...]]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     if own_slot() == VICTIM:
         die()
     model = torch.nn.Linear(SIZE, 1, bias=False)
@@ -186,7 +186,7 @@ def test_who_goes_over_in_a_step_may_wait_for_others_in_it() -> None:
 
 def with_large_buckets(until: int) -> Any:
     """Awc, whose buckets are passed one by one where a first one has come and others have not."""
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     params = [torch.nn.Parameter(torch.zeros(300_000)) for _ in range(4)]
     opt = fusedfog.SGD(params, lr=0.1, topology="ring", bucket_mb=1)
     while opt.steps < until:
@@ -245,7 +245,7 @@ def joins_at_the_second_attempt(until: int) -> Any:
             real(self, record)
 
         mock.patch.object(Recovery, "_adopt", adopt).start()
-        fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+        fusedfog.init(elastic=True, timeout=60)
         model = torch.nn.Linear(SIZE, 1, bias=False).double()
         opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring", algorithm="push_sum")
     else:
@@ -257,6 +257,7 @@ def joins_at_the_second_attempt(until: int) -> Any:
         model.weight.grad = torch.ones_like(model.weight)
         opt.step()
         time.sleep(0.005)
+        linger(opt, "1.1", until)
     return opt.steps, opt.stats()["exchanges"], fresh
 
 

@@ -97,7 +97,7 @@ def test_what_a_function_reads_that_hears_of_new_members_is_no_loop() -> None:
 def train(kind: str, right: str) -> Any:
     """Slots 1 and 2 die at step 10. Started again, 1 counts its steps, and 2 makes its loop in the `right` way. Slot 0 waits."""
     slot, again = int(os.environ["FUSEDFOG_SLOT"]), os.environ["FUSEDFOG_INCARNATION"] != "0"
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     model = torch.nn.Linear(3, 1, bias=False)
     if kind == "Decentralized":
         opt: Any = fusedfog.Decentralized(torch.optim.SGD(model.parameters(), lr=0.01))

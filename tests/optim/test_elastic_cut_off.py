@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.elastic import Members
+from support.elastic import Members, let_go_after
 
 import fusedfog
 from fusedfog.testing import fail_at
@@ -16,7 +16,8 @@ SLOTS, STEPS, AT, VICTIM = 3, 60, 20, 2
 
 
 def train(seconds: float) -> dict[str, Any]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=1.5)
+    fusedfog.init(elastic=True, timeout=60)
+    let_go_after(3.0)
     model = torch.nn.Linear(4, 1)
     opt = fusedfog.SGD(model.parameters(), lr=0.05, topology="fully_connected")
     try:

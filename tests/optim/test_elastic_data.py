@@ -17,7 +17,7 @@ SLOTS, SAMPLES, BATCH, VICTIM, AT = 3, 200, 2, 1, 9
 
 
 def train(algorithm: str, after_drawing: bool) -> dict[str, Any]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     model = torch.nn.Linear(2, 1)
     opt = fusedfog.SGD(model.parameters(), lr=0.01, algorithm=algorithm, topology="fully_connected")
     sampler = fusedfog.elastic_sampler(SAMPLES, opt, BATCH, shuffle=False)

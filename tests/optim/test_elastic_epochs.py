@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members, current_run, results_when_one_comes_back
+from support.elastic import Members, current_run, linger, results_when_one_comes_back
 
 import fusedfog
 from fusedfog.comm.calls import _Here
@@ -22,7 +22,7 @@ def own_slot() -> int:
 
 
 def begin(params: Any, **keywords: Any) -> Any:
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
+    fusedfog.init(elastic=True, timeout=60)
     return fusedfog.SGD(params, lr=0.1, topology="ring", **keywords)
 
 
@@ -48,7 +48,9 @@ def begins_slowly(until: int) -> Any:
         steps(params, opt, 10)
         if own_slot() == 1:
             die()
-    steps(params, opt, until, 0.01)
+    while opt.steps < until:
+        steps(params, opt, opt.steps + 1, 0.01)
+        linger(opt, "1.1", until)
     return outcome(opt)
 
 
@@ -111,6 +113,7 @@ def agrees_often(until: int) -> tuple[int, tuple[str, ...]]:
         if opt.steps == 12 and own_slot() == 1 and os.environ["FUSEDFOG_INCARNATION"] == "0":
             die()
         steps(params, opt, opt.steps + 1, 0.01)
+        linger(opt, "1.1", until)
         if opt.steps % 3 == 0:
             fusedfog.agree(False)
     return outcome(opt)

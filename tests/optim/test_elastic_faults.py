@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.deaths import die
-from support.elastic import Members, current_run, results_when_one_comes_back, say
+from support.elastic import Members, current_run, let_go_after, linger, results_when_one_comes_back, say
 
 import fusedfog
 from fusedfog.comm.elastic import forming
@@ -26,9 +26,14 @@ def own_slot() -> int:
 
 
 def begin(
-    size: int = SIZE, dead_after: float = 5.0, min_ranks: int = 1, **keywords: Any
+    size: int = SIZE, dead_after: float = 30.0, min_ranks: int = 1, **keywords: Any
 ) -> tuple[torch.nn.Linear, Any]:
-    fusedfog.init(elastic=True, timeout=60, dead_after=dead_after, min_ranks=min_ranks)
+    fusedfog.init(elastic=True, timeout=60, min_ranks=min_ranks)
+    let_go_after(dead_after)
+    return build(size, **keywords)
+
+
+def build(size: int = SIZE, **keywords: Any) -> tuple[torch.nn.Linear, Any]:
     model = torch.nn.Linear(size, 1, bias=False)
     return model, fusedfog.SGD(model.parameters(), lr=0.1, **{"topology": "ring", **keywords})
 
@@ -114,7 +119,7 @@ def test_a_process_that_stands_still_for_a_while_is_no_less_a_member() -> None:
 
 
 def behind_a_launcher(until: int) -> Any:
-    model, opt = begin(dead_after=1.5)
+    model, opt = begin(dead_after=3.0)
     steps(model, opt, until, 0.01)
     return outcome(opt)
 
@@ -161,6 +166,10 @@ def cut_off(sides: list[list[int]], store: bool, until: int) -> Any:
         return {seat.uid: found.get(seat.uid, forming.Heard()) for seat in seats}
 
     forming.ask = ask
+    # Whoever could ask all others for longer than these wait for it would come back to them.
+    run.board.set(f"cut/{own_slot()}", "")
+    while not run.board.has([f"cut/{slot}" for side in sides for slot in side]):
+        time.sleep(0.01)
     if not store and mine is not max(sides, key=len):
         run.board._client = lambda place: (_ for _ in ()).throw(OSError("no route to host"))
         run.board.store = None
@@ -214,17 +223,21 @@ def test_without_a_store_members_wait_until_one_answers_again() -> None:
 
 
 def other_model(until: int) -> Any:
-    fusedfog.init(elastic=True, timeout=60, dead_after=5.0)
-    second = os.environ["FUSEDFOG_INCARNATION"] != "0"
+    fusedfog.init(elastic=True, timeout=60)
+    board, second = current_run().board, os.environ["FUSEDFOG_INCARNATION"] != "0"
     model = torch.nn.Linear(SIZE + second, 1, bias=False)
     try:
         opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="ring")
     except fusedfog.MismatchError as error:
+        board.set("told", "")
         return str(error)
     steps(model, opt, 5)
     if own_slot() == 1:
         die()
-    steps(model, opt, until, 0.02)
+    steps(model, opt, until - 60, 0.02)
+    while opt.steps < until:
+        # However late the newcomer is started, the others are still there.
+        steps(model, opt, opt.steps + 1, 0.02 if board.get("told") is not None else 0.3)
     return outcome(opt)
 
 
@@ -332,8 +345,11 @@ def test_with_fewer_than_min_ranks_members_wait_for_one_that_joins_them() -> Non
 def comes_late(until: int) -> Any:
     if own_slot() == 2:
         time.sleep(6.0)
-    model, opt = begin(dead_after=2.0)
-    steps(model, opt, until, 0.02)
+    fusedfog.init(elastic=True, timeout=60, dead_after=2.0)
+    model, opt = build()
+    while opt.steps < until:
+        steps(model, opt, opt.steps + 1, 0.02)
+        linger(opt, "2.0", until)
     return outcome(opt)
 
 

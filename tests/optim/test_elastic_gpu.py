@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import elastic_gpu, ordered_backend
-from support.elastic import Members, results_when_one_comes_back
+from support.elastic import Members, linger, results_when_one_comes_back
 from test_elastic import Plan, rest_of_ring, train
 
 import fusedfog
@@ -104,6 +104,8 @@ def train_net(algorithm: str, endings: dict[int, tuple[int, Ending]], steps: int
                 means.append(fusedfog.mean(float(slot)))
                 opt.consensus_distance()
             time.sleep(pause)
+            if pause:
+                linger(opt, "1.1", steps)
         with opt.averaged():
             mean = torch.cat([p.detach().flatten() for p in net.parameters()]).numpy().copy()
         return {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import namespaces
-from support.elastic import Members, say
+from support.elastic import Members, let_go_after, say
 from support.namespaces import Network
 
 import fusedfog
@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=f"NOT TE
 def train(network: str, steps: int) -> dict[str, Any]:
     """Train for so many steps after the members have changed; with the sides they are on."""
     namespaces.enter(int(os.environ["FUSEDFOG_SLOT"]), network)
-    fusedfog.init(elastic=True, timeout=60, dead_after=2.0)
+    fusedfog.init(elastic=True, timeout=60)
+    let_go_after(2.0)
     model = torch.nn.Linear(4, 1)
     opt = fusedfog.SGD(model.parameters(), lr=0.05, topology="fully_connected")
     until, told = 10**9, False

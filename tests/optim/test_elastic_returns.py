@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.elastic import Members, current_run, say
+from support.elastic import Members, current_run, let_go_after, say
 
 import fusedfog
 
@@ -24,7 +24,8 @@ def own_slot() -> int:
 def trains_until_it_is_back(kind: str, keywords: dict[str, Any]) -> dict[str, Any]:
     """Slot 1 is stopped after 20 steps, until the others are without it; all make 50 steps more once it is back."""
     changes: list[fusedfog.Change] = []
-    fusedfog.init(elastic=True, timeout=120, dead_after=3.0, on_membership_change=changes.append)
+    fusedfog.init(elastic=True, timeout=120, on_membership_change=changes.append)
+    let_go_after(3.0)
     x = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     opt = getattr(fusedfog, kind)([x], lr=0.1, **{"topology": "ring", **keywords})
     calls, until, run = 0, 10**9, current_run()
@@ -39,6 +40,7 @@ def trains_until_it_is_back(kind: str, keywords: dict[str, Any]) -> dict[str, An
         if calls > 20 and opt.stats()["members"] == STAYS:
             say("goes on")
         time.sleep(0.005)
+    fusedfog.agree(True)  # Without a clock in common, one might end while another opens its windows with it.
     updates = [int(state["step"]) for state in opt.state.values() if "step" in state]
     return {
         "steps": opt.steps,
@@ -91,7 +93,8 @@ def test_one_that_stood_still_for_too_long_comes_back_by_itself(kind: str, keywo
 
 def is_told(until: int) -> str:
     """Slot 1 is stopped, and when it wakes, its place is another process'."""
-    fusedfog.init(elastic=True, timeout=120, dead_after=3.0)
+    fusedfog.init(elastic=True, timeout=120)
+    let_go_after(3.0)
     x = torch.nn.Parameter(torch.zeros(3))
     opt = fusedfog.SGD([x], lr=0.1, topology="ring")
     before = None
@@ -126,7 +129,8 @@ def test_one_whose_place_has_been_taken_meanwhile_says_so() -> None:
 
 def stops_in_a_call() -> Any:
     """Slot 1 stands still in `averaged()`, which the others make without it."""
-    fusedfog.init(elastic=True, timeout=120, dead_after=2.0)
+    fusedfog.init(elastic=True, timeout=120)
+    let_go_after(2.0)
     x = torch.nn.Parameter(torch.full((3,), float(own_slot())))
     opt = fusedfog.SGD([x], lr=0.0, topology="ring")
     x.grad = torch.zeros_like(x)

@@ -63,7 +63,7 @@ def rank_zero_alone(kind: str, flat: bool) -> tuple[list[float], list[float], in
 @pytest.mark.parametrize("flat", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_asking_for_states_is_no_step_and_disturbs_nobody(ranks: Pool, kind: str, flat: bool) -> None:
-    for undisturbed, disturbed, steps, lr in ranks.run(2, rank_zero_alone, kind, flat, pg_timeout=5):
+    for undisturbed, disturbed, steps, lr in ranks.run(2, rank_zero_alone, kind, flat, pg_timeout=20):
         assert disturbed == undisturbed
         assert steps == 4
         assert lr == 0.1
@@ -89,5 +89,5 @@ def saves_and_loads(kind: str, flat: bool, steps: int) -> tuple[list[float], lis
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "momentum", "Decentralized"])
 def test_what_was_asked_for_before_the_first_step_loads_back(ranks: Pool, kind: str, flat: bool) -> None:
-    for went_on, resumed in ranks.run(2, saves_and_loads, kind, flat, 0, pg_timeout=5):
+    for went_on, resumed in ranks.run(2, saves_and_loads, kind, flat, 0, pg_timeout=20):
         assert resumed == pytest.approx(went_on)

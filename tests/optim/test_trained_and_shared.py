@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.pool import Pool
+from support.waits import meet, shorten
 from torch import Tensor, nn
 
 import fusedfog
@@ -184,15 +185,19 @@ def unfreeze_alone(fused: bool) -> None:
     net[2].requires_grad_(False)
     opt = fusedfog.SGD(net.parameters(), lr=0.1, fused_backward=fused)
     for step in range(6):
+        if step == 2:
+            meet("trained")
         if step == 2 and dist.get_rank() == 1:
             net[2].requires_grad_(True)
+            # On this rank alone: the other waits for its messages meanwhile, and must not be the first to give up.
+            shorten(2.0)
         backward(net, dist.get_rank(), step)
         opt.step()
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_rank_that_unfreezes_alone_gets_an_error_that_says_so(ranks: Pool, fused: bool) -> None:
-    outcomes = ranks.outcomes(2, unfreeze_alone, fused, pg_timeout=3.0)
+    outcomes = ranks.outcomes(2, unfreeze_alone, fused)
     assert outcomes[1].error_type == "PeerTimeout"
     assert "This rank unfreezes 2 and 1 more" in outcomes[1].message
     assert "unfreeze the same parameters" in outcomes[1].message

@@ -212,7 +212,7 @@ def one_raises(batches: tuple[int, ...]) -> None:
 
 
 def test_an_error_inside_is_raised_as_it_is_and_named_on_the_other_ranks(ranks: Pool) -> None:
-    outcomes = ranks.outcomes(4, one_raises, (3, 0, 9, 9), pg_timeout=4)
+    outcomes = ranks.outcomes(4, one_raises, (3, 0, 9, 9), pg_timeout=20)
     assert (outcomes[2].error_type, outcomes[2].message) == ("LookupError", "no such file")
     for rank in (0, 1, 3):
         assert outcomes[rank].error_type in ("ExchangeError", "PeerTimeout"), outcomes[rank]

@@ -468,7 +468,10 @@ def calibrate_as(hosts: int, path: str) -> int:
     small = {"SIZES": (4096, 65536, 1 << 20), "REPEATS": 2, "COPIED": 1 << 20}
     step = ["--step-ms=100"] if hosts == 2 else []
     # Undone again: the pool's processes serve other tests, whose ranks are on one machine.
-    with mock.patch.object(socket, "gethostname", lambda: f"host{rank * hosts // size}"), mock.patch.multiple(calibrate, **small):
+    with (
+        mock.patch.object(socket, "gethostname", lambda: f"host{rank * hosts // size}"),
+        mock.patch.multiple(calibrate, **small),
+    ):
         return main(["calibrate", "--backend=gloo", f"--out={path}", *step])
 
 
@@ -480,7 +483,8 @@ def test_calibrate_writes_what_plan_reads(hosts: int, ranks: Pool, tmp_path: Pat
     assert links.local == 4 // hosts and links.inside is not None
     assert (links.across is None) == (hosts == 1)
     for link in (links.inside, links.across or links.inside):
-        assert 0 <= link.latency_s < 1 and 1e5 < link.bandwidth < 1e12
+        # Of these few repeats, any may take seconds on a busy machine.
+        assert 0 <= link.latency_s < 60 and 10 < link.bandwidth < 1e12
     kinds = {sample["what"].split(",")[0] for sample in json.loads(path.read_text())["measured"]}
     assert kinds == {"exchange inside", "all-reduce"} | ({"exchange across"} if hosts == 2 else set())
     assert links.step_s == (None if hosts == 1 else 0.1)

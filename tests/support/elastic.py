@@ -84,17 +84,19 @@ class Members:
             while True:
                 self._hear(uid, time.monotonic() + 1.0)
                 result = self._said[uid][-1]
-                assert not isinstance(result, Result), f"{uid} has ended before it was killed: {result.error or result.value}"
+                assert not isinstance(result, Result), (
+                    f"{uid} has ended before it was killed: {result.error or result.value}"
+                )
         self.signal(uid, signal.SIGKILL)
         self.processes[uid].join()
 
-    def wait_for(self, uid: str, said: object, timeout: float = 60.0) -> None:
+    def wait_for(self, uid: str, said: object, timeout: float = 240.0) -> None:
         """Return once a process has `say`ed this."""
         deadline = time.monotonic() + timeout
         while said not in self._said[uid]:
             self._hear(uid, deadline)
 
-    def results(self, timeout: float = 90.0) -> dict[str, Any]:
+    def results(self, timeout: float = 240.0) -> dict[str, Any]:
         """What each process returned that was not killed; raises what one raised."""
         deadline, found = time.monotonic() + timeout, {}
         for uid in self.processes:
@@ -144,6 +146,24 @@ def current_run() -> Any:
     run = Run.current()
     assert run is not None
     return run
+
+
+def let_go_after(seconds: float) -> None:
+    """In a process: from now on a member that has not answered for so long counts as lost.
+
+    If `init` were given so few, the run would begin without a process that a busy machine starts so much later.
+    """
+    run = current_run()
+    run.dead_after = run.silence._dead_after = seconds
+
+
+def linger(opt: Any, uid: str, until: int) -> None:
+    """In a process, after each of its steps: take time for the last third of them unless a newcomer is a member by then.
+
+    However late that one is started, the others are still there.
+    """
+    if 3 * opt.steps > 2 * until and uid not in opt.stats()["members"]:
+        time.sleep(0.2)
 
 
 def say(what: object) -> None:

@@ -91,7 +91,7 @@ FULL_DISK = "the disk is full, on one rank"
 OTHER_FOLDER = "give `save_checkpoint()` another folder on each rank"
 
 
-@world(FULL_DISK, OTHER_FOLDER, pg_timeout=20.0)
+@world(FULL_DISK, OTHER_FOLDER)
 def cannot_save() -> Texts:
     model, opt = build()
     box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]

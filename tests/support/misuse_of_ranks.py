@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 import fusedfog
 from support.misuse import build_one, iterate, net, said, started
 from support.pool import Pool
+from support.waits import await_said, end_all_but, meet, pids_of_all, say, shorten, unhurried
 
 Texts = dict[str, str]
 TIMEOUT = 2.0
-"""Seconds until ranks that wait for others give up."""
+"""Seconds until ranks that wait for others give up, from the moment on at which they do what is wrong."""
 
 
 class Said(Exception):
@@ -66,22 +66,18 @@ def world(*rows: str, size: int = 2, slow: bool = False, **keywords: Any) -> Cal
     """This is done by `size` ranks, which see these rows."""
 
     def keep(function: Callable[[], Texts]) -> Callable[[], Texts]:
-        WORLDS[function.__name__] = World(rows, size, function, slow, {"pg_timeout": TIMEOUT, **keywords})
+        WORLDS[function.__name__] = World(rows, size, function, slow, keywords)
         return function
 
     return keep
 
 
 def end(texts: Texts) -> Texts:
-    """Leave a world in which messages may have been lost."""
+    """Leave a world in which messages may have been lost.
+
+    A rank whose end would be another error for the others meets them before, when all are told.
+    """
     raise Said(json.dumps(texts))
-
-
-def wait_until_all_are_told() -> None:
-    """Nobody ends before, since that would be another error for the others."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"told/{dist.get_rank()}", "")
-    store.wait([f"told/{rank}" for rank in range(dist.get_world_size())])
 
 
 # -- starting --------------------------------------------------------------------------------------------------------
@@ -173,15 +169,19 @@ def edits() -> Texts:
 
 
 @world(UNFROZEN)
+@unhurried()
 def unfrozen_alone() -> Texts:
     model = net()
     model[1].requires_grad_(False)  # type: ignore[index]
     opt = fusedfog.SGD(model.parameters(), lr=0.1, model=model)
-    iterate(model, opt)
+    # A step without the other: its message of this step is there.
+    iterate(model, opt, 1 + dist.get_rank())
+    meet("before")
+    shorten(TIMEOUT)
     if dist.get_rank() == 0:
         model[1].requires_grad_(True)  # type: ignore[index]
     text = said(lambda: iterate(model, opt, 9))
-    wait_until_all_are_told()
+    meet("told")
     return end({UNFROZEN: text} if dist.get_rank() == 0 else {})
 
 
@@ -240,19 +240,27 @@ LEFT = "call `leave()` on one rank; on the others"
 
 
 @world(ON_RANK_0, ITS_LOG, ON_THE_OTHERS, size=4)
+@unhurried()
 def averaged_alone() -> Texts:
+    os.environ["FUSEDFOG_WAIT_LOG_S"] = str(TIMEOUT / 4)  # Long before it gives up.
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fusedfog").addHandler(handler)
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected", model=model)
-    iterate(model, opt, 2)
+    # The others make a step without rank 0, whose message of this step is there, so that all of them are in the next one.
+    iterate(model, opt, 3 if dist.get_rank() else 2)
+    meet("before")
+    shorten(TIMEOUT)
     if dist.get_rank():
         texts = {ON_THE_OTHERS: said(lambda: iterate(model, opt, 9))}
     else:
-        texts = {ON_RANK_0: said(lambda: opt.averaged().__enter__()), ITS_LOG: lines[0]}
-    wait_until_all_are_told()
+        texts = {
+            ON_RANK_0: said(lambda: opt.averaged().__enter__()),
+            ITS_LOG: [line for line in lines if " in averaged() for " in line][-1],
+        }
+    meet("told")
     return end(texts)
 
 
@@ -261,39 +269,60 @@ def one_more(ends: bool) -> str:
     opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected", algorithm="atc")
     iterate(model, opt, 2)
     text = ""
+    if ends:
+        end_all_but([0])
+    else:
+        meet("before")
+        shorten(TIMEOUT)
     if dist.get_rank() == 0:
-        time.sleep(0.5 * ends)  # until they have
         text = said(lambda: iterate(model, opt))
-    elif ends:
-        os._exit(0)
     if not ends:
-        wait_until_all_are_told()
+        meet("told")
     return text
 
 
 @world(ONE_MORE_STEP, size=3)
+@unhurried()
 def one_more_step() -> Texts:
     text = one_more(ends=False)
     return end({ONE_MORE_STEP: text} if text else {})
 
 
-@world(OTHERS_ENDED, size=3, pg_timeout=20.0)
+@world(OTHERS_ENDED, size=3)
+@unhurried()
 def others_ended() -> Texts:
     return end({OTHERS_ENDED: one_more(ends=True)})
 
 
-@world(STOPPED, size=3, slow=True, timeout=3 * TIMEOUT + 4)
+@world(STOPPED, size=3, slow=True)
 def stopped() -> Texts:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected")
     iterate(model, opt, 2)
     opt.drain()  # its last message has arrived
+    pids = pids_of_all()
+    meet("before")
+    shorten(TIMEOUT)
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return end({STOPPED: said(lambda: iterate(model, opt, 9))})
+    text = said(lambda: iterate(model, opt, 9))
+    say(f"told/{dist.get_rank()}")
+    await_said("told/0", "told/2")
+    if dist.get_rank() == 0:
+        os.kill(pids[1], signal.SIGKILL)  # It would be waited for.
+    return end({STOPPED: text})
 
 
-@world(DRIFTED, size=4, pg_timeout=20.0)
+def last_of_all(step: int, make: Callable[[], object]) -> None:
+    """Make a step, around the comparison on rank 0 when all others have made it: who compares last sees what all others wrote."""
+    if step >= 97 and dist.get_rank() == 0:  # What it sent for this step left at the end of the one before.
+        await_said(*(f"{step}/{rank}" for rank in range(1, dist.get_world_size())))
+    make()
+    if step >= 97:
+        say(f"{step}/{dist.get_rank()}")
+
+
+@world(DRIFTED, size=4)
 def drifted() -> Texts:
     p = nn.Parameter(torch.zeros(3))
     opt = fusedfog.SGD([p], lr=0.1, topology="fully_connected")
@@ -303,9 +332,7 @@ def drifted() -> Texts:
             p.grad = torch.full((3,), 1.0 + dist.get_rank())
             if step == 50 and dist.get_rank() == 2:
                 opt.param_groups[0]["lr"] = 0.05
-            if step >= 97 and dist.get_rank() == 0:
-                time.sleep(0.1)  # who compares last sees all others' numbers
-            opt.step()
+            last_of_all(step, opt.step)
 
     return {DRIFTED: said(train)}
 
@@ -317,15 +344,13 @@ def same_batches() -> Texts:
 
     def train() -> None:
         for step in range(101):
-            if step >= 97 and dist.get_rank() == 0:
-                time.sleep(0.1)  # who compares last sees all others' gradients
-            iterate(model, opt)
+            last_of_all(step, lambda: iterate(model, opt))
 
     text = said(train) if dist.get_rank() == 0 else train()
     return end({SAME_BATCHES: str(text)} if dist.get_rank() == 0 else {})
 
 
-@world(OF_A_MACHINE, size=4, pg_timeout=20.0)
+@world(OF_A_MACHINE, size=4)
 def unlike_its_machine() -> Texts:
     model = net()
     mesh = init_device_mesh("cpu", (2, 2))
@@ -338,7 +363,7 @@ def unlike_its_machine() -> Texts:
             iterate(model, opt)
 
     text = said(train)
-    wait_until_all_are_told()
+    meet("told")
     return end({OF_A_MACHINE: text} if dist.get_rank() == 2 else {})
 
 
@@ -354,7 +379,8 @@ def averaged_twice() -> Texts:
     return {TWICE: text}
 
 
-@world(RAISED, pg_timeout=20.0)
+@world(RAISED)
+@unhurried()
 def raised() -> Texts:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.1)
@@ -370,7 +396,7 @@ def raised() -> Texts:
     return end({RAISED: text} if dist.get_rank() == 0 else {})
 
 
-@world(LEFT, size=3, pg_timeout=20.0)
+@world(LEFT, size=3)
 def left() -> Texts:
     model = net()
     opt = fusedfog.SGD(model.parameters(), lr=0.1, topology="fully_connected")
@@ -379,6 +405,9 @@ def left() -> Texts:
     if dist.get_rank() == 2:
         opt.leave()
     else:
+        iterate(model, opt)  # Its message of this step is there.
+    meet("left")
+    if dist.get_rank() != 2:
         texts = {LEFT: said(lambda: iterate(model, opt, 9))}
-    wait_until_all_are_told()
+    meet("told")
     return end(texts)

@@ -23,6 +23,7 @@ hang here that NCCL lets pass, if the host would have run ahead of a wait to sta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.machinery
@@ -39,6 +40,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+from fusedfog.comm.communicator import Communicator
 
 SOURCE = Path(__file__).with_name("ordered_backend.cpp")
 _BUILDS = Path(__file__).parents[2] / "build" / "ordered_backend"
@@ -132,7 +135,6 @@ def open_world(timeout: float = 20.0, *, bound: bool = False) -> None:
     delay(0.0)
     dist.init_process_group("ordered", timeout=_SETTING_UP)
     default = c10d._get_default_group()
-    default._get_backend(_GPU).options._timeout = timedelta(seconds=timeout)
     if bound:
         default.bound_device_id = _GPU
         default._get_backend(_GPU).eager_connect_single_device(_GPU)
@@ -141,6 +143,23 @@ def open_world(timeout: float = 20.0, *, bound: bool = False) -> None:
     if store.add("ordered/opened", 1) == dist.get_world_size():
         store.set("ordered/all", "in")
     store.wait(["ordered/all"], _SETTING_UP)
+    limit(timeout)
+
+
+def limit(seconds: float, group: dist.ProcessGroup | None = None) -> None:
+    """Have operations of this process in a group, by default the default group, wait for so long from now on."""
+    group = group if group is not None else c10d._get_default_group()
+    group._get_backend(_GPU).options._timeout = timedelta(seconds=seconds)
+
+
+def shorten(communicator: Communicator, seconds: float) -> None:
+    """From now on, whoever waits in this process' part of a communicator gives up after so long.
+
+    A short timeout of the world would strike while it is opened, too, where a busy machine has another rank come late.
+    """
+    communicator.timeout = timedelta(seconds=seconds)
+    communicator.membership = dataclasses.replace(communicator.membership, timeout=communicator.timeout)
+    limit(seconds, communicator.group)
 
 
 def observe(observer: Observer | None) -> None:

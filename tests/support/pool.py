@@ -37,6 +37,7 @@ __all__ = ["FailAt", "InjectedFailure", "Outcome", "Pool", "RankError", "RankFai
 
 _START_LIMIT = 120.0  # seconds for the zygote to import torch on a busy machine
 _GRACE = 2.0  # seconds a process whose pipe has closed gets to finish exiting by itself
+_LIMIT = 180.0  # seconds for a call, on a machine that has other things to do
 
 
 class RankError(Exception):
@@ -128,7 +129,7 @@ class Pool:
         n: int,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = _LIMIT,
         pg_timeout: float = 30.0,
         init: bool = True,
         **kwargs: Any,
@@ -153,7 +154,7 @@ class Pool:
         n: int,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = _LIMIT,
         pg_timeout: float = 30.0,
         init: bool = True,
         **kwargs: Any,
@@ -286,12 +287,23 @@ class Pool:
         path = Path(self._dir, f"{worker.pid}.stack")
         with contextlib.suppress(OSError):
             os.kill(worker.pid, signal.SIGUSR1)
-            for _ in range(50):
+            deadline = time.monotonic() + (1.0 if _is_stopped(worker.pid) else 20.0)
+            # The dump is many writes, and the process may have to wait for a core between any two of them.
+            while "in <module>" not in path.read_text() and time.monotonic() < deadline:
                 time.sleep(0.02)
-                if path.stat().st_size:
-                    time.sleep(0.02)  # the dump is several writes
-                    return path.read_text()
-        return "(no stack: the process did not answer)"
+            return path.read_text() or _NO_STACK
+        return _NO_STACK
+
+
+_NO_STACK = "(no stack: the process did not answer)"
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether the process was suspended (SIGSTOP), and so will not answer a signal."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # It has ended, or this system has no /proc.
+        return False
 
 
 def _environment(rank: int, n: int, port: int) -> dict[str, str]:

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 # torch._dynamo is what the first torch.optim.Optimizer imports (2 s): pay once, before the forks.
 _PRELOAD = ("numpy", "torch", "torch.distributed", "torch.optim", "torch._dynamo", "pytest", "hypothesis", "fusedfog")
 _LENGTH = struct.Struct("!I")
+_SETTING_UP = timedelta(seconds=30)
 
 
 def send_frame(sock: socket.socket, message: Any, fds: tuple[int, ...] = ()) -> None:
@@ -146,12 +147,18 @@ def _open_world(task: dict[str, Any]) -> None:
     limit = timedelta(seconds=task["pg_timeout"])
     store = dist.FileStore(task["store"], task["world_size"])
     store.set_timeout(limit)
+    # However short a timeout is tested: on a busy machine a process may begin later than the others by more than that.
+    _meet(store, "come", task["world_size"], max(limit, _SETTING_UP))
     dist.init_process_group("gloo", store=store, rank=task["rank"], world_size=task["world_size"], timeout=limit)
     # Nobody may leave before everybody is in: a rank that fails at once would break the others' connecting instead of
     # what the test is about.
-    if store.add("pool/opened", 1) == task["world_size"]:
-        store.set("pool/all", "in")
-    store.wait(["pool/all"], limit)
+    _meet(store, "opened", task["world_size"], max(limit, _SETTING_UP))
+
+
+def _meet(store: Any, what: str, world_size: int, limit: timedelta) -> None:
+    if store.add(f"pool/{what}", 1) == world_size:
+        store.set(f"pool/all/{what}", "in")
+    store.wait([f"pool/all/{what}"], limit)
 
 
 def _is_spent(reply: dict[str, Any]) -> bool:

@@ -43,9 +43,13 @@ def _started_by(pid: int) -> Iterator[int]:
 def ranks_of(launcher: subprocess.Popen[bytes]) -> Iterator[tuple[int, int]]:
     """(pid, rank) of the processes that a torchrun started."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        if int(stat.read_text().rpartition(")")[2].split()[1]) == launcher.pid:
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) != launcher.pid:
+                continue
             environment = stat.with_name("environ").read_bytes().split(b"\0")
-            yield from ((int(stat.parent.name), int(x[5:])) for x in environment if x.startswith(b"RANK="))
+        except (FileNotFoundError, ProcessLookupError):  # Others of this machine's processes end meanwhile.
+            continue
+        yield from ((int(stat.parent.name), int(x[5:])) for x in environment if x.startswith(b"RANK="))
 
 
 def wait_for_step(saved: Path, step: int, launcher: subprocess.Popen[bytes]) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from support.pool import Pool, RankFailure, fail_at
+from support.waits import await_said, say
 
 
 def total() -> float:
@@ -56,17 +57,24 @@ def named_sleep(seconds: float) -> int:
 
 def wait_for_nobody() -> None:
     if dist.get_rank() == 0:
-        dist.recv(torch.zeros(3), src=1)
+        begin = time.perf_counter()
+        try:
+            dist.recv(torch.zeros(3), src=1)
+        finally:
+            waited = time.perf_counter() - begin
+            say("told")
+            assert 1.9 < waited < 20
     else:
-        time.sleep(4)  # rank 1 stays in the world but never sends
+        await_said("told")  # rank 1 stays in the world but never sends
 
 
 def poison_group() -> str:
     """Rank 0 leaves the world with a receive in flight that nothing will ever answer."""
     if dist.get_rank() == 0:
         dist.irecv(torch.zeros(3), src=1)
+        say("begun")
     else:
-        time.sleep(0.5)  # the receive needs a peer that is still there
+        await_said("begun")  # the receive needs a peer that is still there
     return "left"
 
 
@@ -167,13 +175,13 @@ def test_outcomes_do_not_raise(ranks: Pool) -> None:
     assert outcomes[0].ok and outcomes[0].value == "bad"
     assert (outcomes[1].error_type, outcomes[1].message, outcomes[1].value) == ("LookupError", "bad 7", None)
     assert "in odd_ranks_raise" in outcomes[1].traceback
-    assert outcomes[1].seconds < 5
+    assert outcomes[1].seconds < 30
 
 
 def test_seconds_measure_the_function(ranks: Pool) -> None:
     seconds = [o.seconds for o in ranks.outcomes(4, named_sleep, 0.3)]
-    assert 0.3 <= seconds[2] < 5
-    assert seconds[0] < 0.3
+    assert 0.3 <= seconds[2] < 30
+    assert min(seconds) < 0.3
 
 
 @pytest.mark.parametrize(("how", "message"), [("exit", "exited with status 17"), ("kill", "killed by SIGKILL")])
@@ -195,20 +203,23 @@ def test_death_names_the_rank_in_run(ranks: Pool) -> None:
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
 def test_survivors_of_a_failed_peer_are_collected(ranks: Pool, how: str) -> None:
-    start = time.monotonic()
-    outcomes = ranks.outcomes(3, train, how, pg_timeout=10)
+    outcomes = ranks.outcomes(3, train, how, pg_timeout=60)
     assert outcomes[1].error_type == ("InjectedFailure" if how == "raise" else "Died")
     # gloo tells the others at once that the connection is closed: nobody sits out the timeout
     assert outcomes[0].error_type == outcomes[2].error_type == "RuntimeError"
-    assert time.monotonic() - start < 8
+    assert max(outcomes[0].seconds, outcomes[2].seconds) < 30
     assert ranks.run(3, total) == [6.0] * 3
 
 
 def test_hang_is_killed_named_and_healed(ranks: Pool) -> None:
-    start = time.monotonic()
-    outcomes = ranks.outcomes(4, named_sleep, 600.0, timeout=2.0)
-    assert time.monotonic() - start < 10
-    assert outcomes[2].error_type == "Hung" and "2 s" in outcomes[2].message
+    # On a busy machine the others may need more than two seconds, too, and count as hung then: they get more.
+    for limit in (2, 60):
+        start = time.monotonic()
+        outcomes = ranks.outcomes(4, named_sleep, 600.0, timeout=limit)
+        assert time.monotonic() - start < limit + 60
+        if all(outcomes[rank].ok for rank in (0, 1, 3)):
+            break
+    assert outcomes[2].error_type == "Hung" and f"{limit} s" in outcomes[2].message
     assert "named_sleep" in outcomes[2].traceback
     assert [outcomes[r].value for r in (0, 1, 3)] == [0, 1, 3]
     with pytest.raises(RankFailure, match="rank 2: Hung"):
@@ -219,7 +230,6 @@ def test_hang_is_killed_named_and_healed(ranks: Pool) -> None:
 def test_process_group_timeout_is_the_one_asked_for(ranks: Pool) -> None:
     outcome = ranks.outcomes(2, wait_for_nobody, pg_timeout=2)[0]
     assert outcome.error_type == "RuntimeError" and "2000ms" in outcome.message
-    assert 1.9 < outcome.seconds < 3.9
 
 
 def test_a_poisoned_group_does_not_leak_into_the_next_call(ranks: Pool) -> None:
@@ -276,7 +286,7 @@ def test_worker_killed_between_calls_is_noticed(ranks: Pool) -> None:
     ranks.run(2, total)
     victim = ranks.pids()[1]
     os.kill(victim, signal.SIGKILL)
-    assert gone_within([victim], 5)
+    assert gone_within([victim], 60)
     assert ranks.outcomes(2, bare, init=False)[1].error_type == "Died"
     assert ranks.run(2, total) == [3.0] * 2
 
@@ -295,9 +305,16 @@ def test_close_is_quick_and_leaves_no_process(own_pool: Pool) -> None:
     os.kill(pids[0], signal.SIGSTOP)  # as stuck as a process gets
     start = time.monotonic()
     own_pool.close()
-    assert time.monotonic() - start < 6
-    assert gone_within(pids, 5)
+    assert time.monotonic() - start < 30
+    assert gone_within(pids, 60)
     assert own_pool.run(2, total) == [3.0] * 2  # and it starts anew when asked
+
+
+def interrupt(pid: int) -> None:
+    """Rank 2 interrupts the pool's own process, which waits for all of them."""
+    if dist.get_rank() == 2:
+        os.kill(pid, signal.SIGALRM)
+    time.sleep(600)
 
 
 def test_interrupted_call_leaves_nothing_behind(own_pool: Pool) -> None:
@@ -305,11 +322,9 @@ def test_interrupted_call_leaves_nothing_behind(own_pool: Pool) -> None:
     before = own_pool.pids()
     previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(KeyboardInterrupt):
-            own_pool.run(3, named_sleep, 600.0)
+            own_pool.run(3, interrupt, os.getpid())
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert own_pool.pids()[2] not in before
+    assert len(own_pool.pids()) == 3 and not set(own_pool.pids()) & set(before)
     assert own_pool.run(3, total) == [6.0] * 3

@@ -254,11 +254,11 @@ HUNDRED_THOUSAND: list[Callable[[], Topology]] = [
 def test_a_hundred_thousand_ranks_are_instant(make: Callable[[], Topology]) -> None:
     fastest = math.inf
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.thread_time()  # Which others that run on this machine do not lengthen.
         topology = make()
         rounds = [topology.round(rank, 5) for rank in (1, 77_777)]
         topology.fingerprint()
-        fastest = min(fastest, time.perf_counter() - begin)
+        fastest = min(fastest, time.thread_time() - begin)
     assert fastest < 0.05
     for rank, one in zip((1, 77_777), rounds, strict=True):
         for peer, weight in one.send.items():

@@ -38,31 +38,31 @@ class Backend:
     """Of a group that is to be aborted."""
 
     def __init__(self, error: str = "", hangs: bool = False) -> None:
-        self.error, self.hangs, self.aborted = error, hangs, False
+        self.error, self.hangs, self.over = error, hangs, threading.Event()
 
     def abort(self) -> None:
         if self.hangs:
             threading.Event().wait()
         if self.error:
             raise RuntimeError(self.error)
-        self.aborted = True
+        self.over.set()
 
     def is_completed(self) -> bool:
         """Also stands for a work of its own."""
-        return self.aborted
+        return self.over.is_set()
 
 
-def abort(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> None:
+def abort(monkeypatch: pytest.MonkeyPatch, *backends: Backend, within: float = 60.0) -> None:
     monkeypatch.setattr(nccl, "_of_gpus", lambda groups: list(backends))
-    monkeypatch.setattr(nccl, "_ABORTED_WITHIN", 0.2)
+    monkeypatch.setattr(nccl, "_ABORTED_WITHIN", within)
     nccl.abort_all(backends)  # type: ignore[arg-type]
 
 
 def test_all_are_aborted_also_beside_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Backend(hangs=True), Backend()
     with pytest.raises(nccl.NotAborted, match="Start this process again"):
-        abort(monkeypatch, one, other)
-    assert other.aborted
+        abort(monkeypatch, one, other, within=0.2)
+    assert other.over.wait(60)
 
 
 def test_an_abort_that_fails_or_ends_nothing_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,5 +71,5 @@ def test_an_abort_that_fails_or_ends_nothing_ends_the_process(monkeypatch: pytes
     still = Backend()
     monkeypatch.setattr(still, "is_completed", lambda: False)
     with pytest.raises(nccl.NotAborted):
-        abort(monkeypatch, still)
+        abort(monkeypatch, still, within=0.2)
     abort(monkeypatch, Backend(), Backend())
