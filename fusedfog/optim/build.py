@@ -24,7 +24,7 @@ from fusedfog.engine.compile import compile_everywhere
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.engine.wrapped import AroundScheduler
 from fusedfog.environment import check_kernel, missing_instructions
-from fusedfog.errors import PeerTimeout
+from fusedfog.errors import ExchangeError, PeerTimeout
 from fusedfog.kernels import device
 from fusedfog.optim.automatic import Calling, agree_on_way, hierarchy_of, is_automatic
 from fusedfog.optim.compatibility import check, choose_topology
@@ -123,7 +123,9 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     engine = _scheduler_for(family, options)(
         groups,
         segments,
-        phases_of(family, algorithm, way, options, hierarchy, weights, alone=communicator is None and not setup.elastic),
+        phases_of(
+            family, algorithm, way, options, hierarchy, weights, alone=communicator is None and not setup.elastic
+        ),
         communicator,
         channel,
         int(options.bucket_mb * 2**20),
@@ -239,7 +241,9 @@ def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
-    options = dataclasses.replace(options, wire_dtype=options.wire_dtype or engine.phases.last.codes)  # Auto's, perhaps.
+    options = dataclasses.replace(
+        options, wire_dtype=options.wire_dtype or engine.phases.last.codes
+    )  # Auto's, perhaps.
     setup = running_setup(family, engine, options)
     check(dataclasses.replace(setup, groups=groups, topology=engine.phases.last.topology))
 
@@ -309,11 +313,13 @@ def _agree_to_unfreeze(kind: str, communicator: Communicator, groups: Groups, mi
     }
     try:
         agree(communicator.view, next_agreement(communicator.view), fields, communicator.timeout, what)
-    except PeerTimeout as error:
-        raise PeerTimeout(
-            f"{error}. This rank unfreezes {own}. Every rank has to unfreeze the same parameters (requires_grad_(True), or a "
-            f"gradient) before the same step, or none; those of a group with mix=False each rank may unfreeze as it likes"
-        ) from error
+    except (PeerTimeout, ExchangeError) as error:  # The other kind, where another rank was the first to give up.
+        advice = (
+            f"This rank unfreezes {own}. Every rank has to unfreeze the same parameters (requires_grad_(True), or a gradient) "
+            f"before the same step, or none; those of a group with mix=False each rank may unfreeze as it likes"
+        )
+        error.args = (f"{error}. {advice}", *error.args[1:])
+        raise
 
 
 def _grow(

@@ -89,7 +89,7 @@ def _open(run: Forms, record: Record) -> None:
         except StoreLost as error:
             return str(error)
         ended = [uid for uid, heard in ask(others, _PATIENCE).items() if heard.dead]
-        return f"{ended[0]} has ended" if ended else ""
+        return f"slot {launched(ended[0]).split('.')[0]} has ended" if ended else ""
 
     rank = record.uids.index(run.identity.uid)
     open_epoch(record, rank, known[1], timedelta(seconds=run.timeout), run.dead_after, give_up)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -228,10 +229,23 @@ def _next(base: Record, members: Mapping[str, Note], ready: Mapping[str, Note], 
     notes = sorted((*stay.values(), *joiners.values()), key=lambda note: note.seat.slot)
     seats, clocks = tuple(note.seat for note in notes), tuple((note.steps, note.exchanges) for note in notes)
     causes = [note.cause for note in stay.values() if note.cause]
-    left = [uid for uid in base.uids if uid not in stay]
-    cause = causes[0] if causes and (left or not joiners) else f"{_words(list(joiners))} came" if joiners else ""
+    if left := [uid for uid in base.uids if uid not in stay]:
+        cause = "; ".join(dict.fromkeys(_why_left(uid, causes, now) for uid in left))
+    else:
+        cause = f"{_words(list(joiners))} came" if joiners else next(iter(causes), "")
     clock = ahead.steps, ahead.exchanges
     return Record(base.epoch + 1, seats, (*built, *joiners), fresh, *clock, cause, passed_over, clocks)
+
+
+def _why_left(uid: str, causes: Sequence[str], now: Situation) -> str:
+    """Why one is no member any more, as whoever noticed it says; most members have only heard that there is another epoch."""
+    who = _words([uid])
+    for cause in causes:
+        if re.search(rf"\b{who}\b", cause):
+            return cause
+    if uid in now.dead:
+        return f"{who} has ended"
+    return f"{who} had no optimizer" if uid in now.notes else f"{who} has not answered"
 
 
 def launched(uid: str) -> str:

@@ -70,6 +70,35 @@ def test_survivors_wait_for_every_living_member_and_take_the_clock_of_the_one_ah
     assert found.fresh == () and found.built == found.uids
 
 
+@pytest.mark.parametrize(
+    "hearsay", ["", "the members form a new epoch", "a member has given it up", "slot 11 came back"]
+)
+@pytest.mark.parametrize(
+    ("said", "about", "cause"),
+    [
+        ("slot 1: no route to it", {"dead": ("1.0",)}, "slot 1: no route to it"),
+        ("", {"dead": ("1.0",)}, "slot 1 has ended"),
+        ("", {"lost": ("1.0",)}, "slot 1 has not answered"),
+        ("slot 1 has ended", {"dead": ("1.0", "3.0")}, "slot 1 has ended; slot 3 has ended"),
+        ("", {"dead": ("1.0",), "lost": ("3.0",)}, "slot 1 has ended; slot 3 has not answered"),
+    ],
+)
+def test_the_cause_names_everyone_who_has_left_though_some_have_only_heard_of_it(
+    hearsay: str, said: str, about: dict[str, tuple[str, ...]], cause: str
+) -> None:
+    base = record("0.0", "1.0", "2.0", "3.0")
+    gone = {uid for uids in about.values() for uid in uids}
+    ready = [note("0.0", cause=hearsay), note("2.0", cause=said), note("3.0", cause=hearsay)]
+    found = proposed(look("0.0", base, [one for one in ready if one.seat.uid not in gone], **about))
+    assert found.cause == cause
+
+
+def test_who_has_no_optimizer_where_others_have_one_is_named_too() -> None:
+    base, late = record("0.0", "1.0"), note("1.0", built=False, at="construction", cause="an optimizer was being built")
+    found = proposed(look("0.0", base, [note("0.0", cause="the members form a new epoch"), late]))
+    assert found.cause == "slot 1 had no optimizer"
+
+
 def test_a_member_that_does_not_answer_is_waited_for_until_it_is_lost() -> None:
     base = record("0.0", "1.0", "2.0")
     ready = [note("0.0"), note("2.0")]
