@@ -180,6 +180,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], torch.dtype]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_capturable_and_replayed_steps_equal_plain_ones_bit_for_bit(ranks: Pool, name: str) -> None:
     n, kind, keywords, dtype = CASES[name]

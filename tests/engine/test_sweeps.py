@@ -96,6 +96,7 @@ def check(ranks: Pool, n: int, kind: str, keywords: dict[str, Any], micro: int =
     return bucketwise[0][1], swept[0][1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "algorithm"), EVERY)
 def test_every_algorithm_gives_the_same_bits(ranks: Pool, kind: str, algorithm: str) -> None:
     keywords: dict[str, Any] = {"algorithm": algorithm}

@@ -316,7 +316,7 @@ def late(edits: int) -> tuple[float, list[str]]:
     return torn, [str(one.message) for one in said if issubclass(one.category, fusedfog.TornMessageWarning)]
 
 
-@pytest.mark.parametrize("edits", [0, 1, 3])
+@pytest.mark.parametrize("edits", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_gpu_tells_later_and_counts_no_edit_twice(ranks: Pool, edits: int) -> None:
     for torn, said in ranks.run(2, late, edits, init=False):
         assert torn == edits + 1

@@ -108,6 +108,7 @@ BY_MESSAGES = ("AdamW awc", "int8", "bf16 start")
 NODES = [[0, 3], [1, 4], [5, 2]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "micro", "shares"),
     [

@@ -40,6 +40,7 @@ def bytes_per_element(name: str, neighbours: int, dtype: torch.dtype, compiler: 
     return moved / (BLOCK // (32 * kernel.metadata.num_warps))
 
 
+@pytest.mark.sampled(3)
 @compiled_only
 @pytest.mark.parametrize("neighbours", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize(

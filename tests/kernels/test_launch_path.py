@@ -145,6 +145,7 @@ def mismatches(launch: Launch, work: Pass) -> list[str]:
     return wrong
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ROWS)
 def test_every_rule_is_launched_with_what_its_pass_says(name: str, dtype: torch.dtype, stub: StubGpu) -> None:

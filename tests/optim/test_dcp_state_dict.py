@@ -103,6 +103,7 @@ def resumed(case: str, option: str) -> tuple[bool, bool, list[str]]:
     return same and same_states, one["fusedfog"] == two["fusedfog"], [repr(loaded).partition("\n")[0]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_goes_on_bit_for_bit(ranks: Pool, case: str) -> None:
     for option in OPTIONS if case in WITH_EVERY_OPTION else ("flat",):

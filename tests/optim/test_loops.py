@@ -225,6 +225,7 @@ RESUMED = [
 """Every algorithm of every family once."""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fused_backward", [False, True])
 @pytest.mark.parametrize(("kind", "algorithm"), RESUMED)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(

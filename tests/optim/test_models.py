@@ -203,6 +203,7 @@ def check(ranks: Pool, name: str, algorithm: str, fused_backward: bool, extra: s
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fused_backward", [False, True], ids=["step", "fused_backward"])
 @pytest.mark.parametrize("algorithm", ["awc", "atc"])
 @pytest.mark.parametrize("name", MODELS)

@@ -49,6 +49,7 @@ def feed(params: list[Any], others: list[Any], step: int) -> None:
         q.grad = None if absent else p.grad.clone()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_200_steps_equal_torch(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:

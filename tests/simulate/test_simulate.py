@@ -121,6 +121,7 @@ ROWS: list[tuple[str, str, Any, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "algorithm", "graph", "options"), ROWS, ids=named)
 def test_bits_of_real_ranks(ranks: Pool, kind: str, algorithm: str, graph: Any, options: dict[str, Any]) -> None:
     real, simulated = both(ranks, 4, kind, graph, algorithm=algorithm, **options)
