@@ -99,7 +99,11 @@ def averages_inside_each_other() -> bool:
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), mean, strict=True))
     assert opt.stats()["torn_messages"] == 0
     train(net, opt, rank, range(3, 5))
-    return all(not torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    changed = {
+        name: not torch.equal(param, old) for (name, param), old in zip(net.named_parameters(), before, strict=True)
+    }
+    del changed["0.bias"]  # The normalisation takes it away: what its gradient has is rounding, on some processors nothing.
+    return all(changed.values())
 
 
 def test_swapped_and_averaged_may_be_inside_each_other(ranks: Pool) -> None:
