@@ -5,6 +5,7 @@ Reads the engine through a small protocol, so that the engine can own its state 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -226,14 +227,24 @@ def passes_to_warm(engine: Engine, pass_group: PassGroup, neighbours: set[int]) 
     algorithm, segment = engine.algorithm, pass_group.segment
     grads = Gradients([None] * len(segment.params), segment.gradient_table, segment.layout.dtype)
     scale = segment.param.new_zeros((), dtype=torch.float32) if engine.schedule.max_grad_norm is not None else None
-    # Of their own, with any strength: what the first step takes, learning rates above all, is not known yet.
-    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale, unmixed_scale=scale, strength=1.0)
-    try:
+    with stand_in_inputs(engine, scale):
         if algorithm.before is not None:
             yield pass_of(engine, pass_group, algorithm.before, grads, Inbox())
         for count in sorted(neighbours) if segment.layout.mix else [0]:
             inbox = stand_ins(engine, segment, count)
             yield pass_of(engine, pass_group, algorithm.after, None if algorithm.before is not None else grads, inbox)
+
+
+@contextlib.contextmanager
+def stand_in_inputs(engine: Engine, scale: Tensor | None = None) -> Iterator[None]:
+    """Inside, a step's inputs are others, with any strength: what the first step takes, as learning rates, is not known yet.
+
+    Args:
+        scale: of gradients.
+    """
+    real, engine.inputs = engine.inputs, StepInputs(grad_scale=scale, unmixed_scale=scale, strength=1.0)
+    try:
+        yield
     finally:
         engine.inputs = real
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedfog.comm.profiling import span
 from fusedfog.engine.gradient_scale import gradients_of, own_multipliers
-from fusedfog.engine.passes import StepInputs, pass_of, stand_ins, weights_of
+from fusedfog.engine.passes import pass_of, stand_in_inputs, stand_ins, weights_of
 from fusedfog.engine.scheduler import Scheduler
 from fusedfog.gossip.buckets import Inbox, PassGroup
 from fusedfog.kernels import Mixing, Pass, run_pass
@@ -92,17 +92,13 @@ class AroundScheduler(Scheduler):
         """See `Scheduler`: the update is another optimizer's, so all passes mix."""
         segment, quarantine = pass_group.segment, self.exchanges.quarantine
         alarm = quarantine.alarm_for(segment.param) if quarantine is not None else None
-        # With any strength, and without asking for it: what the first step takes is not known yet.
-        real, self.inputs = self.inputs, StepInputs(strength=1.0)
-        try:
+        with stand_in_inputs(self):
             for count in sorted(neighbours - {0}) if segment.layout.mix else ():
                 inbox = stand_ins(self, segment, count)
                 if self.algorithm.before is None:
                     yield self._differences(pass_group, inbox, inbox.tensors[0][0], alarm)
                 else:
                     yield pass_of(self, pass_group, self.algorithm.after, None, inbox)
-        finally:
-            self.inputs = real
 
     def _room_for(self, segment: FlatSegment) -> Tensor:
         """Zeros like the segment at first: passes leave out the padding between parameters."""

@@ -123,9 +123,7 @@ def build(kind: str, groups: Groups, family: str, options: Options, claim: Claim
     engine = _scheduler_for(family, options)(
         groups,
         segments,
-        phases_of(
-            family, algorithm, way, options, hierarchy, weights, alone=communicator is None and not setup.elastic
-        ),
+        phases_of(family, algorithm, way, options, hierarchy, weights, alone=communicator is None and not setup.elastic),
         communicator,
         channel,
         int(options.bucket_mb * 2**20),
@@ -241,9 +239,7 @@ def running_setup(family: str, engine: Scheduler, options: Options) -> Setup:
 
 def check_groups(family: str, engine: Scheduler, groups: Groups, options: Options) -> None:
     """Raise ValueError if a running scheduler's algorithm refuses hyper-parameters of these groups, as loaded ones."""
-    options = dataclasses.replace(
-        options, wire_dtype=options.wire_dtype or engine.phases.last.codes
-    )  # Auto's, perhaps.
+    options = dataclasses.replace(options, wire_dtype=options.wire_dtype or engine.phases.last.codes)  # Auto's, perhaps.
     setup = running_setup(family, engine, options)
     check(dataclasses.replace(setup, groups=groups, topology=engine.phases.last.topology))
 

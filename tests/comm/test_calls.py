@@ -289,13 +289,13 @@ def logs(limit: float) -> tuple[list[str], float]:
     os.environ["FUSEDFOG_WAIT_LOG_S"] = str(limit)
     records: list[str] = []
 
-    def emit(record: logging.LogRecord) -> None:
-        records.append(record.getMessage())
-        if records[-1].endswith(WHERE):
-            say(f"logged/{dist.get_rank()}")
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+            if records[-1].endswith(WHERE):
+                say(f"logged/{dist.get_rank()}")
 
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = emit  # type: ignore[method-assign]
+    handler = Kept(logging.WARNING)
     logging.getLogger("fusedfog").addHandler(handler)
     try:
         model, opt = build(topology="fully_connected", algorithm="atc")

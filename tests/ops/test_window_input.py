@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,13 +233,12 @@ def unreachable(where: str) -> str:
         assert timeout <= opening._SHARE_OF_TIMEOUT * TIMEOUT
         return connect(there, min(timeout, 1.0))
 
-    opening._Opening._prepare = elsewhere
-    socket.create_connection = impatiently  # type: ignore[assignment]
     begin = time.monotonic()
-    try:
+    with (
+        mock.patch.object(opening._Opening, "_prepare", elsewhere),
+        mock.patch.object(socket, "create_connection", impatiently),
+    ):
         return f"{said(fusedfog.Window, ONE, [(0, 1), (1, 2)])} {time.monotonic() - begin < 10}"
-    finally:
-        opening._Opening._prepare, socket.create_connection = original, connect
 
 
 @pytest.mark.parametrize("where", ["refused", "silent"])

@@ -88,8 +88,8 @@ def _open(run: Forms, record: Record) -> None:
                 return "a member has given it up"
         except StoreLost as error:
             return str(error)
-        ended = [uid for uid, heard in ask(others, _PATIENCE).items() if heard.dead]
-        return f"slot {launched(ended[0]).split('.')[0]} has ended" if ended else ""
+        heard = ask(others, _PATIENCE)
+        return next((f"slot {seat.slot} has ended" for seat in others if heard[seat.uid].dead), "")
 
     rank = record.uids.index(run.identity.uid)
     open_epoch(record, rank, known[1], timedelta(seconds=run.timeout), run.dead_after, give_up)
